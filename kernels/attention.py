@@ -13,8 +13,8 @@ QUERY_CHUNK = 256  # rows of scores made at once; keys beyond a chunk's last row
 
 
 def causal_attention(q_BHTQ, k_BHTQ, v_BHTV, scale):
-    """Returns (o_BHTV, max_logit_H): softmax(scale * q k^T, causal) v, and the largest scaled logit of every head (fp32,
-    signed, no gradient) over the batch and all unmasked pairs."""
+    """Returns (o_BHTV, max_logit_H): softmax(scale * q k^T, causal) v, and the largest scaled logit of every head
+    (fp32, signed, no gradient) over the batch and all unmasked pairs."""
     if q_BHTQ.device.type == "cuda":
         output = F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, is_causal=True, scale=scale)
         return output, max_logit(q_BHTQ, k_BHTQ, scale)

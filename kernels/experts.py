@@ -40,7 +40,7 @@ def mlp_loop(rows_SD, counts_E, gate_up_E2FD, down_EDF):
 
 
 def mlp_grouped(rows_SD, counts_E, gate_up_E2FD, down_EDF):
-    """All experts in two grouped matmuls, no host sync. Offsets are int32 inclusive ends, as F.grouped_mm wants them."""
+    """All experts in two grouped matmuls, no host sync. F.grouped_mm wants the groups' ends as int32."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
     hidden = swiglu(F.grouped_mm(rows_SD, gate_up_E2FD.mT, offs=ends_E))
     return F.grouped_mm(hidden, down_EDF.mT, offs=ends_E)

@@ -23,8 +23,8 @@ SAFETY = {"jordan": 1.0, "you": 1.02, "polar_express": 1.02}  # extra norm: thes
 def newton_schulz(G, steps=5, dtype=None, coefficients="jordan"):
     """Orthogonalise the last two dimensions of G; leading dimensions are a batch of independent matrices.
 
-    dtype is the compute type (default: G's own). The Frobenius norm is always taken in at least fp32 and clamped, so that
-    a zero matrix stays zero and the result does not depend on the scale of G. After the table's end its last row repeats.
+    dtype is the compute type (default: G's own). The Frobenius norm is taken in at least fp32 and clamped, so that a zero
+    matrix stays zero and the result does not depend on the scale of G. After the table's end its last row repeats.
     """
     table = COEFFICIENTS[coefficients]
     X = G if G.dtype == torch.float64 else G.float()

@@ -12,7 +12,7 @@ def route(logits_NE, bias_E, top_k, n_group=1, topk_group=1, normalise=True, sca
     """Choose top_k experts for every token; everything in fp32, ties go to the lowest expert index.
 
     The bias steers the selection only; the weights are the unbiased scores, so the router's gradient flows through the
-    chosen scores alone. With n_group > 1 only the topk_group groups with the best sum of two highest biased scores take part.
+    chosen scores alone. With n_group > 1 only topk_group groups take part, those whose two best biased scores sum highest.
 
     Returns weights_NK (fp32), experts_NK (int64), scores_NE (fp32 sigmoid scores, which the balance loss needs).
     """
@@ -45,7 +45,7 @@ def sort_by_expert(experts_NK, n_experts):
     flat = experts_NK.flatten()
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    counts_E = torch.zeros(n_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    counts_E = flat.new_zeros(n_experts).scatter_add_(0, flat, torch.ones_like(flat))
     return order, inverse, counts_E
 
 

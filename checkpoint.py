@@ -1,0 +1,238 @@
+"""Checkpoints: torch.distributed.checkpoint inside a commit protocol that a crash at any instant cannot break.
+
+A step folder is written beside its place, flushed to disk, given a manifest with the size and CRC32 of every file, and
+renamed: it is complete or absent. Tensors are the model's state and the optimizer's, by name; everything else (step,
+settings, counters) is JSON in the manifest. Random state is not saved: every random choice in a run is a function of the
+seed and the step. Nothing is unpickled except DCP's own index, and that by a reader that knows a dozen harmless types.
+
+    checkpoints/step_00000500/{manifest.json, .metadata, __0_0.distcp}    checkpoints/latest    checkpoints/best
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data.shards import file_crc32
+from errors import UserError
+
+STEP = re.compile(r"step_(\d{8})$")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
+
+
+# ----------------------------------------------------------------------------- writing
+
+def save(folder, step, tensors, about, keep, best=False):
+    """Write checkpoints/step_<step> under `folder`, point `latest` (and `best`) to it, delete what `keep` does not cover.
+
+    tensors: {name: tensor}; about: JSON for the manifest. Returns the step folder. An OSError (disk full, ...) leaves the
+    earlier checkpoints and pointers as they were.
+    """
+    folder = Path(folder)
+    final, temporary = folder / f"step_{step:08d}", folder / f".tmp_{step:08d}"
+    _clear_debris(folder)
+    temporary.mkdir(parents=True)
+    try:
+        # One writer thread: with more, DCP loses write errors and reports a full disk as success.
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True), no_dist=True)
+        files = {path.name: {"size": path.stat().st_size, "crc32": file_crc32(path)} for path in sorted(temporary.iterdir())}
+        _write_synced(temporary / "manifest.json", json.dumps({"step": step, **about, "files": files}, indent=1))
+    except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"checkpoint of step {step} not written: {_root_cause(error)}") from error
+    if final.exists():  # a damaged or rewound step of that number
+        os.rename(final, folder / f".trash_{step:08d}")
+    os.rename(temporary, final)
+    _sync_folder(folder)
+    point(folder, "latest", final)
+    if best:
+        point(folder, "best", final)
+    _retain(folder, keep)
+    return final
+
+
+def point(folder, name, step_folder):
+    """Make the pointer file `name` (latest, best) hold the name of a step folder."""
+    _write_synced(folder / f".{name}", step_folder.name + "\n")
+    os.replace(folder / f".{name}", folder / name)
+
+
+def drop_after(folder, step):
+    """Delete the checkpoints beyond `step`: a run that was rewound continues on another branch."""
+    for path in step_folders(folder):
+        if _step_of(path) > step:
+            _delete(path)
+
+
+def _retain(folder, keep):
+    best = _pointed(folder, "best")
+    for path in step_folders(folder)[:-keep]:
+        if path != best:
+            _delete(path)
+
+
+def _delete(path):
+    trash = path.with_name(f".trash_{_step_of(path):08d}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(path, trash)  # at once, so that no half-deleted folder looks like a checkpoint
+    shutil.rmtree(trash)
+
+
+def _clear_debris(folder):
+    for path in [*folder.glob(".tmp_*"), *folder.glob(".trash_*")]:
+        shutil.rmtree(path)
+
+
+# ----------------------------------------------------------------------------- finding
+
+def step_folders(folder):
+    """The step folders of a checkpoints folder, oldest first."""
+    return sorted((path for path in Path(folder).glob("step_*") if STEP.search(path.name)), key=_step_of)
+
+
+def find(path, which="latest"):
+    """The step folder meant by a run folder, a checkpoints folder or a step folder.
+
+    In a run, "latest" is the newest checkpoint whose files match its manifest; damaged ones are named and passed over.
+    "best" follows the pointer. A step folder given by name must itself be sound.
+    """
+    path = Path(path)
+    if STEP.search(path.name):
+        if reason := damage(path):
+            raise UserError(f"checkpoint {path} cannot be used: {reason}")
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if which == "best":
+        best = _pointed(folder, "best")
+        if best is None:
+            raise UserError(f"{path} has no best checkpoint (no validation was run)")
+        return find(best)
+    for candidate in reversed(step_folders(folder)):
+        reason = damage(candidate)
+        if not reason:
+            return candidate
+        print(f"skipping damaged checkpoint {candidate}: {reason}")
+    raise UserError(f"no complete checkpoint in {path}")
+
+
+def damage(step_folder):
+    """What is wrong with a step folder, "" if every file has the size and checksum that the manifest records."""
+    try:
+        files = read_manifest(step_folder)["files"]
+        for name, recorded in files.items():
+            file = step_folder / Path(name).name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != recorded["size"]:
+                return f"{name} has {file.stat().st_size} bytes, the manifest says {recorded['size']}"
+            if file_crc32(file) != recorded["crc32"]:
+                return f"the checksum of {name} differs from the manifest"
+    except UserError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json lacks {error}"
+    return ""
+
+
+def read_manifest(step_folder):
+    path = Path(step_folder) / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__})") from error
+
+
+# ----------------------------------------------------------------------------- reading
+
+def load(step_folder, tensors):
+    """Fill `tensors` ({name: tensor}, in place) from a step folder. Names, shapes and dtypes must match exactly; names that
+    only the checkpoint has are allowed when `tensors` asks for none of their kind (the model without the optimizer)."""
+    reader = _SafeReader(step_folder)
+    stored = reader.read_metadata().state_dict_metadata
+    kinds = {name.split(".")[0] for name in tensors}
+    differing = sorted(set(tensors) ^ {name for name in stored if name.split(".")[0] in kinds})
+    if differing:
+        raise UserError(f"checkpoint {step_folder} is of another model or optimizer: {len(differing)} names differ, "
+                        f"such as {differing[0]}")
+    for name, tensor in tensors.items():
+        if stored[name].size != tensor.shape or stored[name].properties.dtype != tensor.dtype:
+            raise UserError(f"checkpoint {step_folder}: {name} is {tuple(stored[name].size)} {stored[name].properties.dtype}, "
+                            f"this run has {tuple(tensor.shape)} {tensor.dtype}")
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"checkpoint {step_folder} does not load: {_root_cause(error)}") from error
+
+
+def has_optimizer(step_folder):
+    return any(name.startswith("optim.") for name in _SafeReader(step_folder).read_metadata().state_dict_metadata)
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """DCP's index (.metadata) is a pickle; this reader admits the types that an honest index consists of and no other."""
+
+    ALLOWED = {
+        "torch": {"Size", "device", "dtype", "float32", "float16", "bfloat16", "float64", "int64", "int32", "bool", "strided"},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
+            "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "pathlib": {"Path", "PosixPath"}, "pathlib._local": {"Path", "PosixPath"},
+        "collections": {"OrderedDict"}, "_codecs": {"encode"},
+    }
+
+    def read_metadata(self):
+        class Unpickler(pickle.Unpickler):
+            def find_class(self, module, name):
+                if name in _SafeReader.ALLOWED.get(module, ()):
+                    return super().find_class(module, name)
+                raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint index")
+        path = Path(self.path) / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                metadata = Unpickler(file).load()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        if getattr(metadata, "storage_meta", None):
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+# ----------------------------------------------------------------------------- small things
+
+def _step_of(path):
+    return int(STEP.search(path.name).group(1))
+
+
+def _pointed(folder, name):
+    pointer = Path(folder) / name
+    if pointer.is_file() and STEP.match(target := pointer.read_text().strip()) and (Path(folder) / target).is_dir():
+        return Path(folder) / target
+    return None
+
+
+def _root_cause(error):
+    """The innermost message of a CheckpointException, which wraps one traceback per rank."""
+    failures = getattr(error, "failures", None)
+    inner = next(iter(failures.values()))[0] if failures else error
+    return f"{type(inner).__name__}: {inner}"
+
+
+def _write_synced(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,210 @@
+"""Every setting of a run: names, defaults, types and reasons; configs/*.py files, --key=value, and the checks.
+
+A config file is plain Python assignments. Precedence: command line, then file, then the defaults here. An unknown key, a
+wrong type or an impossible combination is refused before anything is written. Next: train.py, which reads all of it.
+(No postponed annotations here: the loader needs the real types.)
+"""
+
+import ast
+import dataclasses
+import difflib
+import runpy
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from errors import UserError
+from model import ModelConfig, setting
+
+
+@dataclass
+class Config(ModelConfig):
+    # ---- data
+    data: str | dict = setting("data/stdlib", "folder of shards, or {folder: weight}", "data")
+    tokenizer: str | None = setting(None, "None: the one stored with the data; else a name, ranks file or folder", "data")
+    sequence_length: int = setting(1024, "tokens of one training sequence", "data")
+    verify_data: bool = setting(True, "compare every shard with its recorded checksum at start (4 GB/s a core)", "data")
+    # ---- batch and duration
+    global_batch_size: int = setting(512, "sequences per optimizer step, whatever the number of ranks", "batch")
+    micro_batch_size: int = setting(16, "sequences per forward; the rest is gradient accumulation", "batch")
+    max_steps: int = setting(1000, "optimizer steps of the whole run", "batch")
+    # ---- optimizer
+    optimizer: Literal["muonclip", "muon", "adamw"] = setting("muonclip", "muonclip is muon with QK-clip", "optimizer")
+    muon_lr: float = setting(2e-3, "peak learning rate of the matrices", "optimizer")
+    adamw_lr: float | None = setting(None, "peak rate of AdamW's parameters; None: muon_lr", "optimizer")
+    momentum: float = setting(0.95, "Muon's moving average", "optimizer")
+    nesterov: bool = setting(True, "Muon looks ahead by its momentum", "optimizer")
+    weight_decay: float = setting(0.1, "decoupled, on every parameter, norms too (Moonlight found it crucial)", "optimizer")
+    ns_steps: int = setting(5, "Newton-Schulz iterations; more amplify bf16 noise", "optimizer")
+    ns_dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "Newton-Schulz compute type; auto: float32 in float32 runs, else bfloat16", "optimizer")
+    ns_coefficients: Literal["jordan", "you", "polar_express"] = setting("jordan", "Newton-Schulz polynomial", "optimizer")
+    muon_per_head: bool = setting(False, "orthogonalise q and kv up-projections head by head", "optimizer")
+    qk_clip_tau: float = setting(100.0, "largest attention logit that QK-clip allows", "optimizer")
+    grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", "optimizer")
+    bias_update_rate: float = setting(1e-3, "step of the router bias; 0 freezes it", "optimizer")
+    # ---- schedule
+    schedule: Literal["wsd", "cosine", "constant"] = setting("wsd", "wsd: warm-up, stable, linear decay", "schedule")
+    warmup_steps: int = setting(100, "linear warm-up; step 1 already learns", "schedule")
+    decay_steps: int | None = setting(None, "length of wsd's decay; None: a fifth of max_steps", "schedule")
+    min_lr_ratio: float = setting(0.1, "final rate as a share of the peak", "schedule")
+    # ---- machine
+    device: Literal["auto", "cuda", "mps", "cpu"] = setting("auto", "auto: cuda, else mps, else cpu", "machine")
+    dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "compute type; parameters stay float32", "machine")
+    compile: bool | None = setting(None, "torch.compile every block; None: on CUDA only", "machine")
+    kernels: Literal["auto", "triton", "torch"] = setting("auto", "which kernels; today all are torch", "machine")
+    activation_checkpointing: Literal["none", "selective", "full"] = setting(
+        "none", "recompute in the backward: nothing, all but matmuls, or whole blocks", "machine")
+    seed: int = setting(0, "initial weights and data order", "machine")
+    # ---- parallelism
+    strategy: Literal["fsdp", "ddp"] = setting("fsdp", "how ranks share the parameters", "parallelism")
+    dp_replicate: int = setting(1, "copies of the sharded model", "parallelism")
+    dp_shard: int | None = setting(None, "ranks that share one copy; None: all that are left", "parallelism")
+    ep: int = setting(1, "ranks that share the experts of a layer; divides dp_shard", "parallelism")
+    # ---- watching
+    out_dir: str | None = setting(None, "run folder; None: out/<name of the config file>", "watching")
+    run_name: str | None = setting(None, "name in W&B; None: that of the run folder", "watching")
+    log_interval: int = setting(10, "steps between records and terminal lines", "watching")
+    eval_interval: int = setting(250, "steps between validations; every save and the end validate too; 0: never", "watching")
+    eval_batches: int = setting(20, "validation size in batches of global_batch_size sequences, at most", "watching")
+    save_interval: int = setting(1000, "steps between checkpoints; 0: only at the end", "watching")
+    keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the best", "watching")
+    sample_interval: int = setting(0, "steps between samples in samples.md; 0: never", "watching")
+    sample_prompts: list = setting(("",), "texts to continue; empty: from the document start", "watching")
+    wandb: Literal["auto", "online", "offline", "off"] = setting("auto", "auto: if installed and logged in", "watching")
+    wandb_project: str = setting("nanok2", "W&B project", "watching")
+    max_skipped_steps: int = setting(10, "stop after this many non-finite steps in a row", "watching")
+    # ---- start
+    resume: bool | str = setting(False, "continue out_dir; or a run folder or step folder to continue from", "start")
+    overwrite: bool = setting(False, "delete the run that out_dir holds", "start")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.sample_prompts = list(self.sample_prompts)
+
+    def check(self):
+        """Raise a UserError for the first impossible value or combination."""
+        self.check_model()
+        positive = ("sequence_length", "global_batch_size", "micro_batch_size", "max_steps", "ns_steps", "log_interval",
+                    "keep_checkpoints", "max_skipped_steps", "dp_replicate", "ep", "eval_batches")
+        not_negative = ("warmup_steps", "eval_interval", "save_interval", "sample_interval", "seed", "muon_lr", "weight_decay",
+                        "grad_clip", "bias_update_rate", "min_lr_ratio")
+        for names, floor in ((positive, 1), (not_negative, 0)):
+            for name in names:
+                if getattr(self, name) < floor:
+                    raise UserError(f"{name}={getattr(self, name)} must be at least {floor}")
+        for ok, message in (
+                (self.global_batch_size % self.micro_batch_size == 0,
+                 f"micro_batch_size={self.micro_batch_size} must divide global_batch_size={self.global_batch_size}"),
+                (self.sequence_length <= self.max_position_embeddings, f"sequence_length={self.sequence_length} is longer than "
+                 f"max_position_embeddings={self.max_position_embeddings}"),
+                (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
+                (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
+                (self.decay_steps is None or 0 <= self.decay_steps <= self.max_steps,
+                 f"decay_steps={self.decay_steps} must lie in 0..max_steps={self.max_steps}"),
+                (self.data, "data is empty: name a folder of shards"),
+                (not isinstance(self.data, dict) or all(isinstance(w, (int, float)) and w > 0 for w in self.data.values()),
+                 f"data={self.data}: weights must be numbers above 0"),
+                (self.kernels != "triton", "kernels='triton': the Triton kernels are not part of this version; use torch or auto"),
+                (self.dp_replicate == self.ep == 1 and self.dp_shard in (None, 1),
+                 "this version runs one process: leave dp_replicate, dp_shard and ep at 1")):
+            if not ok:
+                raise UserError(message)
+        return self
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def load(argv):
+    """A checked Config from ["configs/x.py", "--key=value", ...]; returns (config, path of the config file)."""
+    files = [word for word in argv if not word.startswith("--")]
+    if len(files) != 1:
+        raise UserError("name one config file: python train.py configs/debug.py [--key=value ...]   (--help lists the settings)"
+                        + (f"; got {files}" if files else ""))
+    values = read_file(files[0]) | read_flags(word for word in argv if word.startswith("--"))
+    config = Config(**values)
+    config.out_dir = config.out_dir or f"out/{Path(files[0]).stem}"
+    return config.check(), files[0]
+
+
+def read_file(path):
+    """The settings that a config file assigns. Names with a leading underscore, modules and functions are its own affair."""
+    if not Path(path).is_file():
+        others = ", ".join(sorted(str(p) for p in Path("configs").glob("[a-z]*.py")))
+        raise UserError(f"no config file {path}" + (f"; there are {others}" if others else ""))
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:  # whatever the file does, the user wants to hear which file it was
+        raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    return {name: checked(name, value, f"in {path}") for name, value in names.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
+
+
+def read_flags(words):
+    """--key=value, --key (True) and --no-key (False) as {key: value}."""
+    values = {}
+    for word in words:
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals and name.startswith("no_") and name not in FIELDS:
+            name, value = name[3:], False
+        elif not equals:
+            value = True
+        else:
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                value = {"true": True, "false": False}.get(text, text)
+            if name in FIELDS and str in _kinds(name) and not isinstance(value, (dict, bool, type(None))):
+                value = text  # a text that happens to look like a number stays a text
+        values[name] = checked(name, value, "on the command line")
+    return values
+
+
+def checked(name, value, where):
+    """value in the type of setting `name`, or a UserError that says what would be valid."""
+    if name not in FIELDS:
+        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+        raise UserError(f"unknown setting {name!r} {where}" + (f"; did you mean {near[0]!r}?" if near else "; see --help"))
+    kinds = _kinds(name)
+    if choices := [kind for kind in kinds if isinstance(kind, str)]:
+        if value in choices:
+            return value
+    elif isinstance(value, bool) or value is None:
+        if type(value) in kinds:
+            return value
+    elif float in kinds and isinstance(value, int):
+        return float(value)
+    elif int in kinds and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e3 steps
+    elif list in kinds and isinstance(value, tuple):
+        return list(value)
+    elif type(value) in kinds:
+        return value
+    valid = " or ".join("None" if kind is type(None) else repr(kind) if isinstance(kind, str) else kind.__name__ for kind in kinds)
+    raise UserError(f"{name}={value!r} {where}: expected {valid}")
+
+
+def _kinds(name):
+    """The types, or the literal choices, that a setting accepts."""
+    annotation = FIELDS[name].type
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    return typing.get_args(annotation) or (annotation,)
+
+
+def help_text():
+    """Every setting with type, default and reason, grouped."""
+    lines = ["python train.py CONFIG [--key=value ...] [--key] [--no-key]"]
+    groups = {}
+    for name, field in FIELDS.items():
+        groups.setdefault(field.metadata["group"], []).append((name, field))
+    for group, members in groups.items():
+        lines.append(f"\n{group}")
+        for name, field in members:
+            kind = "|".join(getattr(k, "__name__", str(k)).replace("NoneType", "None") for k in _kinds(name))
+            lines.append(f"  --{name}={field.default!r}  ({kind})\n        {field.metadata['why']}")
+    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""The shard format: llm.c's binary files and, beside them, meta.json. Writing is atomic, reading is checked.
+
+A shard is 256 int32 of header (magic, version, token count), then the tokens: magic 20240520 version 1 holds uint16 ids,
+magic 20240801 version 7 uint32 ids for vocabularies above 65,536. meta.json records tokenizer, vocabulary, documents,
+tokens and bytes of each split, and size, largest id and CRC32 of every shard. Folders of llm.c or modded-nanogpt, which
+have no meta.json, are read as they are. Next: loader.py.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+
+HEADER = 256 * 4
+FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}  # magic -> version, dtype
+SPLITS = ("train", "val")
+
+
+def dtype_for(vocab_size):
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+class Writer:
+    """Writes documents into the shards of a folder. Everything goes to a sibling folder that `finish` renames into place,
+    so that the folder exists only if it is complete; use it in a `with` block, which removes the rest on an error."""
+
+    def __init__(self, folder, vocab_size, shard_tokens=100_000_000):
+        self.folder, self.vocab_size, self.shard_tokens = Path(folder), vocab_size, shard_tokens
+        self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
+        self.dtype = np.dtype(dtype_for(vocab_size))
+        self.splits = {split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in SPLITS}
+        self.pending = {split: [] for split in SPLITS}  # documents not yet written
+        self.pending_tokens = dict.fromkeys(SPLITS, 0)
+
+    def __enter__(self):
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *error):
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def write(self, split, tokens, n_bytes):
+        """Append one document (ids, separator included) that came from n_bytes of text."""
+        tokens = np.asarray(tokens, dtype=np.int64)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise ValueError(f"token id {tokens.max()} does not fit a vocabulary of {self.vocab_size}")
+        info = self.splits[split]
+        info["documents"] += 1
+        info["tokens"] += len(tokens)
+        info["bytes"] += n_bytes
+        self.pending[split].append(tokens.astype(self.dtype))
+        self.pending_tokens[split] += len(tokens)
+        if self.pending_tokens[split] >= self.shard_tokens:
+            self._flush(split)
+
+    def _flush(self, split, everything=False):
+        """Write the pending tokens as full shards; the rest waits, or becomes the last shard."""
+        tokens = np.concatenate(self.pending[split])
+        whole = len(tokens) if everything else len(tokens) // self.shard_tokens * self.shard_tokens
+        for start in range(0, whole, self.shard_tokens):
+            self._write_shard(split, tokens[start:min(start + self.shard_tokens, whole)])
+        self.pending[split], self.pending_tokens[split] = [tokens[whole:]], len(tokens) - whole
+
+    def _write_shard(self, split, tokens):
+        magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == self.dtype)
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = magic, FORMATS[magic][0], len(tokens)
+        shards = self.splits[split]["shards"]
+        name = f"{split}_{len(shards):06d}.bin"
+        with open(self.temporary / name, "wb") as file:
+            file.write(header.tobytes())
+            file.write(tokens.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        crc = zlib.crc32(tokens.tobytes(), zlib.crc32(header.tobytes()))
+        shards.append({"file": name, "tokens": len(tokens), "max_id": int(tokens.max()), "crc32": crc})
+
+    def finish(self, save_tokenizer, **about):
+        """Write the last shards, the tokenizer and meta.json, then put the folder in place. `about` goes into meta.json."""
+        for split in SPLITS:
+            if self.splits[split]["tokens"] < 2:
+                raise UserError(f"the {split} split has {self.splits[split]['tokens']} tokens: give more text")
+            if self.pending_tokens[split]:
+                self._flush(split, everything=True)
+        save_tokenizer(self.temporary / "tokenizer")
+        meta = {**about, "vocab_size": self.vocab_size, "splits": self.splits}
+        (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.rename(self.temporary, self.folder)
+
+
+@dataclass
+class Split:
+    """The tokens of one split of one folder, as a list of memory-mapped arrays, and what is recorded about them."""
+    arrays: list
+    files: list
+    tokens: int
+    max_id: int
+    bytes_per_token: float | None  # None where no meta.json says it
+
+
+def read_meta(folder):
+    """meta.json of a folder of shards as a dict; {} for a foreign folder that has shards but no meta.json."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no data folder {folder}: make it with  python -m data.prepare stdlib --out={folder}")
+    path = folder / "meta.json"
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text())
+        meta["vocab_size"], [meta["splits"][split]["shards"] for split in SPLITS]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the data again") from error
+    return meta
+
+
+def open_split(folder, split, verify=True):
+    """Open all shards of a split; every header and size is checked, and with `verify` every recorded checksum."""
+    folder, recorded = Path(folder), read_meta(folder).get("splits", {}).get(split)
+    if recorded:
+        paths = [folder / shard["file"] for shard in recorded["shards"]]
+    else:
+        paths = sorted(folder.glob(f"*{split}*.bin"))
+    if not paths:
+        raise UserError(f"{folder} has no {split} shards (*{split}*.bin): prepare the data again")
+    arrays, max_id = [], 0
+    for i, path in enumerate(paths):
+        array = _open_shard(path)
+        if recorded:
+            shard = recorded["shards"][i]
+            if len(array) != shard["tokens"]:
+                raise UserError(f"{path} holds {len(array)} tokens, meta.json says {shard['tokens']}: prepare it again")
+            if verify and file_crc32(path) != shard["crc32"]:
+                raise UserError(f"{path} is damaged: its checksum differs from meta.json; prepare the data again")
+        max_id = max(max_id, recorded["shards"][i]["max_id"] if recorded else int(array.max()))
+        arrays.append(array)
+    ratio = recorded["bytes"] / recorded["tokens"] if recorded else None
+    return Split(arrays, [path.name for path in paths], sum(map(len, arrays)), max_id, ratio)
+
+
+def _open_shard(path):
+    if not path.is_file():
+        raise UserError(f"{path} is missing: prepare the data again")
+    header = np.fromfile(path, dtype=np.int32, count=256)
+    if len(header) < 256 or int(header[0]) not in FORMATS:
+        raise UserError(f"{path} is no token shard: its first number is not {' or '.join(map(str, FORMATS))}")
+    version, dtype = FORMATS[int(header[0])]
+    count, size = int(header[2]), path.stat().st_size
+    if header[1] != version:
+        raise UserError(f"{path} has version {header[1]}, expected {version}")
+    if size != HEADER + count * np.dtype(dtype).itemsize or count < 1:
+        raise UserError(f"{path} is truncated or damaged: {count} tokens announced, {size} bytes found")
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER, shape=(count,))
+
+
+def file_crc32(path, block=2**24):
+    """CRC32 of a file, read in blocks."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(block):
+            crc = zlib.crc32(chunk, crc)
+    return crc

@@ -1,0 +1,170 @@
+"""Multi-head Latent Attention and what it is made of: Linear, RMSNorm, RoPE with YaRN, and plain MHA as the baseline.
+
+Parameters carry Hugging Face's DeepSeek-V3 names (self_attn.kv_b_proj.weight, ...). The training path ends in
+kernels/attention.py; the cached path, used by generation, is here. model.py puts one of these in every block.
+
+Shapes: B batch, T positions, S cached positions, D hidden_size, H heads, R kv_lora_rank; head widths N (qk_nope_head_dim),
+P (qk_rope_head_dim), Q = N + P, U (v_head_dim).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.attention import causal_attention
+
+
+# ----------------------------------------------------------------------------- position
+
+def yarn_mscale(factor, mscale):
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_frequencies(dim, theta, scaling, device):
+    """Angles per position (dim/2,) in fp32, and the factor on cos and sin; YaRN (arXiv 2309.00071, section 3.2) blends the
+    interpolated low frequencies with the untouched high ones over a linear ramp."""
+    exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
+    frequency = 1.0 / theta**exponent
+    if scaling is None:
+        return frequency, 1.0
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def dim_with_turns(turns):  # the pair index whose wavelength fits `turns` times into the original context
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    low = max(math.floor(dim_with_turns(scaling.get("beta_fast", 32))), 0)
+    high = min(math.ceil(dim_with_turns(scaling.get("beta_slow", 1))), dim - 1)
+    ramp = ((torch.arange(dim // 2, device=device) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    frequency = frequency / factor * ramp + frequency * (1 - ramp)
+    mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and mscale_all:
+        return frequency, yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all)
+    return frequency, yarn_mscale(factor, 1)
+
+
+def apply_rope(x_BTHP, rope):
+    """Rotate adjacent pairs (the interleaved layout of the published checkpoints) by the angles of each position."""
+    cos, sin = (table.unsqueeze(-2) for table in rope)  # (T, 1, P/2)
+    even, odd = x_BTHP.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BTHP.dtype)
+
+
+# ----------------------------------------------------------------------------- layers
+
+class Linear(nn.Linear):
+    """No bias; the fp32 weight is cast to the activations' dtype, so that the residual stream decides the precision."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(dim)), eps
+
+    def forward(self, x):  # normalised in fp32, scaled in x's dtype: Hugging Face's order
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def cached_attention(scores_BHTS, start):
+    """Softmax in fp32 over the cached keys, with query t standing at position start + t."""
+    _, _, T, S = scores_BHTS.shape
+    future = torch.ones(T, S, dtype=torch.bool, device=scores_BHTS.device).triu(start + 1)
+    return scores_BHTS.float().masked_fill(future, float("-inf")).softmax(-1)
+
+
+class MLA(nn.Module):
+    """Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values come from a latent of
+    kv_lora_rank, positions from a small RoPE key that all heads share."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.R = c.num_attention_heads, c.kv_lora_rank
+        self.N, self.P, self.U = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.scale = (self.N + self.P) ** -0.5
+        if c.rope_scaling and c.rope_scaling.get("mscale_all_dim"):
+            self.scale *= yarn_mscale(c.rope_scaling["factor"], c.rope_scaling["mscale_all_dim"]) ** 2
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, self.H * (self.N + self.P))
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, 1e-6)
+            self.q_b_proj = Linear(c.q_lora_rank, self.H * (self.N + self.P))
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, self.R + self.P)
+        self.kv_a_layernorm = RMSNorm(self.R, 1e-6)
+        self.kv_b_proj = Linear(self.R, self.H * (self.N + self.U))
+        self.o_proj = Linear(self.H * self.U, c.hidden_size)
+
+    def cache_width(self):
+        return self.R + self.P
+
+    def forward(self, x_BTD, rope, cache_BSW=None, start=0):
+        """Returns y_BTD and the per-head maximum of the scaled logits (H,), None with a cache.
+
+        With a cache, positions start..start+T are written to it and attention runs in the absorbed form: queries move
+        into the latent space, so the heads' keys and values are never made.
+        """
+        q = self.q_proj(x_BTD) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q_nope, q_rope = q.unflatten(-1, (self.H, -1)).split((self.N, self.P), dim=-1)
+        q_rope = apply_rope(q_rope, rope)
+        latent_BTR, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((self.R, self.P), dim=-1)
+        latent_BTR, k_rope_BT1P = self.kv_a_layernorm(latent_BTR), apply_rope(k_rope.unsqueeze(2), rope)
+        if cache_BSW is not None:
+            end = start + x_BTD.shape[1]
+            cache_BSW[:, start:end] = torch.cat((latent_BTR, k_rope_BT1P.squeeze(2)), dim=-1)
+            latent_BSR, k_rope_BSP = cache_BSW[:, :end].split((self.R, self.P), dim=-1)
+            weight_HXR = self.kv_b_proj.weight.to(x_BTD.dtype).unflatten(0, (self.H, -1))
+            up_HNR, value_HUR = weight_HXR.split((self.N, self.U), dim=1)
+            scores = torch.einsum("bthn,hnr,bsr->bhts", q_nope, up_HNR, latent_BSR)
+            scores = (scores + torch.einsum("bthp,bsp->bhts", q_rope, k_rope_BSP)) * self.scale
+            weights = cached_attention(scores, start).to(x_BTD.dtype)
+            output_BTHU = torch.einsum("bhts,bsr,hur->bthu", weights, latent_BSR, value_HUR)
+            return self.o_proj(output_BTHU.flatten(-2)), None
+        k_nope, v = self.kv_b_proj(latent_BTR).unflatten(-1, (self.H, -1)).split((self.N, self.U), dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, k_rope_BT1P.expand(-1, -1, self.H, -1)), dim=-1)
+        output_BHTU, max_H = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
+        return self.o_proj(output_BHTU.transpose(1, 2).flatten(-2)), max_H
+
+    def qk_clip_rows(self, gamma_H):
+        """(weight, factor per row) pairs that scale every head's logits by gamma: sqrt on the two position-free parts,
+        gamma on the query's RoPE part, because the RoPE key is shared (Kimi K2, arXiv 2507.20534, algorithm 1)."""
+        root, one = gamma_H.sqrt(), torch.ones_like(gamma_H)
+        q_rows = torch.cat((root[:, None].expand(-1, self.N), gamma_H[:, None].expand(-1, self.P)), dim=1).flatten()
+        kv_rows = torch.cat((root[:, None].expand(-1, self.N), one[:, None].expand(-1, self.U)), dim=1).flatten()
+        query = self.q_proj if hasattr(self, "q_proj") else self.q_b_proj
+        return [(query.weight, q_rows), (self.kv_b_proj.weight, kv_rows)]
+
+
+class MHA(nn.Module):
+    """Plain multi-head attention with RoPE on whole heads, the baseline; same interface as MLA."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.U = c.num_attention_heads, c.v_head_dim
+        self.q_proj, self.k_proj, self.v_proj = (Linear(c.hidden_size, self.H * self.U) for _ in range(3))
+        self.o_proj = Linear(self.H * self.U, c.hidden_size)
+
+    def cache_width(self):
+        return 2 * self.H * self.U
+
+    def forward(self, x_BTD, rope, cache_BSW=None, start=0):
+        q, k, v = (proj(x_BTD).unflatten(-1, (self.H, self.U)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, scale = apply_rope(q, rope), apply_rope(k, rope), self.U**-0.5
+        if cache_BSW is not None:
+            end = start + x_BTD.shape[1]
+            cache_BSW[:, start:end] = torch.cat((k.flatten(-2), v.flatten(-2)), dim=-1)
+            k, v = cache_BSW[:, :end].unflatten(-1, (2, self.H, self.U)).unbind(2)
+            weights = cached_attention(torch.einsum("bthu,bshu->bhts", q, k) * scale, start).to(x_BTD.dtype)
+            return self.o_proj(torch.einsum("bhts,bshu->bthu", weights, v).flatten(-2)), None
+        output_BHTU, max_H = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+        return self.o_proj(output_BHTU.transpose(1, 2).flatten(-2)), max_H
+
+    def qk_clip_rows(self, gamma_H):
+        rows = gamma_H.sqrt().repeat_interleave(self.U)
+        return [(self.q_proj.weight, rows), (self.k_proj.weight, rows)]

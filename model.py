@@ -1,0 +1,334 @@
+"""The model: ModelConfig, the block, and K2, the transformer that joins the blocks; sizes and FLOPs of any config.
+
+It knows one device and nothing of ranks. Fields and parameters carry the names of Kimi-K2's and DeepSeek-V3's
+config.json and checkpoints, so that export is a dump. Attention is in mla.py, the experts in moe.py, the arithmetic in
+kernels/.
+
+Shapes: B batch, T positions, D hidden_size, H heads, V vocabulary, E routed experts, S cached positions.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import checkpoint
+
+from errors import UserError
+from kernels.cross_entropy import linear_cross_entropy
+from mla import MHA, MLA, Linear, RMSNorm, rope_frequencies
+from moe import Experts, MoE, Router, default_scaling_factor
+from sampling import next_token
+
+
+def setting(default, why, group="model"):
+    """A dataclass field with its reason, which --help prints."""
+    return field(default=default, metadata={"why": why, "group": group})
+
+
+@dataclass
+class ModelConfig:
+    attention: Literal["mla", "mha"] = setting(
+        "mla", "mla: latent attention; mha: plain heads of v_head_dim, for baselines")
+    vocab_size: int = setting(50304, "rows of the embedding; at least the tokenizer's size")
+    hidden_size: int = setting(768, "width of the residual stream")
+    intermediate_size: int = setting(2048, "width of the dense SwiGLU MLPs")
+    moe_intermediate_size: int = setting(256, "width of one expert; fine-grained: at most hidden_size / 2")
+    num_hidden_layers: int = setting(12, "blocks")
+    num_attention_heads: int = setting(8, "heads")
+    q_lora_rank: int | None = setting(None, "rank of the query compression; None: no compression")
+    kv_lora_rank: int = setting(256, "rank of the latent that is all the cache keeps of keys and values")
+    qk_nope_head_dim: int = setting(64, "query-key width of a head without position")
+    qk_rope_head_dim: int = setting(32, "query-key width of a head that carries RoPE; heads share the key")
+    v_head_dim: int = setting(64, "value width of a head")
+    n_routed_experts: int = setting(64, "experts to choose from; 0: every layer dense")
+    num_experts_per_tok: int = setting(7, "experts that each token is sent to")
+    n_shared_experts: int = setting(1, "always-on experts, fused into one MLP of that many expert widths")
+    n_group: int = setting(1, "expert groups for group-limited routing (DeepSeek-V3: 8); 1: no limit")
+    topk_group: int = setting(1, "groups that a token may use")
+    norm_topk_prob: bool = setting(True, "chosen weights are normalised to sum 1 before scaling")
+    routed_scaling_factor: float | None = setting(
+        None, "scale of the routed sum; None: the value that keeps its size (about sqrt K)")
+    first_k_dense_replace: int = setting(1, "this many first layers are dense: early routing balances badly")
+    rms_norm_eps: float = setting(1e-6, "epsilon of the norms (q_a and kv_a: always 1e-6, as published)")
+    rope_theta: float = setting(50000.0, "RoPE base")
+    rope_scaling: dict | None = setting(None, "YaRN settings as in config.json; None: plain RoPE")
+    max_position_embeddings: int = setting(1024, "longest context")
+    tie_word_embeddings: bool = setting(False, "one matrix for embedding and head")
+    initializer_range: float = setting(0.02, "standard deviation of the initial weights")
+    aux_loss_alpha: float = setting(1e-4, "weight of the sequence-wise balance loss")
+
+    def __post_init__(self):
+        if self.routed_scaling_factor is None and 0 < self.num_experts_per_tok <= self.n_routed_experts:
+            self.routed_scaling_factor = default_scaling_factor(self.n_routed_experts, self.num_experts_per_tok)
+
+    def check_model(self):
+        """Raise a UserError that names the first impossible size and what would be valid."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "v_head_dim", "intermediate_size",
+                 "max_position_embeddings")
+        if self.attention == "mla":
+            sizes += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
+        if self.n_routed_experts:
+            sizes += ("moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        rope_dim = self.qk_rope_head_dim if self.attention == "mla" else self.v_head_dim
+        E, K, G = self.n_routed_experts, self.num_experts_per_tok, self.n_group
+        for ok, message in (
+                (rope_dim % 2 == 0, f"RoPE turns pairs: its head width {rope_dim} must be even"),
+                (self.q_lora_rank is None or self.q_lora_rank > 0, "q_lora_rank must be None or at least 1"),
+                (E >= 0, "n_routed_experts must be 0 (dense) or more"),
+                (E == 0 or K <= E, f"num_experts_per_tok={K} must be at most n_routed_experts={E}"),
+                (E == 0 or E % G == 0, f"n_group={G} must divide n_routed_experts={E}"),
+                (E == 0 or G == 1 or E // G >= 2, f"n_group={G} leaves fewer than 2 of {E} experts a group"),
+                (E == 0 or self.topk_group <= G, f"topk_group={self.topk_group} must be at most n_group={G}"),
+                (E == 0 or K <= E // G * self.topk_group, f"topk_group={self.topk_group} groups hold "
+                 f"{E // G * self.topk_group} experts, too few for num_experts_per_tok={K}"),
+                (0 <= self.first_k_dense_replace <= self.num_hidden_layers,
+                 "first_k_dense_replace must lie in 0..num_hidden_layers")):
+            if not ok:
+                raise UserError(message)
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
+            if kind != "yarn" or not {"factor", "original_max_position_embeddings"} <= self.rope_scaling.keys():
+                raise UserError("rope_scaling must be None or a dict with type 'yarn', factor and "
+                                "original_max_position_embeddings")
+
+    def is_moe_layer(self, index):
+        return self.n_routed_experts > 0 and index >= self.first_k_dense_replace
+
+
+# ----------------------------------------------------------------------------- layers
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, hidden_size, intermediate_size):
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c, index):
+        super().__init__()
+        self.self_attn = MLA(c) if c.attention == "mla" else MHA(c)
+        if c.is_moe_layer(index):
+            self.mlp = MoE(
+                Router(c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob,
+                       c.routed_scaling_factor),
+                Experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size),
+                MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts) if c.n_shared_experts else None)
+        else:
+            self.mlp = MLP(c.hidden_size, c.intermediate_size)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x_BTD, rope, cache_BSW=None, start=0):
+        """Returns x_BTD, max_H, balance, counts_E; the last two are None in a dense block."""
+        attended, max_H = self.self_attn(self.input_layernorm(x_BTD), rope, cache_BSW, start)
+        x_BTD = x_BTD + attended
+        hidden = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            output, balance, counts_E = self.mlp(hidden)
+            return x_BTD + output, max_H, balance, counts_E
+        return x_BTD + self.mlp(hidden), max_H, None, None
+
+
+# ----------------------------------------------------------------------------- the transformer
+
+class K2(nn.Module):
+    """The transformer. Build it on any device, or on meta, then call init_weights(seed) or load a checkpoint.
+
+    compute_dtype is the dtype of the residual stream; parameters stay in fp32. In training, forward adds to two running
+    statistics that the optimizer step reads and clears: expert_counts (MoE layers, E) and max_logits (layers, H).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.compute_dtype, self.activation_checkpointing = config, torch.float32, "none"
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        n_moe = sum(config.is_moe_layer(index) for index in range(config.num_hidden_layers))
+        counts, maxima = (n_moe, config.n_routed_experts), (config.num_hidden_layers, config.num_attention_heads)
+        self.register_buffer("expert_counts", torch.zeros(counts, dtype=torch.int64), persistent=False)
+        self.register_buffer("max_logits", torch.full(maxima, float("-inf")), persistent=False)
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+    def forward(self, tokens_BT, targets_BT=None, cache=None):
+        """Without targets: logits (B, T, V) in fp32. With targets: (cross-entropy summed over the targets, balance loss
+        summed over sequences and layers), both unweighted sums, so that micro-batches of any size add up exactly.
+
+        cache, from new_cache(), holds the positions before these tokens and receives theirs.
+        """
+        start = cache.length if cache is not None else 0
+        x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        rope = self.rope(start, tokens_BT.shape[1])
+        maxima, balances, counts = [], [], []
+        for index, layer in enumerate(self.layers):
+            run = layer if self.activation_checkpointing == "none" or not self.training else self._checkpointed(layer)
+            past = () if cache is None else (cache.layers[index], start)
+            x_BTD, max_H, balance, counts_E = run(x_BTD, rope, *past)
+            maxima.append(max_H)
+            if counts_E is not None:
+                balances.append(balance)
+                counts.append(counts_E)
+        x_BTD = self.model.norm(x_BTD)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        if targets_BT is None:
+            return self.lm_head(x_BTD).float()
+        if self.training:
+            with torch.no_grad():
+                self.max_logits.copy_(torch.maximum(self.max_logits, torch.stack(maxima)))
+                if counts:
+                    self.expert_counts += torch.stack(counts)
+        loss_sum = linear_cross_entropy(x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
+        return loss_sum, sum(balances, torch.zeros_like(loss_sum))
+
+    def rope(self, start, length):
+        """cos and sin, each (T, P/2), for positions start..start+length."""
+        c = self.config
+        dim = c.qk_rope_head_dim if c.attention == "mla" else c.v_head_dim
+        frequency, factor = rope_frequencies(dim, c.rope_theta, c.rope_scaling, self.lm_head.weight.device)
+        angle = torch.arange(start, start + length, device=frequency.device, dtype=torch.float32)[:, None] * frequency
+        return angle.cos() * factor, angle.sin() * factor
+
+    def _checkpointed(self, layer):
+        """The layer with its activations recomputed in the backward: all of them, or ("selective") all but matmul results."""
+        options = {"use_reentrant": False}
+        if self.activation_checkpointing == "selective":
+            aten = torch.ops.aten
+            saved = [aten.mm.default, aten.bmm.default, aten.addmm.default, aten._grouped_mm.default, aten.sort.stable]
+            options["context_fn"] = lambda: checkpoint.create_selective_checkpoint_contexts(saved)
+        return lambda *args: checkpoint.checkpoint(layer, *args, **options)
+
+    @torch.no_grad()
+    def reset_statistics(self):
+        self.expert_counts.zero_()
+        self.max_logits.fill_(float("-inf"))
+
+    def update_router_biases(self, rate):
+        """One balancing step of every router from the counts gathered since the last reset."""
+        moes = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
+        for moe, counts_E in zip(moes, self.expert_counts):
+            moe.gate.update_bias_(counts_E, rate)
+
+    def router_biases(self):
+        """The routers' selection biases, (MoE layers, E)."""
+        biases = [layer.mlp.gate.e_score_correction_bias for layer in self.layers if isinstance(layer.mlp, MoE)]
+        return torch.stack(biases) if biases else torch.empty(0, 0)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Norms to 1, everything else normal(0, initializer_range), drawn in blocks of rows whose generator is seeded by
+        (seed, parameter name, block): any rank can make just its rows, and every layout starts from the same numbers."""
+        self.reset_statistics()
+        for name, buffer in self.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.zero_()
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            rows = max(1, 2**20 // parameter[0].numel())
+            for start in range(0, parameter.shape[0], rows):
+                block = parameter[start:start + rows]
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{start // rows}".encode()))
+                block.copy_(torch.randn(block.shape, generator=generator) * self.config.initializer_range)
+        return self
+
+    # ------------------------------------------------------------------------- generation
+
+    def new_cache(self, batch_size, length):
+        return Cache([torch.zeros(batch_size, length, layer.self_attn.cache_width(), dtype=self.compute_dtype,
+                                  device=self.lm_head.weight.device) for layer in self.layers])
+
+    @torch.no_grad()
+    def generate(self, tokens_BT, max_new_tokens, *, stop=None, use_cache=True, on_slide=lambda: None, **sampling):
+        """Yield (B,) ids, one tensor per new token; keyword arguments of sampling.next_token choose how.
+
+        Rows that produced the id `stop` go on yielding it, and the stream ends when all have. When the context is full, the
+        newest half of it becomes the new context and on_slide() is called; cached and uncached runs slide alike.
+        """
+        was_training, limit = self.training, self.config.max_position_embeddings
+        self.eval()
+        try:
+            history, done = tokens_BT, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
+            window = history[:, -limit:]
+            cache = self.new_cache(len(history), limit) if use_cache else None
+            fresh = window  # what the cache has not seen
+            for _ in range(max_new_tokens):
+                if window.shape[1] > limit:
+                    on_slide()
+                    window = fresh = window[:, -max(limit // 2, 1):]
+                    cache = self.new_cache(len(history), limit) if use_cache else None
+                logits_BV = self(fresh if use_cache else window, cache=cache)[:, -1]
+                ids = next_token(logits_BV, history, **sampling)
+                if stop is not None:
+                    ids = torch.where(done, stop, ids)
+                    done |= ids == stop
+                yield ids
+                if done.all():
+                    return
+                fresh = ids[:, None]
+                history, window = torch.cat((history, fresh), dim=1), torch.cat((window, fresh), dim=1)
+        finally:
+            self.train(was_training)
+
+
+@dataclass
+class Cache:
+    """Per layer the latent and RoPE key of every position so far (B, S, kv_lora_rank + qk_rope_head_dim)."""
+    layers: list
+    length: int = 0
+
+
+def build(config, device):
+    """A K2 on `device` with unset weights, made on meta first so that nothing is initialised twice."""
+    with torch.device("meta"):
+        model = K2(config)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:  # to_empty makes new parameters
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.reset_statistics()
+    return model
+
+
+# ----------------------------------------------------------------------------- counting
+
+def count_parameters(config):
+    """(total, active): all parameters, and those that one token uses: of the routed experts num_experts_per_tok, and both
+    the embedding and the head. Computed on the meta device, so any size takes seconds."""
+    with torch.device("meta"):
+        model = K2(config)
+    total = sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    used = routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0
+    return total, total - routed + used
+
+
+def flops_per_token(config, sequence_length):
+    """Model FLOPs of one token, forward and backward (3x forward), 2 per multiply-add, causal attention at its true mean
+    context of (T+1)/2, no recompute. The embedding lookup is free, the head is not."""
+    _, active = count_parameters(config)
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    qk = config.qk_nope_head_dim + config.qk_rope_head_dim if config.attention == "mla" else config.v_head_dim
+    width = config.num_attention_heads * (qk + config.v_head_dim)
+    core = config.num_hidden_layers * width * (sequence_length + 1) / 2
+    return 3 * 2 * (active - embedding + core)

@@ -1,0 +1,100 @@
+"""The mixture-of-experts layer: router, experts, and the layer that joins them with the shared expert.
+
+Parameters carry Hugging Face's DeepSeek-V3 names (mlp.gate.weight, mlp.experts.gate_up_proj, ...). The arithmetic is in
+kernels/routing.py and kernels/experts.py; model.py builds one MoE per layer after the dense ones.
+
+Shapes: B batch, T positions, N = B*T tokens, D model width, E routed experts, K experts per token, F expert width.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kernels import experts as expert_kernels
+from kernels import routing
+
+
+@functools.cache
+def default_scaling_factor(n_experts, top_k):
+    """The routed_scaling_factor that gives K normalised experts the output size of one: E[1/sqrt(sum p^2)] over random
+    Gaussian logits -> sigmoid -> top-k -> normalise (Moonlight, arXiv 2502.16982, appendix C). About sqrt(K)."""
+    logits = torch.randn(20_000, n_experts, generator=torch.Generator().manual_seed(0))
+    chosen = logits.sigmoid().topk(top_k).values
+    shares = chosen / chosen.sum(-1, keepdim=True)
+    return round(float((1 / shares.pow(2).sum(-1).sqrt()).mean()), 3)
+
+
+class Router(nn.Module):
+    """Scores every token against every expert in fp32 and picks top_k. The bias steers the selection, has no gradient,
+    and is moved by update_bias_ once per optimizer step."""
+
+    def __init__(self, hidden_size, n_routed_experts, num_experts_per_tok, n_group, topk_group, norm_topk_prob,
+                 routed_scaling_factor):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(n_routed_experts, dtype=torch.float32))
+        self.options = (num_experts_per_tok, n_group, topk_group, norm_topk_prob, routed_scaling_factor)
+
+    def forward(self, x_ND):
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        return routing.route(logits_NE, self.e_score_correction_bias, *self.options)
+
+    @torch.no_grad()
+    def update_bias_(self, counts_E, rate):
+        """One auxiliary-loss-free balancing step from the token counts of the whole global batch: overloaded experts
+        down, underloaded up (DeepSeek-V3, section 2.1.2), mean-centred so that the bias cannot drift (Moonlight)."""
+        counts_E = counts_E.float()
+        sign_E = (counts_E.mean() - counts_E).sign()
+        self.e_score_correction_bias += rate * (sign_E - sign_E.mean())
+
+
+class Experts(nn.Module):
+    """The stacked weights of all routed experts; gate rows stand above up rows, as in Hugging Face."""
+
+    def __init__(self, n_routed_experts, hidden_size, moe_intermediate_size):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(n_routed_experts, 2 * moe_intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(n_routed_experts, hidden_size, moe_intermediate_size))
+
+    def forward(self, x_ND, weights_NK, experts_NK):
+        """Returns y_ND and counts_E, the tokens that each expert received."""
+        order, inverse, counts_E = routing.sort_by_expert(experts_NK, self.gate_up_proj.shape[0])
+        y_ND = expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, self.gate_up_proj, self.down_proj)
+        return y_ND, counts_E
+
+
+class LocalDispatch:
+    """The dispatch seam with every expert on this device: nothing moves. Expert parallelism replaces `moe.dispatch` by
+    an object of the same two methods that exchanges rows between ranks."""
+
+    def send(self, x_ND, weights_NK, experts_NK):
+        """Returns the rows, weights and expert choices to compute here, and a handle for collect."""
+        return x_ND, weights_NK, experts_NK, None
+
+    def collect(self, y_ND, handle):
+        return y_ND
+
+
+class MoE(nn.Module):
+    """Routed experts plus an always-on shared expert: y = sum_k w_k expert_k(x) + shared(x)."""
+
+    def __init__(self, router, experts, shared_experts=None):
+        super().__init__()
+        self.gate, self.experts, self.shared_experts = router, experts, shared_experts
+        self.dispatch = LocalDispatch()
+
+    def forward(self, x_BTD):
+        """Returns y_BTD, the sequence balance loss summed over the batch (unweighted), and counts_E (int64).
+
+        The counts are returned, not accumulated here, so that recomputing a block cannot count a token twice.
+        """
+        x_ND = x_BTD.flatten(0, 1)
+        weights_NK, experts_NK, scores_NE = self.gate(x_ND)
+        *rows, handle = self.dispatch.send(x_ND, weights_NK, experts_NK)
+        shared_BTD = self.shared_experts(x_BTD) if self.shared_experts is not None else None  # while rows are in flight
+        y_ND, counts_E = self.experts(*rows)
+        y_BTD = self.dispatch.collect(y_ND, handle).view_as(x_BTD)
+        balance = routing.sequence_balance(scores_NE, experts_NK, x_BTD.shape[0])
+        return (y_BTD if shared_BTD is None else y_BTD + shared_BTD), balance, counts_E

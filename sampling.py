@@ -1,0 +1,36 @@
+"""Choosing the next token from logits: temperature, top-k, top-p, min-p and the repetition penalty.
+
+Used by K2.generate in model.py. Shapes: B sequences, V vocabulary, T tokens so far.
+"""
+
+import torch
+
+
+def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+               generator=None):
+    """Sample one id per row, (B,) int64. temperature 0 is greedy. The filters apply after the temperature, in the order
+    top_k, top_p, min_p; each keeps at least the most likely token.
+
+    repetition_penalty > 1 makes ids that stand in history_BT less likely: positive logits are divided by it, negative
+    ones multiplied (CTRL, arXiv 1909.05858, section 4.1, with the sign handled).
+    """
+    logits = logits_BV.float()
+    if repetition_penalty != 1.0:
+        seen = logits.gather(1, history_BT)
+        seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
+        logits = logits.scatter(1, history_BT, seen)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p is not None:
+        probs, index = logits.softmax(-1).sort(descending=True)
+        drop = probs.cumsum(-1) - probs >= top_p  # the mass before this token already reaches top_p
+        drop[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, index, drop), float("-inf"))
+    if min_p is not None:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

@@ -1,0 +1,328 @@
+"""Train a model:  python train.py configs/debug.py [--key=value ...]     (--help lists every setting)
+
+The whole run in one function, top to bottom: settings, run folder, data, model, optimizer, resume, the loop. What it
+writes lies in out_dir: config.json, metrics.jsonl, samples.md, curves.png, tokenizer/, checkpoints/.
+The parts, in reading order: model.py, mla.py, moe.py, muon.py, data/loader.py, checkpoint.py, metrics.py.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import config as settings
+import errors
+import metrics
+from data import tokenizer
+from data.loader import TrainStream, ValidationSet
+from data.shards import read_meta
+from errors import UserError
+from kernels.cross_entropy import IGNORE
+from model import ModelConfig, build, count_parameters, flops_per_token
+from muon import Muon, qk_clip_, route_parameters, routing_table, schedule_factor
+
+
+def main(argv=None):
+    """Run a training from command-line words; returns its last train record."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(settings.help_text())
+        return None
+
+    # ------------------------------------------------------------------ settings and device
+    config, config_file = settings.load(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("this version trains in one process: start it with python, not torchrun")
+    device = pick_device(config.device)
+    config.decay_steps = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
+    tokens_per_step = config.global_batch_size * config.sequence_length
+
+    # ------------------------------------------------------------------ data
+    encoder = open_tokenizer(config)
+    stream = TrainStream(config.data, config.sequence_length, config.seed, config.verify_data)
+    validation = ValidationSet(config.data, config.sequence_length, config.eval_batches * config.global_batch_size,
+                               config.verify_data)
+    largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
+    if largest >= config.vocab_size:
+        raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its tokenizer: "
+                        f"set --vocab_size={largest + 1} or more")
+
+    # ------------------------------------------------------------------ run folder
+    run = Path(config.out_dir)
+    source = open_run_folder(run, config)  # the step folder to resume from, or None
+    manifest = checkpoint.read_manifest(source) if source else {}
+    if source:
+        refuse_another_model(config, manifest, source)
+    run_id = provenance(run, config, config_file, argv)
+    if encoder:
+        tokenizer.save(encoder, run / "tokenizer")
+
+    # ------------------------------------------------------------------ model and optimizer
+    model = build(config, device)
+    model.compute_dtype = getattr(torch, config.dtype)
+    model.activation_checkpointing = config.activation_checkpointing
+    heads = config.num_attention_heads if config.muon_per_head else 0
+    routes = route_parameters(model.named_parameters(), config.optimizer, heads)
+    ns_dtype = config.dtype if config.ns_dtype == "auto" else config.ns_dtype
+    ns_dtype = "bfloat16" if config.ns_dtype == "auto" and ns_dtype == "float16" else ns_dtype
+    optimizer = Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
+                     config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes)
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+
+    # ------------------------------------------------------------------ resume
+    start, sequences, best_loss = manifest.get("step", 0), manifest.get("sequences", 0), manifest.get("best_loss")
+    if source is None:
+        model.init_weights(config.seed)
+    elif checkpoint.has_optimizer(source):
+        checkpoint.load(source, named_tensors(model, optimizer))
+        optimizer.steps = manifest["optimizer_steps"]
+        scaler.load_state_dict(manifest["scaler"])
+    else:
+        checkpoint.load(source, named_tensors(model))
+        print(f"{source} has no optimizer state: starting with a fresh optimizer")
+    log = metrics.RunLog(run, config, start, run_id)
+    if source:
+        checkpoint.drop_after(run / "checkpoints", start)
+        log.write("event", start, event="resume", source=str(source))
+        print(f"resumed from {source}")
+    if config.compile or (config.compile is None and device.type == "cuda"):
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+
+    # ------------------------------------------------------------------ what is about to happen
+    total, active = count_parameters(config)
+    flops = flops_per_token(config, config.sequence_length)
+    epochs = stream.epochs(config.max_steps * config.global_batch_size)
+    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token; "
+          f"{device}, {config.dtype}, torch {torch.__version__}")
+    print(f"{config.max_steps - start} steps of {tokens_per_step:,} tokens, {epochs:.2f} epochs in all; writing to {run}/")
+    if epochs > 4:
+        print(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
+    print("\n".join(routing_table(model.named_parameters(), routes)))
+
+    # ------------------------------------------------------------------ the loop
+    stop = catch_signals()
+    peak = metrics.peak_flops(device)
+    accumulation = config.global_batch_size // config.micro_batch_size
+    model.train()
+    record, skipped, validated = None, 0, None
+    seconds, steps_timed = 0.0, 0  # spent training since the last record; validation and saving do not count
+    for step in range(start + 1, config.max_steps + 1):
+        step_started = time.perf_counter()
+        factor = schedule_factor(step, config.schedule, config.max_steps, config.warmup_steps, config.decay_steps,
+                                 config.min_lr_ratio)
+        for group, peak_rate in zip(optimizer.param_groups, peak_rates):
+            group["lr"] = peak_rate * factor
+
+        # Forward and backward: sums over micro-batches, divided by the global batch, so that accumulation changes nothing.
+        model.reset_statistics()
+        loss = balance = torch.zeros((), device=device)
+        for micro in range(accumulation):
+            first = sequences + micro * config.micro_batch_size
+            inputs, targets = (place(t, device) for t in stream.batch(first, config.micro_batch_size))
+            loss_sum, balance_sum = model(inputs, targets)
+            micro_loss, micro_balance = loss_sum / tokens_per_step, balance_sum / config.global_batch_size
+            scaler.scale(micro_loss + config.aux_loss_alpha * micro_balance).backward()
+            loss, balance = loss + micro_loss.detach(), balance + micro_balance.detach()
+
+        # Clip, and leave everything untouched if a number is not finite: momentum would carry it on for ever.
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf")).item()
+        clipped = torch.zeros((), dtype=torch.int64)
+        if math.isfinite(norm) and math.isfinite(loss.item()):
+            scaler.step(optimizer)
+            if config.optimizer == "muonclip":
+                clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)
+            model.update_router_biases(config.bias_update_rate)
+            skipped = 0
+        else:
+            skipped += 1
+            log.write("event", step, event="skip", loss=loss.item(), grad_norm=norm)
+            print(f"step {step}: loss {loss.item()} or gradient norm {norm} is not finite; step skipped ({skipped} in a row)")
+            if skipped >= config.max_skipped_steps:
+                raise UserError(f"{skipped} non-finite steps in a row: lower the learning rates and --resume from the last "
+                                f"checkpoint in {run}/checkpoints")
+        scaler.update()
+        optimizer.zero_grad()
+        sequences += config.global_batch_size
+        seconds, steps_timed = seconds + time.perf_counter() - step_started, steps_timed + 1
+
+        # Record, validate, sample, save.
+        last = step == config.max_steps or stop.signal is not None
+        if step % config.log_interval == 0 or step == start + 1 or last:
+            speed = tokens_per_step * steps_timed / seconds
+            routing = metrics.expert_statistics(model.expert_counts, model.router_biases())
+            record = log.write(
+                "train", step, tokens=sequences * config.sequence_length, loss=loss.item(), aux_loss=balance.item(),
+                lr=optimizer.param_groups[0]["lr"], grad_norm=norm, tokens_per_second=speed,
+                mfu=flops * speed / peak if peak else None, step_ms=1000 * seconds / steps_timed,
+                memory_gib=metrics.memory_gib(device), max_attention_logit=model.max_logits.max().item(),
+                qk_clipped_heads=int(clipped), **routing)
+            print(metrics.step_line(record, config.max_steps, (config.max_steps - step) * seconds / steps_timed), flush=True)
+            seconds, steps_timed = 0.0, 0
+        save_now = last or (config.save_interval and step % config.save_interval == 0)
+        if config.eval_interval and (save_now or step % config.eval_interval == 0):
+            validated = evaluate(model, validation, config, device)
+            log.write("val", step, tokens=sequences * config.sequence_length, **validated)
+            print(f"step {step}: validation " + "  ".join(f"{k} {v:.4f}" for k, v in validated.items() if v is not None))
+        if config.sample_interval and encoder and (last or step % config.sample_interval == 0):
+            for prompt in config.sample_prompts:
+                log.sample(step, prompt, sample(model, encoder, prompt, config, device, seed=config.seed + step))
+        if save_now:
+            best = bool(config.eval_interval) and (best_loss is None or validated["loss"] < best_loss)
+            best_loss = validated["loss"] if best else best_loss
+            about = {"sequences": sequences, "optimizer_steps": optimizer.steps, "best_loss": best_loss,
+                     "scaler": scaler.state_dict(), "config": dataclasses.asdict(config), "torch": torch.__version__}
+            saved = checkpoint.save(run / "checkpoints", step, named_tensors(model, optimizer), about,
+                                    config.keep_checkpoints, best)
+            log.write("event", step, event="save", path=str(saved))
+            metrics.draw_curves(run)
+        if stop.signal is not None:
+            print(f"{stop.signal}: saved step {step}; continue with --resume")
+            break
+    log.close()
+    stop.release()
+    print(f"done: {run}/checkpoints  {run}/metrics.jsonl  {run}/curves.png")
+    return record
+
+
+# ---------------------------------------------------------------------- the steps of main, in its order
+
+def pick_device(name):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available[name]:
+        raise UserError(f"device={name!r} is not there; available: {', '.join(k for k, there in available.items() if there)}")
+    return torch.device(name)
+
+
+def open_tokenizer(config):
+    """The tokenizer of the data, or the one that the config names; they must be the same. None if neither is known."""
+    folders = list(config.data) if isinstance(config.data, dict) else [config.data]
+    recorded = {folder: read_meta(folder).get("tokenizer_fingerprint") for folder in folders}
+    if config.tokenizer:
+        encoder = tokenizer.load(config.tokenizer)
+    else:
+        stored = next((Path(folder) / "tokenizer" for folder in folders if (Path(folder) / "tokenizer").is_dir()), None)
+        if stored is None:
+            print("the data names no tokenizer (set --tokenizer=...): no samples, and generate.py will want one")
+            return None
+        encoder = tokenizer.load(stored)
+    for folder, known in recorded.items():
+        if known and known != tokenizer.fingerprint(encoder):
+            raise UserError(f"{folder} was made with another tokenizer than {config.tokenizer or 'the other folders'}: "
+                            "use the one it was made with, or prepare the data again")
+    return encoder
+
+
+def open_run_folder(run, config):
+    """Make or check out_dir. Returns the step folder to resume from, None for a new run."""
+    holds_run = (run / "config.json").exists() or (run / "checkpoints").exists()
+    if config.resume:
+        source = checkpoint.find(run if config.resume is True else config.resume)
+        if not holds_run or run.resolve() in source.resolve().parents:
+            return source
+    elif not holds_run:
+        return None
+    if not config.overwrite:
+        raise UserError(f"{run} holds a run already: continue it with --resume, start anew with --overwrite, or choose "
+                        "another --out_dir")
+    shutil.rmtree(run)
+    return source if config.resume else None
+
+
+def refuse_another_model(config, manifest, source):
+    """Weights fit only the model that they were trained as: name the settings that differ."""
+    stored = manifest["config"]
+    differing = [f"{field.name}: {stored[field.name]} there, {getattr(config, field.name)} here"
+                 for field in dataclasses.fields(ModelConfig)
+                 if field.name in stored and stored[field.name] != getattr(config, field.name)
+                 and field.name not in ("aux_loss_alpha", "initializer_range", "max_position_embeddings")]
+    if differing:
+        raise UserError(f"{source} holds another model: " + "; ".join(differing))
+
+
+def provenance(run, config, config_file, argv):
+    """Write config.json: settings, versions, commit and command. Returns the run's id, which a resumed run keeps."""
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "config.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    about = {"run_id": earlier.get("run_id", secrets.token_hex(4)), "config_file": config_file, "command": argv,
+             "commit": commit.strip() or None, "torch": torch.__version__, "python": platform.python_version(),
+             "settings": dataclasses.asdict(config)}
+    temporary = run / ".config.json"
+    temporary.write_text(json.dumps(about, indent=1) + "\n")
+    os.replace(temporary, path)
+    return about["run_id"]
+
+
+def named_tensors(model, optimizer=None):
+    """Everything that a checkpoint keeps as tensors, by name."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if optimizer is not None:
+        tensors |= {f"optim.{name}": tensor for name, tensor in optimizer.named_state().items()}
+    return tensors
+
+
+class catch_signals:
+    """Note SIGTERM, SIGINT and SIGUSR1, so that the loop can finish its step and save; a second one ends at once."""
+
+    def __init__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self._note)
+                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def _note(self, number, frame):
+        self.release()
+        self.signal = signal.Signals(number).name
+        print(f"{self.signal}: finishing the step, then saving; once more to stop at once", flush=True)
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def place(tensor, device):
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@torch.no_grad()
+def evaluate(model, validation, config, device):
+    """Cross-entropy over the validation set, always the same tokens; leaves no trace in the training."""
+    model.eval()
+    total, count = 0.0, 0
+    for inputs, targets in validation.batches(config.micro_batch_size):
+        loss_sum, _ = model(inputs.to(device), targets.to(device))
+        total, count = total + loss_sum.item(), count + int((targets != IGNORE).sum())
+    model.train()
+    loss, ratio = total / count, validation.bytes_per_token
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss / math.log(2) / ratio if ratio else None}
+
+
+def sample(model, encoder, prompt, config, device, seed, max_new_tokens=200):
+    """A continuation of the prompt as text, from its own random generator."""
+    ids = encoder.encode_ordinary(prompt)
+    end = tokenizer.end_of_text(encoder)
+    ids = ids if end is None else [end, *ids]
+    with torch.compiler.set_stance("force_eager"):  # lengths change at every token
+        stream = model.generate(torch.tensor([ids], device=device), max_new_tokens, stop=end, temperature=0.8, top_k=50,
+                                generator=torch.Generator(device).manual_seed(seed))
+        return encoder.decode([int(token) for token in stream if int(token) != end])
+
+
+if __name__ == "__main__":
+    errors.run(main)
