@@ -9,7 +9,7 @@ Shapes: B batch, H heads, T positions, Q query-key width, V value width (MLA has
 import torch
 import torch.nn.functional as F
 
-QUERY_CHUNK = 256  # rows of scores made at once; keys beyond a chunk's last row are masked anyway and never computed
+QUERY_CHUNK = 128  # rows of scores made at once; keys beyond a chunk's last row are never computed
 
 
 def causal_attention(q_BHTQ, k_BHTQ, v_BHTV, scale):
