@@ -28,6 +28,7 @@ from data import tokenizer
 from data.loader import TrainStream, ValidationSet
 from data.shards import read_meta
 from errors import UserError
+from generate import encode_prompt, stream_text
 from kernels.cross_entropy import IGNORE
 from model import ModelConfig, build, count_parameters, flops_per_token
 from muon import Muon, qk_clip_, route_parameters, routing_table, schedule_factor
@@ -179,7 +180,7 @@ def main(argv=None):
             print(f"step {step}: validation " + "  ".join(f"{k} {v:.4f}" for k, v in validated.items() if v is not None))
         if config.sample_interval and encoder and (last or step % config.sample_interval == 0):
             for prompt in config.sample_prompts:
-                log.sample(step, prompt, sample(model, encoder, prompt, config, device, seed=config.seed + step))
+                log.sample(step, prompt, sample(model, encoder, prompt, config, step))
         if save_now:
             best = bool(config.eval_interval) and (best_loss is None or validated["loss"] < best_loss)
             best_loss = validated["loss"] if best else best_loss
@@ -313,15 +314,10 @@ def evaluate(model, validation, config, device):
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss / math.log(2) / ratio if ratio else None}
 
 
-def sample(model, encoder, prompt, config, device, seed, max_new_tokens=200):
+def sample(model, encoder, prompt, config, step):
     """A continuation of the prompt as text, from its own random generator."""
-    ids = encoder.encode_ordinary(prompt)
-    end = tokenizer.end_of_text(encoder)
-    ids = ids if end is None else [end, *ids]
-    with torch.compiler.set_stance("force_eager"):  # lengths change at every token
-        stream = model.generate(torch.tensor([ids], device=device), max_new_tokens, stop=end, temperature=0.8, top_k=50,
-                                generator=torch.Generator(device).manual_seed(seed))
-        return encoder.decode([int(token) for token in stream if int(token) != end])
+    return "".join(stream_text(model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8, top_k=50,
+                               seed=config.seed + step))
 
 
 if __name__ == "__main__":

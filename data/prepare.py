@@ -1,7 +1,7 @@
 """Text to shards:  python -m data.prepare stdlib | text FILES...  [--tokenizer=...] [--out=data/NAME]
 
 stdlib: the Python standard library's own source on this machine, without its test folders; needs no download.
-text: any UTF-8 files, one document each, or with --split-on every part between two separators.
+text: any UTF-8 files, one document each, or with --split_on every part between two separators.
 A document goes to the val split by a hash of its text, so that the same text never stands in both. A folder that is
 complete is reused; an interrupted preparation leaves nothing behind. Next: ../configs/debug.py trains on the result.
 """
@@ -56,7 +56,7 @@ def parse(argv):
     parser.add_argument("--tokenizer", help="bytes, a tiktoken name, a ranks file or a tokenizer folder (default: train one)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="size of the trained BPE, end of text included")
     parser.add_argument("--pattern", default="*", help="for text: which files of a folder, as in *.py")
-    parser.add_argument("--split-on", help="for text: a separator between documents inside a file")
+    parser.add_argument("--split_on", help="for text: a separator between documents inside a file")
     parser.add_argument("--val_fraction", type=float, default=0.02, help="share of the documents held out")
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens of one shard")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that was made in another way")

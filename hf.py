@@ -1,0 +1,176 @@
+"""The Hugging Face side of a model: config.json, weight names and tokenizer.json of the DeepSeek-V3 architecture.
+
+Our parameters already carry Hugging Face's names; the only difference on disk is that every expert's gate, up and down
+matrix is a tensor of its own. Used by export.py (out and in) and generate.py (loading an exported directory).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from data.tokenizer import END_OF_TEXT, end_of_text
+from errors import UserError
+from model import ModelConfig, build
+
+# config.json fields with the same name and meaning on both sides
+SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
+        "num_experts_per_tok", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
+        "first_k_dense_replace", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range")
+
+
+def is_hf(folder):
+    path = Path(folder) / "config.json"
+    return path.is_file() and "model_type" in json.loads(path.read_text())
+
+
+# ----------------------------------------------------------------------------- config.json
+
+def to_hf_config(config, encoder, dtype):
+    """config.json of DeepseekV3ForCausalLM as a dict; every field is written, because its defaults are DeepSeek-V3's."""
+    if config.attention != "mla":
+        raise UserError("attention='mha' has no place in the DeepSeek-V3 architecture; only MLA models are exported")
+    end = end_of_text(encoder) if encoder else None
+    same = {name: getattr(config, name) for name in SAME}
+    if not config.n_routed_experts:  # all dense
+        same |= {"first_k_dense_replace": config.num_hidden_layers, "routed_scaling_factor": 1.0}
+    return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": dtype, **same,
+            "num_key_value_heads": config.num_attention_heads, "rope_theta": config.rope_theta,
+            "rope_scaling": config.rope_scaling, "rope_interleave": True, "attention_bias": False, "attention_dropout": 0.0,
+            "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "aux_loss_alpha": config.aux_loss_alpha,
+            "seq_aux": True, "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "bos_token_id": end, "eos_token_id": end,
+            "pad_token_id": None, "use_cache": True}
+
+
+def from_hf_config(folder):
+    """The ModelConfig of a DeepSeek-V3-architecture directory, in the published form or as transformers 5 writes it."""
+    stored = json.loads((Path(folder) / "config.json").read_text())
+    if stored.get("model_type") not in ("deepseek_v3", "kimi_k2"):
+        raise UserError(f"{folder} is a {stored.get('model_type')!r} model; only the DeepSeek-V3 architecture is read "
+                        "(model_type deepseek_v3 or kimi_k2)")
+    for key, expected in (("attention_bias", False), ("rope_interleave", True), ("scoring_func", "sigmoid"),
+                          ("hidden_act", "silu"), ("moe_layer_freq", 1)):
+        if stored.get(key, expected) != expected:
+            raise UserError(f"{folder}/config.json has {key}={stored[key]!r}; nanok2 has only {expected!r}")
+    if "quantization_config" in stored:
+        raise UserError(f"{folder} holds quantised weights: convert them to bfloat16 first")
+    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+    fields = {name: stored[name] for name in SAME if name in stored}
+    fields["rope_theta"] = float(stored.get("rope_theta") or rope.get("rope_theta", 10000.0))
+    kind = rope.get("type", rope.get("rope_type", "default"))
+    fields["rope_scaling"] = None if kind == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+    config = ModelConfig(aux_loss_alpha=stored.get("aux_loss_alpha", 0.0), **fields)
+    config.check_model()
+    return config
+
+
+# ----------------------------------------------------------------------------- weights
+
+def to_hf_tensors(model, dtype):
+    """Yield (name, tensor) in Hugging Face's on-disk form; the router bias stays in fp32."""
+    tied = model.config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            yield name, tensor.float()
+        elif name.endswith("experts.gate_up_proj"):
+            for i, gate_up in enumerate(tensor.to(dtype)):
+                for part, matrix in zip(("gate_proj", "up_proj"), gate_up.chunk(2)):
+                    yield name.replace("gate_up_proj", f"{i}.{part}.weight"), matrix.contiguous()
+        elif name.endswith("experts.down_proj"):
+            for i, matrix in enumerate(tensor.to(dtype)):
+                yield name.replace("down_proj", f"{i}.down_proj.weight"), matrix.contiguous()
+        elif not (tied and name == "lm_head.weight"):
+            yield name, tensor.to(dtype)
+
+
+def load_model(folder, device="cpu"):
+    """A K2 with the weights of a Hugging Face directory (one or many safetensors, per-expert or stacked keys)."""
+    config = from_hf_config(folder)
+    model = build(config, device)
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no *.safetensors")
+    where = {}
+    try:
+        opened = [safe_open(path, "pt") for path in files]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: a safetensors file is damaged: {error}") from error
+    for file in opened:
+        where |= dict.fromkeys(file.keys(), file)
+    unused = set(where)
+
+    def take(name):
+        if name not in where:
+            raise UserError(f"{folder} lacks the tensor {name}")
+        unused.discard(name)
+        return where[name].get_tensor(name)
+    for name, parameter in model.state_dict().items():
+        if name in where:
+            source = take(name)
+        elif name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        elif name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            source = torch.stack([torch.cat((take(f"{stem}{i}.gate_proj.weight"), take(f"{stem}{i}.up_proj.weight")))
+                                  for i in range(config.n_routed_experts)])
+        elif name.endswith("experts.down_proj"):
+            stem = name.removesuffix("down_proj")
+            source = torch.stack([take(f"{stem}{i}.down_proj.weight") for i in range(config.n_routed_experts)])
+        else:
+            take(name)  # raises
+        if source.shape != parameter.shape:
+            raise UserError(f"{folder}: {name} is {tuple(source.shape)}, config.json implies {tuple(parameter.shape)}")
+        parameter.copy_(source)
+    # Layers beyond the last are multi-token prediction heads, and old checkpoints carry RoPE tables.
+    extra = sorted(name for name in unused if not name.startswith(f"model.layers.{config.num_hidden_layers}.")
+                   and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight")
+    if extra:
+        raise UserError(f"{folder} has {len(extra)} tensors that the architecture does not know, such as {extra[0]}")
+    return model
+
+
+# ----------------------------------------------------------------------------- tokenizer.json
+
+def to_hf_tokenizer(encoder):
+    """tokenizer.json and tokenizer_config.json of a tiktoken.Encoding, as dicts: byte-level BPE with the same ids."""
+    ranks = encoder._mergeable_ranks
+    letters = byte_letters()
+    written = lambda token: "".join(letters[byte] for byte in token)
+    merges = [[written(part) for part in merge_parts(ranks, token)]
+              for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    special = [{"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                "special": True} for text, number in encoder._special_tokens.items()]
+    split = {"type": "Split", "pattern": {"Regex": encoder._pat_str}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+             "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+             "vocab": {written(token): rank for token, rank in ranks.items()}, "merges": merges}
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
+                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
+                 "decoder": level, "model": model}
+    end = END_OF_TEXT if END_OF_TEXT in encoder._special_tokens else None
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
+             "clean_up_tokenization_spaces": False}
+    return tokenizer, about
+
+
+def merge_parts(ranks, token):
+    """The two tokens whose merge made `token`: byte-pair encode it with the merges that came before its own."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks) * 2) for left, right in zip(parts, parts[1:])]
+        best = min(range(len(pairs)), key=pairs.__getitem__)
+        if pairs[best] >= ranks[token]:
+            raise UserError(f"token {token!r} of the tokenizer is not the merge of two others; it cannot become a tokenizer.json")
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return parts
+
+
+def byte_letters():
+    """The printable letter that stands for each byte in Hugging Face's byte-level BPE: itself where Latin-1 has a visible
+    character, else the next free code point from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
