@@ -8,6 +8,7 @@ seed and the step. Nothing is unpickled except DCP's own index, and that by a re
     checkpoints/step_00000500/{manifest.json, .metadata, __0_0.distcp}    checkpoints/latest    checkpoints/best
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -23,7 +24,6 @@ from data.shards import file_crc32
 from errors import UserError
 
 STEP = re.compile(r"step_(\d{8})$")
-warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
 
 
 # ----------------------------------------------------------------------------- writing
@@ -40,7 +40,8 @@ def save(folder, step, tensors, about, keep, best=False):
     temporary.mkdir(parents=True)
     try:
         # One writer thread: with more, DCP loses write errors and reports a full disk as success.
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True), no_dist=True)
+        with one_process():
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True), no_dist=True)
         files = {path.name: {"size": path.stat().st_size, "crc32": file_crc32(path)} for path in sorted(temporary.iterdir())}
         _write_synced(temporary / "manifest.json", json.dumps({"step": step, **about, "files": files}, indent=1))
     except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
@@ -165,7 +166,8 @@ def load(step_folder, tensors):
             raise UserError(f"checkpoint {step_folder}: {name} is {tuple(stored[name].size)} {stored[name].properties.dtype}, "
                             f"this run has {tuple(tensor.shape)} {tensor.dtype}")
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with one_process():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:
         raise UserError(f"checkpoint {step_folder} does not load: {_root_cause(error)}") from error
 
@@ -206,6 +208,14 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 # ----------------------------------------------------------------------------- small things
+
+@contextlib.contextmanager
+def one_process():
+    """DCP warns that there is no process group; here that is the intent."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
 
 def _step_of(path):
     return int(STEP.search(path.name).group(1))

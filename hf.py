@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.tokenizer import END_OF_TEXT, end_of_text
+from data.tokenizer import END_OF_TEXT, byte_letters, end_of_text
 from errors import UserError
 from model import ModelConfig, build
 
@@ -166,11 +166,3 @@ def merge_parts(ranks, token):
             raise UserError(f"token {token!r} of the tokenizer is not the merge of two others; it cannot become a tokenizer.json")
         parts[best:best + 2] = [parts[best] + parts[best + 1]]
     return parts
-
-
-def byte_letters():
-    """The printable letter that stands for each byte in Hugging Face's byte-level BPE: itself where Latin-1 has a visible
-    character, else the next free code point from 256 on."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}

@@ -106,7 +106,9 @@ def read_records(path):
 
 
 def step_line(record, max_steps, eta):
-    """One terminal line of a train record."""
+    """One terminal line of a train record; null, a number that was not finite, reads nan."""
+    record = {key: math.nan if value is None and key not in ("mfu", "expert_load_max") else value
+              for key, value in record.items()}
     parts = [f"step {record['step']:>{len(str(max_steps))}}/{max_steps}", f"loss {record['loss']:.4f}",
              f"lr {record['lr']:.2e}", f"norm {record['grad_norm']:.2f}", f"{record['tokens_per_second']:,.0f} tok/s"]
     if record["mfu"] is not None:

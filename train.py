@@ -161,7 +161,8 @@ def main(argv=None):
         seconds, steps_timed = seconds + time.perf_counter() - step_started, steps_timed + 1
 
         # Record, validate, sample, save.
-        last = step == config.max_steps or stop.signal is not None
+        stopping = stop.signal  # read once: a signal that comes during the lines below counts for the next step
+        last = step == config.max_steps or stopping is not None
         if step % config.log_interval == 0 or step == start + 1 or last:
             speed = tokens_per_step * steps_timed / seconds
             routing = metrics.expert_statistics(model.expert_counts, model.router_biases())
@@ -190,8 +191,8 @@ def main(argv=None):
                                     config.keep_checkpoints, best)
             log.write("event", step, event="save", path=str(saved))
             metrics.draw_curves(run)
-        if stop.signal is not None:
-            print(f"{stop.signal}: saved step {step}; continue with --resume")
+        if stopping is not None:
+            print(f"{stopping}: saved step {step}; continue with --resume")
             break
     log.close()
     stop.release()

@@ -89,6 +89,14 @@ def fingerprint(encoder):
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def byte_letters():
+    """The printable letter that stands for each byte in Hugging Face's byte-level BPE: itself where Latin-1 has a visible
+    character, else the next free code point from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
 def train_bpe(texts, vocab_size, name="bpe", pattern=PATTERN):
     """Train a byte-level BPE of vocab_size ids, END_OF_TEXT included, on an iterable of str; returns the Encoding.
 
@@ -100,9 +108,11 @@ def train_bpe(texts, vocab_size, name="bpe", pattern=PATTERN):
         raise UserError(f"a byte-level BPE needs a vocabulary of at least 257, not {vocab_size}")
     splitter = regex.compile(pattern)
     frequency = collections.Counter(word for text in texts for word in splitter.findall(text))
-    words = [list(word.encode()) for word in frequency]
+    letters = byte_letters()
+    tokens = [bytes([byte]) for byte in sorted(letters, key=letters.get)]  # the usual order, which decides ties
+    id_of = {token[0]: number for number, token in enumerate(tokens)}
+    words = [[id_of[byte] for byte in word.encode()] for word in frequency]
     weights = list(frequency.values())
-    tokens = [bytes([i]) for i in range(256)]
     counts, where = collections.Counter(), collections.defaultdict(set)
     for index, (word, weight) in enumerate(zip(words, weights)):
         for pair in zip(word, word[1:]):

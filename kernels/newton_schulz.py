@@ -28,7 +28,9 @@ def newton_schulz(G, steps=5, dtype=None, coefficients="jordan"):
     """
     table = COEFFICIENTS[coefficients]
     X = G if G.dtype == torch.float64 else G.float()
-    X = X / (SAFETY[coefficients] * X.norm(dim=(-2, -1), keepdim=True)).clamp(min=torch.finfo(X.dtype).tiny)
+    tiny = torch.finfo(X.dtype).tiny
+    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)  # first, or the squares of an idle expert underflow
+    X = X / (SAFETY[coefficients] * X.norm(dim=(-2, -1), keepdim=True)).clamp(min=tiny)
     X = X.to(dtype or G.dtype)
     tall = X.shape[-2] > X.shape[-1]
     if tall:

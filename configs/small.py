@@ -1,0 +1,39 @@
+"""The GPT-2-124M class as a mixture of experts: 12 x 768, 64 experts of width 256, 7 + 1 shared active.
+
+    python -m data.prepare text MY_TEXTS/ --tokenizer=gpt2 --out=data/mine
+    python train.py configs/small.py --data=data/mine
+
+Hardware: one 80 GB GPU.
+Time: not measured yet. 10,000 steps are 5.2B tokens; at 796 MFLOPs a token 4.2e18 FLOPs.
+Memory: 529M parameters x 12 bytes (fp32 weight, gradient, momentum) = 5.9 GiB, and activations.
+Expect: not measured yet.
+"""
+
+data = "data/fineweb"
+vocab_size = 50304          # GPT-2's 50,257, padded to a multiple of 64
+hidden_size = 768
+intermediate_size = 2048    # the dense first layer
+moe_intermediate_size = 256
+num_hidden_layers = 12
+num_attention_heads = 12
+kv_lora_rank = 256
+qk_nope_head_dim = 64
+qk_rope_head_dim = 32
+v_head_dim = 64
+n_routed_experts = 64
+num_experts_per_tok = 7
+n_shared_experts = 1
+max_position_embeddings = 1024
+
+sequence_length = 1024
+global_batch_size = 512     # 0.5M tokens
+micro_batch_size = 32
+max_steps = 10_000
+warmup_steps = 200
+decay_steps = 3000
+muon_lr = 2e-3              # between Kimi Linear's 2.0e-3 for 0.65B active parameters and what smaller ones bear
+min_lr_ratio = 0.1
+eval_interval = 250
+eval_batches = 20           # 10.5M tokens
+save_interval = 1000
+sample_interval = 1000

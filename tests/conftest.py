@@ -1,0 +1,32 @@
+"""Fixtures shared by the tests; one thread a process and no network, whatever the machine."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: bitwise comparisons want one thread count
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.helpers import make_config, make_data  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "synthetic")
+
+
+@pytest.fixture
+def config(tmp_path, data):
+    """A config file for a tiny run that writes to tmp_path/run."""
+    return make_config(tmp_path / "tiny.py", data=str(data), out_dir=str(tmp_path / "run"))

@@ -1,0 +1,153 @@
+"""The commit protocol: complete or absent, damage named and passed over, nothing unpickled."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+import checkpoint
+from errors import UserError
+
+
+def tensors(value):
+    return {"model.a": torch.full((3, 4), float(value)), "model.bias": torch.arange(5) + value, "optim.a.momentum": torch.rand(3, 4)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path / "checkpoints", step, tensors(step), {"note": step}, keep=3, best=step == 4)
+    return tmp_path
+
+
+def test_save_and_load_are_bitwise(run):
+    target, expected = tensors(0), tensors(9)
+    checkpoint.save(run / "checkpoints", 9, expected, {}, keep=3)
+    checkpoint.load(checkpoint.find(run), target)
+    assert all(torch.equal(target[name], expected[name]) for name in expected)
+    assert checkpoint.read_manifest(checkpoint.find(run))["step"] == 9
+
+
+def test_pointers_and_retention(run):
+    folder = run / "checkpoints"
+    assert (folder / "latest").read_text().strip() == "step_00000006" and checkpoint.find(run, "best").name == "step_00000004"
+    for step in (8, 10, 12):
+        checkpoint.save(folder, step, tensors(step), {}, keep=2)
+    assert [path.name for path in checkpoint.step_folders(folder)] == [f"step_{s:08d}" for s in (4, 10, 12)]  # best stays
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+    checkpoint.drop_after(folder, 10)
+    assert checkpoint.find(run).name == "step_00000010"
+
+
+@pytest.mark.parametrize("kind, message", [("bit", "checksum"), ("cut", "bytes, the manifest says"), ("gone", "is missing"),
+                                           ("no manifest", "cannot be read"), ("half manifest", "cannot be read"),
+                                           ("other manifest", "manifest.json lacks")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, capsys, kind, message):
+    newest = checkpoint.find(run)
+    file, manifest = newest / "__0_0.distcp", newest / "manifest.json"
+    if kind == "bit":
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 4
+        file.write_bytes(raw)
+    elif kind == "cut":
+        file.write_bytes(file.read_bytes()[:-10])
+    elif kind == "gone":
+        (newest / ".metadata").unlink()
+    elif kind == "no manifest":
+        manifest.unlink()
+    elif kind == "half manifest":
+        manifest.write_text(manifest.read_text()[:50])
+    else:
+        manifest.write_text("{}")
+    assert checkpoint.find(run).name == "step_00000004"
+    assert message in capsys.readouterr().out
+    with pytest.raises(UserError, match=message):
+        checkpoint.find(newest)  # asked for by name, it is an error
+
+
+def test_a_kill_before_the_rename_leaves_the_last_checkpoint(run, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    original = os.rename
+
+    def die(source, target):
+        if "step_" in str(target):
+            raise Killed
+        original(source, target)
+    monkeypatch.setattr(os, "rename", die)
+    with pytest.raises(Killed):
+        checkpoint.save(run / "checkpoints", 8, tensors(8), {}, keep=3)
+    monkeypatch.undo()
+    assert (run / "checkpoints/.tmp_00000008").is_dir() and checkpoint.find(run).name == "step_00000006"
+    checkpoint.save(run / "checkpoints", 8, tensors(8), {}, keep=3)
+    assert not list((run / "checkpoints").glob(".*")) and checkpoint.find(run).name == "step_00000008"
+
+
+def test_a_full_disk_is_an_oserror_and_keeps_what_was_saved(run, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+
+    def full(self, plan, planner):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(run / "checkpoints", 8, tensors(8), {}, keep=1)
+    assert checkpoint.find(run).name == "step_00000006" and not list((run / "checkpoints").glob(".tmp*"))
+
+
+def test_a_step_is_replaced_whole_never_written_over(run):
+    before = os.stat(run / "checkpoints/step_00000006/__0_0.distcp").st_ino
+    checkpoint.save(run / "checkpoints", 6, tensors(66), {}, keep=3)
+    target = tensors(0)
+    checkpoint.load(checkpoint.find(run), target)
+    assert target["model.a"][0, 0] == 66 and os.stat(run / "checkpoints/step_00000006/__0_0.distcp").st_ino != before
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.bias"), "1 names differ, such as model.bias"),
+    (lambda t: t.update({"model.new": torch.zeros(1)}), "model.new"),
+    (lambda t: t.update({"model.a": torch.zeros(3, 5)}), r"model.a is \(3, 4\)"),
+    (lambda t: t.update({"model.a": torch.zeros(3, 4, dtype=torch.float64)}), "float64"),
+    (lambda t: t.pop("optim.a.momentum") is None or t.update({"optim.a.exp_avg": torch.zeros(3, 4)}), "optim.a")])
+def test_what_does_not_fit_is_refused(run, change, message):
+    target = tensors(0)
+    change(target)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(checkpoint.find(run), target)
+
+
+def test_the_model_can_be_loaded_without_the_optimizer(run):
+    target = {name: tensor for name, tensor in tensors(0).items() if name.startswith("model.")}
+    checkpoint.load(checkpoint.find(run), target)
+    assert target["model.a"][0, 0] == 6 and checkpoint.has_optimizer(checkpoint.find(run))
+
+
+def test_a_malicious_index_runs_no_code(run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+    newest = checkpoint.find(run)
+    (newest / ".metadata").write_bytes(pickle.dumps(Evil()))
+    assert checkpoint.find(run).name == "step_00000004"  # the checksum already tells
+    manifest = json.loads((newest / "manifest.json").read_text())
+    raw = (newest / ".metadata").read_bytes()
+    import zlib
+    manifest["files"][".metadata"] = {"size": len(raw), "crc32": zlib.crc32(raw)}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has no place in a checkpoint index"):
+        checkpoint.load(checkpoint.find(newest), tensors(0))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_nothing_to_resume_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint in"):
+        checkpoint.find(tmp_path)
+    checkpoint.save(tmp_path / "checkpoints", 1, tensors(1), {}, keep=1)
+    with pytest.raises(UserError, match="no best checkpoint"):
+        checkpoint.find(tmp_path, "best")
+    shutil.rmtree(tmp_path / "checkpoints/step_00000001")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.find(tmp_path)

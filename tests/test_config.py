@@ -1,0 +1,109 @@
+"""Settings: types, precedence, errors that name the way out, and every file in configs/."""
+
+import pytest
+
+import config as settings
+from errors import UserError
+from model import count_parameters
+from tests.helpers import ROOT
+
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "mine.py"
+        path.write_text(text)
+        return str(path)
+    return write
+
+
+def test_precedence_is_line_then_file_then_default(file):
+    config, _ = settings.load([file("hidden_size = 512\nmuon_lr = 1e-3\n"), "--muon_lr=5e-4"])
+    assert (config.hidden_size, config.muon_lr, config.momentum) == (512, 5e-4, 0.95)
+    assert config.out_dir == "out/mine"
+
+
+def test_a_file_may_compute_and_import_another(file):
+    text = "import math\nfrom configs.debug import *\n_width = int(math.sqrt(65536))\nhidden_size = _width\ndef helper(): pass\n"
+    config, _ = settings.load([file(text)])
+    assert config.hidden_size == 256 and config.data == "data/stdlib"
+
+
+@pytest.mark.parametrize("word, expected", [
+    ("--muon_lr=3e-4", {"muon_lr": 3e-4}), ("--max_steps=1e3", {"max_steps": 1000}), ("--muon_lr=1", {"muon_lr": 1.0}),
+    ("--adamw_lr=None", {"adamw_lr": None}), ("--compile", {"compile": True}), ("--no-compile", {"compile": False}),
+    ("--compile=false", {"compile": False}), ("--norm_topk_prob=True", {"norm_topk_prob": True}), ("--resume", {"resume": True}),
+    ("--resume=out/x/checkpoints/step_00000010", {"resume": "out/x/checkpoints/step_00000010"}),
+    ("--data={'a': 2, 'b': 0.5}", {"data": {"a": 2, "b": 0.5}}), ("--data=a=b", {"data": "a=b"}), ("--run_name=17", {"run_name": "17"}),
+    ("--sample_prompts=['def ', 'import ']", {"sample_prompts": ["def ", "import "]}), ("--schedule=cosine", {"schedule": "cosine"}),
+    ("--tie-word-embeddings", {"tie_word_embeddings": True}), ("--no-nesterov", {"nesterov": False})])
+def test_flags(word, expected):
+    values = settings.read_flags([word])
+    assert values == expected and all(type(values[key]) is type(expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("word, message", [
+    ("--maxsteps=3", "did you mean 'max_steps'"), ("--n_routed_expert=3", "did you mean 'n_routed_experts'"), ("--zzzz=1", "see --help"),
+    ("--max_steps=three", "expected int"), ("--max_steps=1.5", "expected int"), ("--muon_lr=fast", "expected float"),
+    ("--muon_lr=True", "expected float"), ("--nesterov=1", "expected bool"), ("--schedule=linear", "expected 'wsd' or 'cosine'"),
+    ("--q_lora_rank=x", "expected int or None"), ("--hidden_size=None", "expected int"), ("--data=None", "expected str or dict")])
+def test_wrong_flags_say_what_would_be_valid(word, message):
+    with pytest.raises(UserError, match=message):
+        settings.read_flags([word])
+
+
+@pytest.mark.parametrize("word, message", [
+    ("--global_batch_size=10", "micro_batch_size=16 must divide"), ("--n_group=3", "n_group=3 must divide"),
+    ("--num_experts_per_tok=99", "at most n_routed_experts"), ("--topk_group=2", "at most n_group"),
+    ("--qk_rope_head_dim=15", "must be even"), ("--sequence_length=4096", "longer than max_position_embeddings"),
+    ("--max_steps=0", "must be at least 1"), ("--muon_lr=-1", "must be at least 0"), ("--hidden_size=0", "must be at least 1"),
+    ("--rope_scaling={'type': 'linear'}", "rope_scaling must be"), ("--kernels=triton", "not part of this version"),
+    ("--ep=2", "one process"), ("--data={'a': -1}", "weights must be"), ("--momentum=1", "momentum"), ("--data=", "data is empty"),
+    ("--first_k_dense_replace=99", "first_k_dense_replace"), ("--decay_steps=5000", "decay_steps")])
+def test_impossible_settings_are_refused(file, word, message):
+    with pytest.raises(UserError, match=message):
+        settings.load([file("hidden_size = 64\n"), word])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("max_iterz = 3\n", "unknown setting 'max_iterz' in"), ("muon_lr = '3e-4'\n", "expected float"), ("max_steps = \n", "SyntaxError"),
+    ("max_steps = 1 / 0\n", "ZeroDivisionError"), ("import nothing_there\n", "ModuleNotFoundError")])
+def test_wrong_files_are_named(file, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        settings.load([file(text)])
+    assert "mine.py" in str(error.value)
+
+
+@pytest.mark.parametrize("words", [[], ["configs/nowhere.py"], ["configs/debug.py", "configs/small.py"]])
+def test_exactly_one_existing_file(words):
+    with pytest.raises(UserError, match="config file"):
+        settings.load(words)
+
+
+def test_help_names_every_setting_with_its_reason():
+    text = settings.help_text()
+    for name, field in settings.FIELDS.items():
+        assert f"--{name}=" in text and field.metadata["why"] in text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_is_a_document(path):
+    config, _ = settings.load([str(path)])
+    head = path.read_text().split('"""')[1]
+    for word in ("python train.py" if path.stem in ("debug", "gpt") else "train.py", "Hardware", "Time", "Memory", "Expect"):
+        assert word in head, f"{path.name}'s docstring does not say {word}"
+    assert f"configs/{path.name}" in head
+    assert config.out_dir == f"out/{path.stem}"
+
+
+# (total, active) of the published models count what the reports count: see the convention in count_parameters.
+PUBLISHED = {"k2": (1.04e12, 32.6e9, 0.015), "moonlight": (16e9, 3e9, 0.08)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    config, _ = settings.load([str(ROOT / f"configs/{name}.py")])
+    total, active, tolerance = PUBLISHED[name]
+    assert count_parameters(config) == (pytest.approx(total, rel=tolerance), pytest.approx(active, rel=tolerance))

@@ -1,0 +1,150 @@
+"""Sampling, the latent cache, sliding, and the command line of generate.py."""
+
+import pytest
+import torch
+
+import generate
+from errors import UserError
+from sampling import next_token
+from tests.helpers import run_script, run_train, tiny_model, tokens
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    from tests.helpers import make_config
+    folder = tmp_path_factory.mktemp("generate")
+    run_train(make_config(folder / "c.py", data=str(data), out_dir=str(folder / "run")))
+    return folder / "run"
+
+
+MODELS = [{}, {"q_lora_rank": 24}, {"attention": "mha"}, {"n_routed_experts": 0},
+          {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale_all_dim": 1.0}}]
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+def test_prefill_and_decode_equal_the_training_forward(changes):
+    model, x = tiny_model(**changes).eval(), tokens(3, 40)
+    with torch.no_grad():
+        full = model(x)
+        for cuts in ([40], [39, 1], [1] * 40, [7, 20, 1, 1, 11]):
+            cache = model.new_cache(3, 40)
+            parts = torch.cat([model(part, cache=cache) for part in x.split(cuts, dim=1)], dim=1)
+            assert cache.length == 40 and (parts - full).abs().max() <= 1e-4
+
+
+def test_the_cache_holds_the_latent_not_the_heads():
+    model = tiny_model()
+    assert [layer.shape for layer in model.new_cache(2, 10).layers] == [(2, 10, 16 + 4)] * 3
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+def test_greedy_text_is_the_same_with_and_without_the_cache_also_past_the_context(changes):
+    model, slides = tiny_model(**changes), []
+    for length in (5, 60, 100):  # the context is 64
+        texts = [torch.stack(list(model.generate(tokens(2, length), 50, temperature=0, use_cache=cache,
+                                                 on_slide=lambda: slides.append(1))), 1) for cache in (True, False)]
+        assert torch.equal(*texts) and texts[0].shape == (2, 50)
+    assert slides
+
+
+def test_generation_keeps_the_mode_and_needs_no_gradient():
+    model = tiny_model()
+    model.train()
+    next(iter(model.generate(tokens(1, 4), 3)))
+    list(model.generate(tokens(1, 4), 3))
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_rows_stop_at_end_of_text_each_for_itself():
+    model = tiny_model()
+    free = torch.stack(list(model.generate(tokens(6, 5), 20, temperature=0)), 1)
+    stop = int(free[2, 3])
+    stopped = torch.stack(list(model.generate(tokens(6, 5), 20, temperature=0, stop=stop)), 1)
+    for row, expected in zip(stopped.tolist(), free.tolist()):
+        end = expected.index(stop) + 1 if stop in expected else len(expected)
+        assert row[:end] == expected[:len(row)][:end] and set(row[end:]) <= {stop}
+    alone = list(model.generate(tokens(6, 5)[2:3], 20, temperature=0, stop=stop))
+    assert len(alone) == free[2].tolist().index(stop) + 1  # the stream ends when all have
+
+
+# ---------------------------------------------------------------------- choosing a token
+
+LOGITS = torch.tensor([[3.0, 2.0, 1.0, -1.0, -2.0]])
+HISTORY = torch.zeros(1, 1, dtype=torch.int64)
+
+
+def chosen(n=400, **options):
+    generator = torch.Generator().manual_seed(0)
+    history = options.pop("history", HISTORY)
+    return {int(next_token(LOGITS, history, generator=generator, **options)) for _ in range(n)}
+
+
+def test_each_option_by_itself():
+    assert chosen() == {0, 1, 2, 3, 4}
+    assert chosen(temperature=0) == chosen(top_k=1) == chosen(top_p=1e-6) == chosen(min_p=1.0) == {0}
+    assert chosen(top_k=2) == {0, 1} and chosen(top_k=99) == {0, 1, 2, 3, 4}
+    probs = LOGITS.softmax(-1)[0]
+    assert chosen(top_p=float(probs[:2].sum()) - 1e-4) == {0, 1} and chosen(top_p=float(probs[:2].sum()) + 1e-4) == {0, 1, 2}
+    assert chosen(min_p=float(probs[2] / probs[0]) - 1e-4) == {0, 1, 2}
+    assert chosen(temperature=0.01) == {0}
+
+
+def test_repetition_penalty_lowers_positive_and_negative_logits():
+    seen = torch.tensor([[0, 3, 0]])
+    probs = []
+    for penalty in (1.0, 1.5):
+        counts = torch.zeros(5)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3000):
+            counts[int(next_token(LOGITS, seen, repetition_penalty=penalty, generator=generator))] += 1
+        probs.append(counts / 3000)
+    expected = torch.tensor([[2.0, 2.0, 1.0, -1.5, -2.0]]).softmax(-1)[0]
+    assert torch.allclose(probs[1], expected, atol=0.04) and probs[1][0] < probs[0][0] - 0.1
+    assert chosen(temperature=0, repetition_penalty=4.0) == {1}
+
+
+def test_same_seed_same_text_other_seed_other_text(run):
+    model, encoder = generate.load(run, "cpu")
+    text = lambda seed: "".join(generate.stream_text(model, encoder, [1, 2], 40, seed=seed))
+    assert text(1) == text(1) != text(2)
+
+
+# ---------------------------------------------------------------------- loading and the command line
+
+def test_load_takes_a_run_a_step_and_best(run):
+    model, encoder = generate.load(run, "cpu")
+    step, _ = generate.load(run / "checkpoints/step_00000020", "cpu")
+    assert torch.equal(model(tokens(1, 9)), step(tokens(1, 9))) and not model.training and encoder.n_vocab == 257
+    with pytest.raises(UserError, match="no folder"):
+        generate.load("nowhere")
+    with pytest.raises(UserError, match="no best"):
+        generate.load(run, which="best")
+
+
+def test_command_line(run):
+    words = [str(run), "--prompt", "ab", "--prompt", "a much longer prompt, of another length", "--num_samples=2", "--device=cpu",
+             "--max_new_tokens=30", "--top_k=20", "--top_p=0.9", "--min_p=0.01", "--repetition_penalty=1.1", "--seed=3"]
+    plain = run_script("generate.py", *words, check=0)
+    assert plain.stdout.count("--- ") == 4 and plain.stdout.count("\nab") == 2 and "tokens/s" in plain.stderr
+    assert run_script("generate.py", *words, "--stream", check=0).stdout == plain.stdout
+    assert run_script("generate.py", *words, "--no_cache", check=0).stdout == plain.stdout
+
+
+def test_a_text_beyond_the_context_slides_and_says_so_once(run):
+    done = run_script("generate.py", run, "--prompt", "x" * 100, "--max_new_tokens=150", "--temperature=0", check=0)
+    assert done.stderr.count("is full") == 1
+
+
+def test_chat_reads_lines_until_the_end(run):
+    done = run_script("generate.py", run, "--chat", "--max_new_tokens=5", input="hello\n\n/reset\nagain\n", check=0)
+    assert done.stdout.count("> ") >= 5
+    assert run_script("generate.py", run, "--chat", input="/quit\n", check=0)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--prompt", ""], "prompt is empty"), ([], "give --prompt"), (["--prompt", "x", "--temperature=-1"], "--temperature"),
+    (["--prompt", "x", "--top_k=0"], "--top_k"), (["--prompt", "x", "--top_p=1.5"], "--top_p"),
+    (["--prompt", "x", "--max_new_tokens=0"], "--max_new_tokens"), (["--prompt", "x", "--num_samples=0"], "--num_samples")])
+def test_mistakes_are_one_line(run, words, message):
+    done = run_script("generate.py", run, *words, check=2)
+    assert message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
