@@ -1,9 +1,10 @@
 """Checkpoints: torch.distributed.checkpoint inside a commit protocol that a crash at any instant cannot break.
 
-A step folder is written beside its place, flushed to disk, given a manifest with the size and CRC32 of every file, and
-renamed: it is complete or absent. Tensors are the model's state and the optimizer's, by name; everything else (step,
-settings, counters) is JSON in the manifest. Random state is not saved: every random choice in a run is a function of the
-seed and the step. Nothing is unpickled except DCP's own index, and that by a reader that knows a dozen harmless types.
+A step folder is written beside its place, flushed to disk, given a manifest with the size and CRC32 of every file,
+and renamed: it is complete or absent. Tensors are the model's state and the optimizer's, by name; everything else
+(step, settings, counters) is JSON in the manifest. Random state is not saved: every random choice in a run is a
+function of the seed and the step. Nothing is unpickled except DCP's own index, and that by a reader that knows a
+dozen harmless types.
 
     checkpoints/step_00000500/{manifest.json, .metadata, __0_0.distcp}    checkpoints/latest    checkpoints/best
 """
@@ -29,10 +30,11 @@ STEP = re.compile(r"step_(\d{8})$")
 # ----------------------------------------------------------------------------- writing
 
 def save(folder, step, tensors, about, keep, best=False):
-    """Write checkpoints/step_<step> under `folder`, point `latest` (and `best`) to it, delete what `keep` does not cover.
+    """Write checkpoints/step_<step> under `folder`, point `latest` (and `best`) to it, delete what `keep` does not
+    cover.
 
-    tensors: {name: tensor}; about: JSON for the manifest. Returns the step folder. An OSError (disk full, ...) leaves the
-    earlier checkpoints and pointers as they were.
+    tensors: {name: tensor}; about: JSON for the manifest. Returns the step folder. An OSError (disk full, ...) leaves
+    the earlier checkpoints and pointers as they were.
     """
     folder = Path(folder)
     final, temporary = folder / f"step_{step:08d}", folder / f".tmp_{step:08d}"
@@ -40,9 +42,11 @@ def save(folder, step, tensors, about, keep, best=False):
     temporary.mkdir(parents=True)
     try:
         # One writer thread: with more, DCP loses write errors and reports a full disk as success.
+        writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
         with one_process():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True), no_dist=True)
-        files = {path.name: {"size": path.stat().st_size, "crc32": file_crc32(path)} for path in sorted(temporary.iterdir())}
+            dcp.save(tensors, storage_writer=writer, no_dist=True)
+        files = {path.name: {"size": path.stat().st_size, "crc32": file_crc32(path)}
+                 for path in sorted(temporary.iterdir())}
         _write_synced(temporary / "manifest.json", json.dumps({"step": step, **about, "files": files}, indent=1))
     except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
         shutil.rmtree(temporary, ignore_errors=True)
@@ -152,8 +156,9 @@ def read_manifest(step_folder):
 # ----------------------------------------------------------------------------- reading
 
 def load(step_folder, tensors):
-    """Fill `tensors` ({name: tensor}, in place) from a step folder. Names, shapes and dtypes must match exactly; names that
-    only the checkpoint has are allowed when `tensors` asks for none of their kind (the model without the optimizer)."""
+    """Fill `tensors` ({name: tensor}, in place) from a step folder. Names, shapes and dtypes must match exactly;
+    names that only the checkpoint has are allowed when `tensors` asks for none of their kind (the model without the
+    optimizer)."""
     reader = _SafeReader(step_folder)
     stored = reader.read_metadata().state_dict_metadata
     kinds = {name.split(".")[0] for name in tensors}
@@ -162,8 +167,9 @@ def load(step_folder, tensors):
         raise UserError(f"checkpoint {step_folder} is of another model or optimizer: {len(differing)} names differ, "
                         f"such as {differing[0]}")
     for name, tensor in tensors.items():
-        if stored[name].size != tensor.shape or stored[name].properties.dtype != tensor.dtype:
-            raise UserError(f"checkpoint {step_folder}: {name} is {tuple(stored[name].size)} {stored[name].properties.dtype}, "
+        size, dtype = tuple(stored[name].size), stored[name].properties.dtype
+        if size != tuple(tensor.shape) or dtype != tensor.dtype:
+            raise UserError(f"checkpoint {step_folder}: {name} is {size} {dtype}, "
                             f"this run has {tuple(tensor.shape)} {tensor.dtype}")
     try:
         with one_process():
@@ -177,14 +183,16 @@ def has_optimizer(step_folder):
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """DCP's index (.metadata) is a pickle; this reader admits the types that an honest index consists of and no other."""
+    """DCP's index (.metadata) is a pickle; this reader admits the types that an honest index consists of and no
+    other."""
 
     ALLOWED = {
-        "torch": {"Size", "device", "dtype", "float32", "float16", "bfloat16", "float64", "int64", "int32", "bool", "strided"},
+        "torch": {"Size", "device", "dtype", "strided", "float32", "float16", "bfloat16", "float64", "int64", "int32",
+                  "bool"},
         "torch.serialization": {"_get_layout"},
         "torch.distributed.checkpoint.metadata": {
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
-            "_MEM_FORMAT_ENCODING"},
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+            "StorageMeta", "_MEM_FORMAT_ENCODING"},
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "pathlib": {"Path", "PosixPath"}, "pathlib._local": {"Path", "PosixPath"},
         "collections": {"OrderedDict"}, "_codecs": {"encode"},

@@ -1,8 +1,8 @@
 """Every setting of a run: names, defaults, types and reasons; configs/*.py files, --key=value, and the checks.
 
-A config file is plain Python assignments. Precedence: command line, then file, then the defaults here. An unknown key, a
-wrong type or an impossible combination is refused before anything is written. Next: train.py, which reads all of it.
-(No postponed annotations here: the loader needs the real types.)
+A config file is plain Python assignments. Precedence: command line, then file, then the defaults here. An unknown
+key, a wrong type or an impossible combination is refused before anything is written. Next: train.py, which reads all
+of it. (No postponed annotations here: the loader needs the real types.)
 """
 
 import ast
@@ -23,7 +23,7 @@ from model import ModelConfig, setting
 class Config(ModelConfig):
     # ---- data
     data: str | dict = setting("data/stdlib", "folder of shards, or {folder: weight}", "data")
-    tokenizer: str | None = setting(None, "None: the one stored with the data; else a name, ranks file or folder", "data")
+    tokenizer: str | None = setting(None, "None: that of the data; else a name, ranks file or folder", "data")
     sequence_length: int = setting(1024, "tokens of one training sequence", "data")
     verify_data: bool = setting(True, "compare every shard with its recorded checksum at start (4 GB/s a core)", "data")
     # ---- batch and duration
@@ -36,11 +36,13 @@ class Config(ModelConfig):
     adamw_lr: float | None = setting(None, "peak rate of AdamW's parameters; None: muon_lr", "optimizer")
     momentum: float = setting(0.95, "Muon's moving average", "optimizer")
     nesterov: bool = setting(True, "Muon looks ahead by its momentum", "optimizer")
-    weight_decay: float = setting(0.1, "decoupled, on every parameter, norms too (Moonlight found it crucial)", "optimizer")
+    weight_decay: float = setting(
+        0.1, "decoupled, on every parameter, norms too (Moonlight found it crucial)", "optimizer")
     ns_steps: int = setting(5, "Newton-Schulz iterations; more amplify bf16 noise", "optimizer")
     ns_dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "Newton-Schulz compute type; auto: float32 in float32 runs, else bfloat16", "optimizer")
-    ns_coefficients: Literal["jordan", "you", "polar_express"] = setting("jordan", "Newton-Schulz polynomial", "optimizer")
+    ns_coefficients: Literal["jordan", "you", "polar_express"] = setting(
+        "jordan", "Newton-Schulz polynomial", "optimizer")
     muon_per_head: bool = setting(False, "orthogonalise q and kv up-projections head by head", "optimizer")
     qk_clip_tau: float = setting(100.0, "largest attention logit that QK-clip allows", "optimizer")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", "optimizer")
@@ -52,7 +54,8 @@ class Config(ModelConfig):
     min_lr_ratio: float = setting(0.1, "final rate as a share of the peak", "schedule")
     # ---- machine
     device: Literal["auto", "cuda", "mps", "cpu"] = setting("auto", "auto: cuda, else mps, else cpu", "machine")
-    dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "compute type; parameters stay float32", "machine")
+    dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16", "compute type; parameters stay float32", "machine")
     compile: bool | None = setting(None, "torch.compile every block; None: on CUDA only", "machine")
     kernels: Literal["auto", "triton", "torch"] = setting("auto", "which kernels; today all are torch", "machine")
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
@@ -67,7 +70,7 @@ class Config(ModelConfig):
     out_dir: str | None = setting(None, "run folder; None: out/<name of the config file>", "watching")
     run_name: str | None = setting(None, "name in W&B; None: that of the run folder", "watching")
     log_interval: int = setting(10, "steps between records and terminal lines", "watching")
-    eval_interval: int = setting(250, "steps between validations; every save and the end validate too; 0: never", "watching")
+    eval_interval: int = setting(250, "steps between validations, besides saves and the end; 0: never", "watching")
     eval_batches: int = setting(20, "validation size in batches of global_batch_size sequences, at most", "watching")
     save_interval: int = setting(1000, "steps between checkpoints; 0: only at the end", "watching")
     keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the best", "watching")
@@ -89,8 +92,8 @@ class Config(ModelConfig):
         self.check_model()
         positive = ("sequence_length", "global_batch_size", "micro_batch_size", "max_steps", "ns_steps", "log_interval",
                     "keep_checkpoints", "max_skipped_steps", "dp_replicate", "ep", "eval_batches")
-        not_negative = ("warmup_steps", "eval_interval", "save_interval", "sample_interval", "seed", "muon_lr", "weight_decay",
-                        "grad_clip", "bias_update_rate", "min_lr_ratio")
+        not_negative = ("warmup_steps", "eval_interval", "save_interval", "sample_interval", "seed", "muon_lr",
+                        "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio")
         for names, floor in ((positive, 1), (not_negative, 0)):
             for name in names:
                 if getattr(self, name) < floor:
@@ -98,16 +101,16 @@ class Config(ModelConfig):
         for ok, message in (
                 (self.global_batch_size % self.micro_batch_size == 0,
                  f"micro_batch_size={self.micro_batch_size} must divide global_batch_size={self.global_batch_size}"),
-                (self.sequence_length <= self.max_position_embeddings, f"sequence_length={self.sequence_length} is longer than "
-                 f"max_position_embeddings={self.max_position_embeddings}"),
+                (self.sequence_length <= self.max_position_embeddings,
+                 f"sequence_length={self.sequence_length} is longer than max_position_embeddings={self.max_position_embeddings}"),
                 (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
                 (self.decay_steps is None or 0 <= self.decay_steps <= self.max_steps,
                  f"decay_steps={self.decay_steps} must lie in 0..max_steps={self.max_steps}"),
                 (self.data, "data is empty: name a folder of shards"),
-                (not isinstance(self.data, dict) or all(isinstance(w, (int, float)) and w > 0 for w in self.data.values()),
+                (not isinstance(self.data, dict) or all(type(w) in (int, float) and w > 0 for w in self.data.values()),
                  f"data={self.data}: weights must be numbers above 0"),
-                (self.kernels != "triton", "kernels='triton': the Triton kernels are not part of this version; use torch or auto"),
+                (self.kernels != "triton", "kernels='triton' is not part of this version; use torch or auto"),
                 (self.dp_replicate == self.ep == 1 and self.dp_shard in (None, 1),
                  "this version runs one process: leave dp_replicate, dp_shard and ep at 1")):
             if not ok:
@@ -122,7 +125,7 @@ def load(argv):
     """A checked Config from ["configs/x.py", "--key=value", ...]; returns (config, path of the config file)."""
     files = [word for word in argv if not word.startswith("--")]
     if len(files) != 1:
-        raise UserError("name one config file: python train.py configs/debug.py [--key=value ...]   (--help lists the settings)"
+        raise UserError("name one config file:  python train.py configs/debug.py [--key=value ...]  (see --help)"
                         + (f"; got {files}" if files else ""))
     values = read_file(files[0]) | read_flags(word for word in argv if word.startswith("--"))
     config = Config(**values)
@@ -131,7 +134,8 @@ def load(argv):
 
 
 def read_file(path):
-    """The settings that a config file assigns. Names with a leading underscore, modules and functions are its own affair."""
+    """The settings that a config file assigns. Names with a leading underscore, modules and functions are its own
+    affair."""
     if not Path(path).is_file():
         others = ", ".join(sorted(str(p) for p in Path("configs").glob("[a-z]*.py")))
         raise UserError(f"no config file {path}" + (f"; there are {others}" if others else ""))
@@ -168,7 +172,8 @@ def checked(name, value, where):
     """value in the type of setting `name`, or a UserError that says what would be valid."""
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
-        raise UserError(f"unknown setting {name!r} {where}" + (f"; did you mean {near[0]!r}?" if near else "; see --help"))
+        hint = f"did you mean {near[0]!r}?" if near else "see --help"
+        raise UserError(f"unknown setting {name!r} {where}; {hint}")
     kinds = _kinds(name)
     if choices := [kind for kind in kinds if isinstance(kind, str)]:
         if value in choices:
@@ -184,8 +189,7 @@ def checked(name, value, where):
         return list(value)
     elif type(value) in kinds:
         return value
-    valid = " or ".join("None" if kind is type(None) else repr(kind) if isinstance(kind, str) else kind.__name__ for kind in kinds)
-    raise UserError(f"{name}={value!r} {where}: expected {valid}")
+    raise UserError(f"{name}={value!r} {where}: expected {' or '.join(map(_kind_name, kinds))}")
 
 
 def _kinds(name):
@@ -194,6 +198,10 @@ def _kinds(name):
     if typing.get_origin(annotation) is Literal:
         return typing.get_args(annotation)
     return typing.get_args(annotation) or (annotation,)
+
+
+def _kind_name(kind):
+    return "None" if kind is type(None) else repr(kind) if isinstance(kind, str) else kind.__name__
 
 
 def help_text():
@@ -205,6 +213,6 @@ def help_text():
     for group, members in groups.items():
         lines.append(f"\n{group}")
         for name, field in members:
-            kind = "|".join(getattr(k, "__name__", str(k)).replace("NoneType", "None") for k in _kinds(name))
-            lines.append(f"  --{name}={field.default!r}  ({kind})\n        {field.metadata['why']}")
+            kinds = " | ".join(map(_kind_name, _kinds(name)))
+            lines.append(f"  --{name}={field.default!r}  ({kinds})\n        {field.metadata['why']}")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """Hugging Face directories, out and in.
 
-    python export.py out/debug hf/                    # config.json, model*.safetensors, tokenizer files, generation_config.json
-    python export.py --reverse hf/ out/from_hf        # a run folder to continue from, with its config file
+    python export.py out/debug hf/                  # config.json, model*.safetensors, tokenizer files
+    python export.py --reverse hf/ out/from_hf      # a run folder to continue from, with its config file
 
-The directory loads with transformers' AutoModelForCausalLM and AutoTokenizer, and in the engines that serve DeepSeek-V3.
+The directory loads with transformers' AutoModelForCausalLM and AutoTokenizer, and in the engines that serve
+DeepSeek-V3.
 """
 
 import argparse

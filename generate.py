@@ -1,7 +1,7 @@
-"""Text from a trained model:  python generate.py out/debug --prompt "def " [--max_new_tokens=200] [--temperature=0.8] ...
+"""Text from a trained model:  python generate.py out/debug --prompt "def " [--temperature=0.8] [--top_k=50] ...
 
     from generate import load
-    model, tokenizer = load("out/debug")        # a run folder, a step folder or an exported Hugging Face directory
+    model, tokenizer = load("out/debug")      # a run folder, a step folder or an exported Hugging Face directory
 
 Prompts start a document: the end-of-text token is put before them, as in training. The loop itself is K2.generate in
 model.py, the choice of a token is in sampling.py.
@@ -30,7 +30,7 @@ def load(path, device="auto", dtype="float32", which="latest"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"no folder {path}: give a run folder such as out/debug, a step folder or an exported directory")
+        raise UserError(f"no folder {path}: give a run folder (out/debug), a step folder or an exported directory")
     if hf.is_hf(path):
         model = hf.load_model(path, device)
         tokenizer_folder = path / "tokenizer"
@@ -52,7 +52,8 @@ def encode_prompt(encoder, prompt):
 
 
 def stream_text(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=lambda: None, **sampling):
-    """Yield the continuation piece by piece, up to end of text; a character of several tokens comes when it is whole."""
+    """Yield the continuation piece by piece, up to end of text; a character of several tokens comes when it is
+    whole."""
     device = model.lm_head.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     decoder, end = codecs.getincrementaldecoder("utf-8")("replace"), tokenizers.end_of_text(encoder)
@@ -82,7 +83,7 @@ def parse(argv):
     parser.add_argument("--top_k", type=int, help="only the k most likely tokens")
     parser.add_argument("--top_p", type=float, help="only the smallest set of tokens with this probability")
     parser.add_argument("--min_p", type=float, help="only tokens with this share of the likeliest one's probability")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: what was said becomes less likely")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeats are less likely")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stream", action="store_true", help="print every token as it comes")
     parser.add_argument("--chat", action="store_true", help="type texts, let the model continue; /reset, /quit")
@@ -116,8 +117,8 @@ def main(argv=None):
     def on_slide():
         if not told:
             told.add(True)
-            print(f"\n[context of {model.config.max_position_embeddings} tokens is full: going on with its newest half]",
-                  file=sys.stderr)
+            limit = model.config.max_position_embeddings
+            print(f"\n[context of {limit} tokens is full: going on with its newest half]", file=sys.stderr)
     options = {key: getattr(args, key) for key in
                ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")}
     options |= {"use_cache": not args.no_cache, "on_slide": on_slide}
@@ -129,7 +130,8 @@ def main(argv=None):
             if len(args.prompt) * args.num_samples > 1:
                 print(f"--- {prompt!r}, sample {number + 1}")
             print(prompt, end="", flush=True)
-            pieces = stream_text(model, encoder, encode_prompt(encoder, prompt), **options | {"seed": args.seed + number})
+            options["seed"] = args.seed + number
+            pieces = stream_text(model, encoder, encode_prompt(encoder, prompt), **options)
             for piece in pieces if args.stream else ["".join(pieces)]:
                 print(piece, end="", flush=True)
                 produced += len(encoder.encode_ordinary(piece))

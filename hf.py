@@ -15,9 +15,10 @@ from errors import UserError
 from model import ModelConfig, build
 
 # config.json fields with the same name and meaning on both sides
-SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
-        "num_experts_per_tok", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
+SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+        "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob",
+        "routed_scaling_factor",
         "first_k_dense_replace", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range")
 
 
@@ -29,7 +30,8 @@ def is_hf(folder):
 # ----------------------------------------------------------------------------- config.json
 
 def to_hf_config(config, encoder, dtype):
-    """config.json of DeepseekV3ForCausalLM as a dict; every field is written, because its defaults are DeepSeek-V3's."""
+    """config.json of DeepseekV3ForCausalLM as a dict; every field is written, because its defaults are
+    DeepSeek-V3's."""
     if config.attention != "mla":
         raise UserError("attention='mha' has no place in the DeepSeek-V3 architecture; only MLA models are exported")
     end = end_of_text(encoder) if encoder else None
@@ -37,11 +39,11 @@ def to_hf_config(config, encoder, dtype):
     if not config.n_routed_experts:  # all dense
         same |= {"first_k_dense_replace": config.num_hidden_layers, "routed_scaling_factor": 1.0}
     return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": dtype, **same,
-            "num_key_value_heads": config.num_attention_heads, "rope_theta": config.rope_theta,
-            "rope_scaling": config.rope_scaling, "rope_interleave": True, "attention_bias": False, "attention_dropout": 0.0,
-            "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "aux_loss_alpha": config.aux_loss_alpha,
-            "seq_aux": True, "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "bos_token_id": end, "eos_token_id": end,
-            "pad_token_id": None, "use_cache": True}
+            "num_key_value_heads": config.num_attention_heads, "attention_bias": False, "attention_dropout": 0.0,
+            "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling, "rope_interleave": True,
+            "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
+            "aux_loss_alpha": config.aux_loss_alpha, "seq_aux": True, "num_nextn_predict_layers": 0,
+            "bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "use_cache": True}
 
 
 def from_hf_config(folder):
@@ -140,12 +142,12 @@ def to_hf_tokenizer(encoder):
     written = lambda token: "".join(letters[byte] for byte in token)
     merges = [[written(part) for part in merge_parts(ranks, token)]
               for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    special = [{"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                "special": True} for text, number in encoder._special_tokens.items()]
+    special = [{"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": False, "special": True} for text, number in encoder._special_tokens.items()]
     split = {"type": "Split", "pattern": {"Regex": encoder._pat_str}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-             "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
              "vocab": {written(token): rank for token, rank in ranks.items()}, "merges": merges}
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
                  "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
@@ -163,6 +165,6 @@ def merge_parts(ranks, token):
         pairs = [ranks.get(left + right, len(ranks) * 2) for left, right in zip(parts, parts[1:])]
         best = min(range(len(pairs)), key=pairs.__getitem__)
         if pairs[best] >= ranks[token]:
-            raise UserError(f"token {token!r} of the tokenizer is not the merge of two others; it cannot become a tokenizer.json")
+            raise UserError(f"token {token!r} is not the merge of two others: the tokenizer has no tokenizer.json form")
         parts[best:best + 2] = [parts[best] + parts[best + 1]]
     return parts

@@ -41,8 +41,8 @@ def duration(seconds):
 
 
 class RunLog:
-    """Appends records to metrics.jsonl (and W&B) and texts to samples.md. Opening it at `step` drops what an interrupted
-    run wrote beyond that step, so that a resumed run leaves no line twice."""
+    """Appends records to metrics.jsonl (and W&B) and texts to samples.md. Opening it at `step` drops what an
+    interrupted run wrote beyond that step, so that a resumed run leaves no line twice."""
 
     def __init__(self, folder, config, step, run_id):
         self.folder, self.path = Path(folder), Path(folder) / "metrics.jsonl"
@@ -57,7 +57,8 @@ class RunLog:
         self.wandb = start_wandb(config, self.folder, run_id)
 
     def write(self, kind, step, **fields):
-        """Append {"kind", "step", **fields}; non-finite numbers become null, which JSON can hold. Returns the record."""
+        """Append {"kind", "step", **fields}; non-finite numbers become null, which JSON can hold. Returns the
+        record."""
         fields = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in fields.items()}
         record = {"kind": kind, "step": step, **fields}
@@ -178,8 +179,9 @@ def draw_curves(folder):
     records = read_records(folder / "metrics.jsonl")
     train = [record for record in records if record["kind"] == "train"]
     val = [record for record in records if record["kind"] == "val"]
-    panels = [("loss", "nats per token", ["loss"]), ("learning rate", "", ["lr"]), ("gradient norm", "", ["grad_norm"]),
-              ("throughput", "tokens/s", ["tokens_per_second"]), ("largest attention logit", "", ["max_attention_logit"]),
+    panels = [("loss", "nats per token", ["loss"]), ("learning rate", "", ["lr"]),
+              ("gradient norm", "", ["grad_norm"]), ("throughput", "tokens/s", ["tokens_per_second"]),
+              ("largest attention logit", "", ["max_attention_logit"]),
               ("expert load over mean", "", ["expert_load_max", "expert_load_min"])]
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (title, unit, keys) in zip(axes.flat, panels):

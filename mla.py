@@ -3,8 +3,8 @@
 Parameters carry Hugging Face's DeepSeek-V3 names (self_attn.kv_b_proj.weight, ...). The training path ends in
 kernels/attention.py; the cached path, used by generation, is here. model.py puts one of these in every block.
 
-Shapes: B batch, T positions, S cached positions, D hidden_size, H heads, R kv_lora_rank; head widths N (qk_nope_head_dim),
-P (qk_rope_head_dim), Q = N + P, U (v_head_dim).
+Shapes: B batch, T positions, S cached positions, D hidden_size, H heads, R kv_lora_rank; head widths N
+(qk_nope_head_dim), P (qk_rope_head_dim), Q = N + P, U (v_head_dim).
 """
 
 import math
@@ -15,7 +15,6 @@ from torch import nn
 
 from kernels.attention import causal_attention
 
-
 # ----------------------------------------------------------------------------- position
 
 def yarn_mscale(factor, mscale):
@@ -23,8 +22,8 @@ def yarn_mscale(factor, mscale):
 
 
 def rope_frequencies(dim, theta, scaling, device):
-    """Angles per position (dim/2,) in fp32, and the factor on cos and sin; YaRN (arXiv 2309.00071, section 3.2) blends the
-    interpolated low frequencies with the untouched high ones over a linear ramp."""
+    """Angles per position (dim/2,) in fp32, and the factor on cos and sin; YaRN (arXiv 2309.00071, section 3.2)
+    blends the interpolated low frequencies with the untouched high ones over a linear ramp."""
     exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
     frequency = 1.0 / theta**exponent
     if scaling is None:

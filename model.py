@@ -66,8 +66,8 @@ class ModelConfig:
 
     def check_model(self):
         """Raise a UserError that names the first impossible size and what would be valid."""
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "v_head_dim", "intermediate_size",
-                 "max_position_embeddings")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "v_head_dim", "max_position_embeddings")
         if self.attention == "mla":
             sizes += ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
         if self.n_routed_experts:
@@ -122,8 +122,8 @@ class Block(nn.Module):
         self.self_attn = MLA(c) if c.attention == "mla" else MHA(c)
         if c.is_moe_layer(index):
             self.mlp = MoE(
-                Router(c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob,
-                       c.routed_scaling_factor),
+                Router(c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group,
+                       c.norm_topk_prob, c.routed_scaling_factor),
                 Experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size),
                 MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts) if c.n_shared_experts else None)
         else:
@@ -210,7 +210,8 @@ class K2(nn.Module):
         return angle.cos() * factor, angle.sin() * factor
 
     def _checkpointed(self, layer):
-        """The layer with its activations recomputed in the backward: all of them, or ("selective") all but matmul results."""
+        """The layer with its activations recomputed in the backward: all of them, or ("selective") all but matmul
+        results."""
         options = {"use_reentrant": False}
         if self.activation_checkpointing == "selective":
             aten = torch.ops.aten
@@ -236,8 +237,9 @@ class K2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Norms to 1, everything else normal(0, initializer_range), drawn in blocks of rows whose generator is seeded by
-        (seed, parameter name, block): any rank can make just its rows, and every layout starts from the same numbers."""
+        """Norms to 1, everything else normal(0, initializer_range), drawn in blocks of rows whose generator is seeded
+        by (seed, parameter name, block): any rank can make just its rows, and every layout starts from the same
+        numbers."""
         self.reset_statistics()
         for name, buffer in self.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -263,8 +265,9 @@ class K2(nn.Module):
     def generate(self, tokens_BT, max_new_tokens, *, stop=None, use_cache=True, on_slide=lambda: None, **sampling):
         """Yield (B,) ids, one tensor per new token; keyword arguments of sampling.next_token choose how.
 
-        Rows that produced the id `stop` go on yielding it, and the stream ends when all have. When the context is full, the
-        newest half of it becomes the new context and on_slide() is called; cached and uncached runs slide alike.
+        Rows that produced the id `stop` go on yielding it, and the stream ends when all have. When the context is
+        full, the newest half of it becomes the new context and on_slide() is called; cached and uncached runs slide
+        alike.
         """
         was_training, limit = self.training, self.config.max_position_embeddings
         self.eval()
@@ -313,8 +316,8 @@ def build(config, device):
 # ----------------------------------------------------------------------------- counting
 
 def count_parameters(config):
-    """(total, active): all parameters, and those that one token uses: of the routed experts num_experts_per_tok, and both
-    the embedding and the head. Computed on the meta device, so any size takes seconds."""
+    """(total, active): all parameters, and those that one token uses: of the routed experts num_experts_per_tok, and
+    both the embedding and the head. Computed on the meta device, so any size takes seconds."""
     with torch.device("meta"):
         model = K2(config)
     total = sum(p.numel() for p in model.parameters())
@@ -324,8 +327,8 @@ def count_parameters(config):
 
 
 def flops_per_token(config, sequence_length):
-    """Model FLOPs of one token, forward and backward (3x forward), 2 per multiply-add, causal attention at its true mean
-    context of (T+1)/2, no recompute. The embedding lookup is free, the head is not."""
+    """Model FLOPs of one token, forward and backward (3x forward), 2 per multiply-add, causal attention at its true
+    mean context of (T+1)/2, no recompute. The embedding lookup is free, the head is not."""
     _, active = count_parameters(config)
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     qk = config.qk_nope_head_dim + config.qk_rope_head_dim if config.attention == "mla" else config.v_head_dim

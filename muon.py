@@ -1,8 +1,9 @@
 """MuonClip: Muon for matrices, AdamW for the rest in the same class, QK-clip, and the learning-rate schedule.
 
-Muon (Keller Jordan, 2024) replaces the momentum of a matrix by its nearest semi-orthogonal matrix; the update is scaled to
-AdamW's typical size, 0.2 * sqrt(max(rows, cols)) (Moonlight, arXiv 2502.16982, section 2.2), so that both halves share a
-learning rate. QK-clip rescales the attention heads whose logits grew too large (Kimi K2, arXiv 2507.20534, section 2.1).
+Muon (Keller Jordan, 2024) replaces the momentum of a matrix by its nearest semi-orthogonal matrix; the update is
+scaled to AdamW's typical size, 0.2 * sqrt(max(rows, cols)) (Moonlight, arXiv 2502.16982, section 2.2), so that both
+halves share a learning rate. QK-clip rescales the attention heads whose logits grew too large (Kimi K2, arXiv
+2507.20534, section 2.1).
 
 Every parameter is routed by name, exactly once; a name that no route knows is an error. A parameter of several logical
 matrices (experts, gate above up, heads) is orthogonalised matrix by matrix, batched over everything of the same shape.
@@ -38,15 +39,15 @@ ROUTES = {
 
 @dataclass(frozen=True)
 class Route:
-    """Which half of the optimizer owns a parameter; for Muon, the rows of one logical matrix (the parameter is viewed as
-    a stack of rows x last-dimension matrices)."""
+    """Which half of the optimizer owns a parameter; for Muon, the rows of one logical matrix (the parameter is viewed
+    as a stack of rows x last-dimension matrices)."""
     optimizer: str
     rows: int | None = None
 
 
 def route_parameters(named_parameters, optimizer="muon", per_head=0):
-    """{name: Route} for every trainable parameter. optimizer="adamw" sends all to AdamW. per_head, if not 0, is the number
-    of heads by which q_proj, q_b_proj and kv_b_proj are split; 0 keeps them whole, as in the K2 report."""
+    """{name: Route} for every trainable parameter. optimizer="adamw" sends all to AdamW. per_head, if not 0, is the
+    number of heads by which q_proj, q_b_proj and kv_b_proj are split; 0 keeps them whole, as in the K2 report."""
     routes = {}
     for name, parameter in named_parameters:
         ending = next((ending for ending in ROUTES if name.endswith(ending)), None)
@@ -77,20 +78,21 @@ def routing_table(named_parameters, routes):
 class Muon(torch.optim.Optimizer):
     """Muon and AdamW in one optimizer.
 
-    named_parameters: (name, parameter) pairs. lr: Muon's rate; adamw_lr: None means lr. momentum: fp32 moving average,
-    nesterov: look ahead by it. weight_decay: decoupled, p *= 1 - lr * weight_decay, for every parameter. ns_dtype: compute
-    type of Newton-Schulz, None for the parameter's. routes: from route_parameters, None for its defaults. A parameter
-    without a gradient is treated as having a zero one. State is made here, not in the first step.
+    named_parameters: (name, parameter) pairs. lr: Muon's rate; adamw_lr: None means lr. momentum: fp32 moving
+    average, nesterov: look ahead by it. weight_decay: decoupled, p *= 1 - lr * weight_decay, for every parameter.
+    ns_dtype: compute type of Newton-Schulz, None for the parameter's. routes: from route_parameters, None for its
+    defaults. A parameter without a gradient is treated as having a zero one. State is made here, not in the first
+    step.
     """
 
-    def __init__(self, named_parameters, lr=2e-3, adamw_lr=None, momentum=0.95, nesterov=True, weight_decay=0.1, ns_steps=5,
-                 ns_dtype=None, ns_coefficients="jordan", betas=(0.9, 0.95), eps=1e-8, routes=None):
+    def __init__(self, named_parameters, lr=2e-3, adamw_lr=None, momentum=0.95, nesterov=True, weight_decay=0.1,
+                 ns_steps=5, ns_dtype=None, ns_coefficients="jordan", betas=(0.9, 0.95), eps=1e-8, routes=None):
         named = list(named_parameters)
         routes = routes or route_parameters(named)
         rates = {"muon": lr, "adamw": lr if adamw_lr is None else adamw_lr}
-        groups = [{"params": [p for n, p in named if routes[n].optimizer == kind], "lr": rates[kind], "kind": kind,
-                   "names": [n for n, _ in named if routes[n].optimizer == kind], "weight_decay": weight_decay, "step": 0}
-                  for kind in ("muon", "adamw")]
+        groups = [{"kind": kind, "lr": rates[kind], "weight_decay": weight_decay, "step": 0,
+                   "params": [p for n, p in named if routes[n].optimizer == kind],
+                   "names": [n for n, _ in named if routes[n].optimizer == kind]} for kind in ("muon", "adamw")]
         super().__init__([group for group in groups if group["params"]], {})
         self.rows = {p: routes[n].rows for n, p in named}
         self.momentum, self.nesterov, self.betas, self.eps = momentum, nesterov, betas, eps
@@ -120,11 +122,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         directions = torch._foreach_lerp(grads, momenta, self.momentum) if self.nesterov else momenta
         for batch in self._batches_of_one_shape(params):
-            stack = torch.cat([directions[i].reshape(-1, self.rows[params[i]], params[i].shape[-1]) for i in batch])
-            scale = 0.2 * math.sqrt(max(stack.shape[-2:]))
-            updates = newton_schulz(stack, **self.ns_options).split([len(directions[i].reshape(
-                -1, self.rows[params[i]], params[i].shape[-1])) for i in batch])
-            for i, update in zip(batch, updates):
+            matrices = [directions[i].reshape(-1, self.rows[params[i]], params[i].shape[-1]) for i in batch]
+            updates = newton_schulz(torch.cat(matrices), **self.ns_options)
+            scale = 0.2 * math.sqrt(max(updates.shape[-2:]))
+            for i, update in zip(batch, updates.split([len(stack) for stack in matrices])):
                 params[i].add_(update.reshape(params[i].shape), alpha=-group["lr"] * scale)
 
     def _batches_of_one_shape(self, params):
@@ -156,8 +157,8 @@ class Muon(torch.optim.Optimizer):
 
     def named_state(self):
         """{"<parameter name>.<key>": tensor}, the tensors that a checkpoint keeps beside the step count."""
-        return {f"{name}.{key}": tensor for group in self.param_groups for name, p in zip(group["names"], group["params"])
-                for key, tensor in self.state[p].items()}
+        return {f"{name}.{key}": tensor for group in self.param_groups
+                for name, p in zip(group["names"], group["params"]) for key, tensor in self.state[p].items()}
 
     @property
     def steps(self):
@@ -172,8 +173,8 @@ class Muon(torch.optim.Optimizer):
 
 @torch.no_grad()
 def qk_clip_(layers, max_logits_LH, tau):
-    """Scale down the query and key weights of every head whose largest logit S exceeded tau, by gamma = tau / S, so that
-    the same input would now give tau. Run after the optimizer step, with that step's maxima.
+    """Scale down the query and key weights of every head whose largest logit S exceeded tau, by gamma = tau / S, so
+    that the same input would now give tau. Run after the optimizer step, with that step's maxima.
 
     S is signed: large negative logits are harmless. S at or below tau, and a non-finite S, leave the head untouched (a
     factor of exactly 1). No host sync. Returns the number of clipped heads as a tensor.
@@ -187,8 +188,9 @@ def qk_clip_(layers, max_logits_LH, tau):
 
 
 def schedule_factor(step, kind, max_steps, warmup_steps, decay_steps, min_lr_ratio):
-    """The learning rate of step 1, 2, ... max_steps as a factor of the peak. Warm-up is linear, its last step at the peak;
-    wsd then holds and falls linearly over the last decay_steps, cosine falls all the way; both end at min_lr_ratio."""
+    """The learning rate of step 1, 2, ... max_steps as a factor of the peak. Warm-up is linear, its last step at the
+    peak; wsd then holds and falls linearly over the last decay_steps, cosine falls all the way; both end at
+    min_lr_ratio."""
     if step < warmup_steps:
         return step / warmup_steps
     if kind == "constant":

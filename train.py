@@ -56,8 +56,8 @@ def main(argv=None):
                                config.verify_data)
     largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
     if largest >= config.vocab_size:
-        raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its tokenizer: "
-                        f"set --vocab_size={largest + 1} or more")
+        raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its "
+                        f"tokenizer: set --vocab_size={largest + 1} or more")
 
     # ------------------------------------------------------------------ run folder
     run = Path(config.out_dir)
@@ -78,7 +78,8 @@ def main(argv=None):
     ns_dtype = config.dtype if config.ns_dtype == "auto" else config.ns_dtype
     ns_dtype = "bfloat16" if config.ns_dtype == "auto" and ns_dtype == "float16" else ns_dtype
     optimizer = Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
-                     config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes)
+                     config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients,
+                     routes=routes)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
@@ -106,9 +107,10 @@ def main(argv=None):
     total, active = count_parameters(config)
     flops = flops_per_token(config, config.sequence_length)
     epochs = stream.epochs(config.max_steps * config.global_batch_size)
-    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token; "
-          f"{device}, {config.dtype}, torch {torch.__version__}")
-    print(f"{config.max_steps - start} steps of {tokens_per_step:,} tokens, {epochs:.2f} epochs in all; writing to {run}/")
+    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a "
+          f"token; {device}, {config.dtype}, torch {torch.__version__}")
+    print(f"{config.max_steps - start} steps of {tokens_per_step:,} tokens, {epochs:.2f} epochs in all; "
+          f"writing to {run}/")
     if epochs > 4:
         print(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
     print("\n".join(routing_table(model.named_parameters(), routes)))
@@ -127,7 +129,7 @@ def main(argv=None):
         for group, peak_rate in zip(optimizer.param_groups, peak_rates):
             group["lr"] = peak_rate * factor
 
-        # Forward and backward: sums over micro-batches, divided by the global batch, so that accumulation changes nothing.
+        # Forward and backward: sums over micro-batches, divided by the global batch: accumulation changes nothing.
         model.reset_statistics()
         loss = balance = torch.zeros((), device=device)
         for micro in range(accumulation):
@@ -151,10 +153,10 @@ def main(argv=None):
         else:
             skipped += 1
             log.write("event", step, event="skip", loss=loss.item(), grad_norm=norm)
-            print(f"step {step}: loss {loss.item()} or gradient norm {norm} is not finite; step skipped ({skipped} in a row)")
+            print(f"step {step} skipped: loss {loss.item()}, gradient norm {norm} ({skipped} in a row)")
             if skipped >= config.max_skipped_steps:
-                raise UserError(f"{skipped} non-finite steps in a row: lower the learning rates and --resume from the last "
-                                f"checkpoint in {run}/checkpoints")
+                raise UserError(f"{skipped} non-finite steps in a row: lower the learning rates and --resume from the "
+                                f"last checkpoint in {run}/checkpoints")
         scaler.update()
         optimizer.zero_grad()
         sequences += config.global_batch_size
@@ -172,13 +174,15 @@ def main(argv=None):
                 mfu=flops * speed / peak if peak else None, step_ms=1000 * seconds / steps_timed,
                 memory_gib=metrics.memory_gib(device), max_attention_logit=model.max_logits.max().item(),
                 qk_clipped_heads=int(clipped), **routing)
-            print(metrics.step_line(record, config.max_steps, (config.max_steps - step) * seconds / steps_timed), flush=True)
+            eta = (config.max_steps - step) * seconds / steps_timed
+            print(metrics.step_line(record, config.max_steps, eta), flush=True)
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0)
         if config.eval_interval and (save_now or step % config.eval_interval == 0):
             validated = evaluate(model, validation, config, device)
             log.write("val", step, tokens=sequences * config.sequence_length, **validated)
-            print(f"step {step}: validation " + "  ".join(f"{k} {v:.4f}" for k, v in validated.items() if v is not None))
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
+            print(f"step {step}: validation {shown}", flush=True)
         if config.sample_interval and encoder and (last or step % config.sample_interval == 0):
             for prompt in config.sample_prompts:
                 log.sample(step, prompt, sample(model, encoder, prompt, config, step))
@@ -207,7 +211,8 @@ def pick_device(name):
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
     if not available[name]:
-        raise UserError(f"device={name!r} is not there; available: {', '.join(k for k, there in available.items() if there)}")
+        there = ", ".join(kind for kind, there in available.items() if there)
+        raise UserError(f"device={name!r} is not there; available: {there}")
     return torch.device(name)
 
 
@@ -262,9 +267,9 @@ def provenance(run, config, config_file, argv):
     run.mkdir(parents=True, exist_ok=True)
     path = run / "config.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     about = {"run_id": earlier.get("run_id", secrets.token_hex(4)), "config_file": config_file, "command": argv,
-             "commit": commit.strip() or None, "torch": torch.__version__, "python": platform.python_version(),
+             "commit": git.stdout.strip() or None, "torch": torch.__version__, "python": platform.python_version(),
              "settings": dataclasses.asdict(config)}
     temporary = run / ".config.json"
     temporary.write_text(json.dumps(about, indent=1) + "\n")
@@ -312,13 +317,14 @@ def evaluate(model, validation, config, device):
         total, count = total + loss_sum.item(), count + int((targets != IGNORE).sum())
     model.train()
     loss, ratio = total / count, validation.bytes_per_token
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss / math.log(2) / ratio if ratio else None}
+    bits_per_byte = loss / math.log(2) / ratio if ratio else None
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
 
 
 def sample(model, encoder, prompt, config, step):
     """A continuation of the prompt as text, from its own random generator."""
-    return "".join(stream_text(model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8, top_k=50,
-                               seed=config.seed + step))
+    return "".join(stream_text(model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8,
+                               top_k=50, seed=config.seed + step))
 
 
 if __name__ == "__main__":

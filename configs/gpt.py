@@ -1,4 +1,5 @@
-"""The dense baseline from the same files: 12 x 768, plain multi-head attention, SwiGLU MLPs, AdamW; the GPT-2-124M class.
+"""The dense baseline from the same files: 12 x 768, plain multi-head attention, SwiGLU MLPs, AdamW; the GPT-2-124M
+class.
 
     python -m data.prepare text MY_TEXTS/ --tokenizer=gpt2 --out=data/mine
     python train.py configs/gpt.py --data=data/mine

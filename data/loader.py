@@ -1,8 +1,8 @@
 """The training stream and the validation set.
 
-The stream is a pure function of (seed, position): sequence i of the run is the same on every world size and after every
-resume, so a checkpoint needs to remember nothing but the step. Each epoch visits every window of the data once, in a new
-order; mixtures interleave folders by weight. Validation is always the same windows in the same order.
+The stream is a pure function of (seed, position): sequence i of the run is the same on every world size and after
+every resume, so a checkpoint needs to remember nothing but the step. Each epoch visits every window of the data once,
+in a new order; mixtures interleave folders by weight. Validation is always the same windows in the same order.
 
 Shapes: B sequences, T tokens each. Next: ../train.py.
 """
@@ -84,8 +84,8 @@ class TrainStream:
 
 
 class ValidationSet:
-    """The first `sequences` windows of the val split of every folder, the last one padded with IGNORE targets, so that a
-    split shorter than one sequence is evaluated too."""
+    """The first `sequences` windows of the val split of every folder, the last one padded with IGNORE targets, so
+    that a split shorter than one sequence is evaluated too."""
 
     def __init__(self, data, sequence_length, sequences, verify=True):
         folders = data if isinstance(data, dict) else {data: 1.0}

@@ -23,9 +23,10 @@ from errors import UserError
 
 
 def stdlib_files():
-    """The .py files of the running Python's standard library, without tests and without installed packages."""
+    """The .py files of the running Python's standard library, without tests, installed packages and the code tables of
+    `encodings`, which are numbers rather than source."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "turtledemo"}
+    skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "turtledemo", "encodings"}
     return [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
 
 
@@ -53,7 +54,7 @@ def parse(argv):
     parser.add_argument("source", choices=["stdlib", "text"], help="where the text comes from")
     parser.add_argument("files", nargs="*", help="for text: the files, or folders to search for files")
     parser.add_argument("--out", help="folder of the shards (default data/SOURCE)")
-    parser.add_argument("--tokenizer", help="bytes, a tiktoken name, a ranks file or a tokenizer folder (default: train one)")
+    parser.add_argument("--tokenizer", help="bytes, a tiktoken name, a ranks file or a folder (default: train one)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="size of the trained BPE, end of text included")
     parser.add_argument("--pattern", default="*", help="for text: which files of a folder, as in *.py")
     parser.add_argument("--split_on", help="for text: a separator between documents inside a file")
@@ -61,9 +62,10 @@ def parse(argv):
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens of one shard")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that was made in another way")
     args = parser.parse_args(argv)
-    if (args.source == "text") != bool(args.files):
-        raise UserError("text needs files or folders:  python -m data.prepare text notes/*.txt --out=data/notes" if args.source
-                        == "text" else "stdlib takes no files")
+    if args.source == "text" and not args.files:
+        raise UserError("text needs files or folders:  python -m data.prepare text notes/*.txt --out=data/notes")
+    if args.source == "stdlib" and args.files:
+        raise UserError("stdlib takes no files")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction={args.val_fraction} must lie between 0 and 1")
     if not 2 <= args.shard_tokens < 2**31:

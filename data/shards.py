@@ -1,9 +1,9 @@
 """The shard format: llm.c's binary files and, beside them, meta.json. Writing is atomic, reading is checked.
 
-A shard is 256 int32 of header (magic, version, token count), then the tokens: magic 20240520 version 1 holds uint16 ids,
-magic 20240801 version 7 uint32 ids for vocabularies above 65,536. meta.json records tokenizer, vocabulary, documents,
-tokens and bytes of each split, and size, largest id and CRC32 of every shard. Folders of llm.c or modded-nanogpt, which
-have no meta.json, are read as they are. Next: loader.py.
+A shard is 256 int32 of header (magic, version, token count), then the tokens: magic 20240520 version 1 holds uint16
+ids, magic 20240801 version 7 uint32 ids for vocabularies above 65,536. meta.json records tokenizer, vocabulary,
+documents, tokens and bytes of each split, and size, largest id and CRC32 of every shard. Folders of llm.c or
+modded-nanogpt, which have no meta.json, are read as they are. Next: loader.py.
 """
 
 import json
@@ -27,8 +27,9 @@ def dtype_for(vocab_size):
 
 
 class Writer:
-    """Writes documents into the shards of a folder. Everything goes to a sibling folder that `finish` renames into place,
-    so that the folder exists only if it is complete; use it in a `with` block, which removes the rest on an error."""
+    """Writes documents into the shards of a folder. Everything goes to a sibling folder that `finish` renames into
+    place, so that the folder exists only if it is complete; use it in a `with` block, which removes the rest on an
+    error."""
 
     def __init__(self, folder, vocab_size, shard_tokens=100_000_000):
         self.folder, self.vocab_size, self.shard_tokens = Path(folder), vocab_size, shard_tokens
@@ -83,7 +84,8 @@ class Writer:
         shards.append({"file": name, "tokens": len(tokens), "max_id": int(tokens.max()), "crc32": crc})
 
     def finish(self, save_tokenizer, **about):
-        """Write the last shards, the tokenizer and meta.json, then put the folder in place. `about` goes into meta.json."""
+        """Write the last shards, the tokenizer and meta.json, then put the folder in place. `about` goes into
+        meta.json."""
         for split in SPLITS:
             if self.splits[split]["tokens"] < 2:
                 raise UserError(f"the {split} split has {self.splits[split]['tokens']} tokens: give more text")

@@ -35,10 +35,11 @@ def load(spec):
         return tiktoken.get_encoding(str(spec))
     except ValueError as error:
         names = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(f"no tokenizer {spec!r}: expected 'bytes', a tokenizer folder, a ranks file, or one of {names}") from error
+        raise UserError(f"no tokenizer {spec!r}: expected 'bytes', a tokenizer folder, a ranks file, or one of "
+                        f"{names}") from error
     except OSError as error:  # requests' errors are OSErrors
-        raise UserError(f"tokenizer {spec!r} is not in tiktoken's cache and cannot be downloaded here: give a local ranks "
-                        "file instead, --tokenizer=PATH.tiktoken") from error
+        raise UserError(f"tokenizer {spec!r} is not in tiktoken's cache and cannot be downloaded here: give a local "
+                        "ranks file instead, --tokenizer=PATH.tiktoken") from error
 
 
 def encoding(name, ranks, pattern=PATTERN, special_tokens=None):
@@ -53,7 +54,8 @@ def end_of_text(encoder):
 
 
 def read_ranks(path):
-    """{bytes: rank} from a file of "base64 rank" lines. (tiktoken's own reader caches by path, and so serves stale ranks.)"""
+    """{bytes: rank} from a file of "base64 rank" lines. (tiktoken's own reader caches by path, and so serves stale
+    ranks.)"""
     try:
         ranks = {base64.b64decode(token, validate=True): int(rank)
                  for token, rank in (line.split() for line in Path(path).read_bytes().splitlines() if line)}
@@ -90,8 +92,8 @@ def fingerprint(encoder):
 
 
 def byte_letters():
-    """The printable letter that stands for each byte in Hugging Face's byte-level BPE: itself where Latin-1 has a visible
-    character, else the next free code point from 256 on."""
+    """The printable letter that stands for each byte in Hugging Face's byte-level BPE: itself where Latin-1 has a
+    visible character, else the next free code point from 256 on."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -100,9 +102,9 @@ def byte_letters():
 def train_bpe(texts, vocab_size, name="bpe", pattern=PATTERN):
     """Train a byte-level BPE of vocab_size ids, END_OF_TEXT included, on an iterable of str; returns the Encoding.
 
-    Greedy: the most frequent adjacent pair inside words is merged, ties to the lowest pair of ids (Sennrich et al., arXiv
-    1508.07909). Pair counts are kept up to date and only the words that contain the merged pair are touched. Stops early
-    when every word is a single token.
+    Greedy: the most frequent adjacent pair inside words is merged, ties to the lowest pair of ids (Sennrich et al.,
+    arXiv 1508.07909). Pair counts are kept up to date and only the words that contain the merged pair are touched.
+    Stops early when every word is a single token.
     """
     if vocab_size < 257:
         raise UserError(f"a byte-level BPE needs a vocabulary of at least 257, not {vocab_size}")

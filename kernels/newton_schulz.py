@@ -23,13 +23,14 @@ SAFETY = {"jordan": 1.0, "you": 1.02, "polar_express": 1.02}  # extra norm: thes
 def newton_schulz(G, steps=5, dtype=None, coefficients="jordan"):
     """Orthogonalise the last two dimensions of G; leading dimensions are a batch of independent matrices.
 
-    dtype is the compute type (default: G's own). The Frobenius norm is taken in at least fp32 and clamped, so that a zero
-    matrix stays zero and the result does not depend on the scale of G. After the table's end its last row repeats.
+    dtype is the compute type (default: G's own). The Frobenius norm is taken in at least fp32 and clamped, so that a
+    zero matrix stays zero and the result does not depend on the scale of G. After the table's end its last row
+    repeats.
     """
     table = COEFFICIENTS[coefficients]
     X = G if G.dtype == torch.float64 else G.float()
     tiny = torch.finfo(X.dtype).tiny
-    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)  # first, or the squares of an idle expert underflow
+    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)  # or the squares of an idle expert underflow
     X = X / (SAFETY[coefficients] * X.norm(dim=(-2, -1), keepdim=True)).clamp(min=tiny)
     X = X.to(dtype or G.dtype)
     tall = X.shape[-2] > X.shape[-1]

@@ -11,8 +11,9 @@ import torch
 def route(logits_NE, bias_E, top_k, n_group=1, topk_group=1, normalise=True, scale=1.0):
     """Choose top_k experts for every token; everything in fp32, ties go to the lowest expert index.
 
-    The bias steers the selection only; the weights are the unbiased scores, so the router's gradient flows through the
-    chosen scores alone. With n_group > 1 only topk_group groups take part, those whose two best biased scores sum highest.
+    The bias steers the selection only; the weights are the unbiased scores, so the router's gradient flows through
+    the chosen scores alone. With n_group > 1 only topk_group groups take part, those whose two best biased scores sum
+    highest.
 
     Returns weights_NK (fp32), experts_NK (int64), scores_NE (fp32 sigmoid scores, which the balance loss needs).
     """

@@ -15,9 +15,22 @@ from data.shards import Writer
 from model import ModelConfig, build
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=3,
-            num_attention_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8,
-            num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.1)
+TINY = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=64,
+    moe_intermediate_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    initializer_range=0.1,
+)
 
 
 def tiny_config(**changes):
@@ -44,8 +57,8 @@ def tokens(batch, length, vocab=97, seed=0):
 
 
 def make_data(folder, n_train=40_000, n_val=3_000, vocab=64, seed=0):
-    """A shard folder of a learnable synthetic language: each token is a noisy function of the one before. Its tokenizer is
-    `bytes` cut down to nothing special: ids below `vocab` are single bytes."""
+    """A shard folder of a learnable synthetic language: each token is a noisy function of the one before. Its
+    tokenizer is `bytes` cut down to nothing special: ids below `vocab` are single bytes."""
     rng = np.random.default_rng(seed)
 
     def text(n):
@@ -54,20 +67,41 @@ def make_data(folder, n_train=40_000, n_val=3_000, vocab=64, seed=0):
             state = int(noise * 1e6) % vocab if noise < 0.1 else (state * 5 + 3) % vocab
             ids.append(state)
         return ids
+
     encoder = tokenizer.load("bytes")
     with Writer(folder, encoder.n_vocab) as writer:
         for split, count in (("train", n_train), ("val", n_val)):
             writer.write(split, text(count), count)
-        writer.finish(lambda path: tokenizer.save(encoder, path), tokenizer="bytes",
-                      tokenizer_fingerprint=tokenizer.fingerprint(encoder))
+        writer.finish(
+            lambda path: tokenizer.save(encoder, path),
+            tokenizer="bytes",
+            tokenizer_fingerprint=tokenizer.fingerprint(encoder),
+        )
     return folder
 
 
 def make_config(path, **changes):
     """Write a config file for a run of seconds; returns its path."""
-    settings = TINY | dict(vocab_size=257, sequence_length=32, global_batch_size=8, micro_batch_size=4, max_steps=20,
-                           warmup_steps=4, dtype="float32", log_interval=1, eval_interval=0, save_interval=0,
-                           initializer_range=0.02, muon_lr=1e-2, wandb="off", device="cpu") | changes
+    settings = (
+        TINY
+        | dict(
+            vocab_size=257,
+            sequence_length=32,
+            global_batch_size=8,
+            micro_batch_size=4,
+            max_steps=20,
+            warmup_steps=4,
+            dtype="float32",
+            log_interval=1,
+            eval_interval=0,
+            save_interval=0,
+            initializer_range=0.02,
+            muon_lr=1e-2,
+            wandb="off",
+            device="cpu",
+        )
+        | changes
+    )
     Path(path).write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
     return str(path)
 
@@ -79,21 +113,32 @@ def run_train(*words):
 
 def run_script(*words, check=None, env=None, **options):
     """A command in a process of its own from the repository root; check=0 asserts success."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=300, **options)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        timeout=300,
+        **options,
+    )
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     return done
 
 
 def records(run, kind="train"):
-    return [record for record in map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
-            if record["kind"] == kind]
+    return [
+        record
+        for record in map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
+        if record["kind"] == kind
+    ]
 
 
 def final_tensors(run):
     """All tensors of the newest checkpoint, by name."""
     import checkpoint
+
     step_folder = checkpoint.find(run)
     stored = checkpoint._SafeReader(step_folder).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in stored.items()}

@@ -13,7 +13,11 @@ from errors import UserError
 
 
 def tensors(value):
-    return {"model.a": torch.full((3, 4), float(value)), "model.bias": torch.arange(5) + value, "optim.a.momentum": torch.rand(3, 4)}
+    return {
+        "model.a": torch.full((3, 4), float(value)),
+        "model.bias": torch.arange(5) + value,
+        "optim.a.momentum": torch.rand(3, 4),
+    }
 
 
 @pytest.fixture
@@ -33,18 +37,30 @@ def test_save_and_load_are_bitwise(run):
 
 def test_pointers_and_retention(run):
     folder = run / "checkpoints"
-    assert (folder / "latest").read_text().strip() == "step_00000006" and checkpoint.find(run, "best").name == "step_00000004"
+    assert (folder / "latest").read_text().strip() == "step_00000006" and checkpoint.find(
+        run, "best"
+    ).name == "step_00000004"
     for step in (8, 10, 12):
         checkpoint.save(folder, step, tensors(step), {}, keep=2)
-    assert [path.name for path in checkpoint.step_folders(folder)] == [f"step_{s:08d}" for s in (4, 10, 12)]  # best stays
+    assert [path.name for path in checkpoint.step_folders(folder)] == [
+        f"step_{s:08d}" for s in (4, 10, 12)
+    ]  # best stays
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
     checkpoint.drop_after(folder, 10)
     assert checkpoint.find(run).name == "step_00000010"
 
 
-@pytest.mark.parametrize("kind, message", [("bit", "checksum"), ("cut", "bytes, the manifest says"), ("gone", "is missing"),
-                                           ("no manifest", "cannot be read"), ("half manifest", "cannot be read"),
-                                           ("other manifest", "manifest.json lacks")])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("bit", "checksum"),
+        ("cut", "bytes, the manifest says"),
+        ("gone", "is missing"),
+        ("no manifest", "cannot be read"),
+        ("half manifest", "cannot be read"),
+        ("other manifest", "manifest.json lacks"),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, capsys, kind, message):
     newest = checkpoint.find(run)
     file, manifest = newest / "__0_0.distcp", newest / "manifest.json"
@@ -78,6 +94,7 @@ def test_a_kill_before_the_rename_leaves_the_last_checkpoint(run, monkeypatch):
         if "step_" in str(target):
             raise Killed
         original(source, target)
+
     monkeypatch.setattr(os, "rename", die)
     with pytest.raises(Killed):
         checkpoint.save(run / "checkpoints", 8, tensors(8), {}, keep=3)
@@ -92,6 +109,7 @@ def test_a_full_disk_is_an_oserror_and_keeps_what_was_saved(run, monkeypatch):
 
     def full(self, plan, planner):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(run / "checkpoints", 8, tensors(8), {}, keep=1)
@@ -106,12 +124,16 @@ def test_a_step_is_replaced_whole_never_written_over(run):
     assert target["model.a"][0, 0] == 66 and os.stat(run / "checkpoints/step_00000006/__0_0.distcp").st_ino != before
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("model.bias"), "1 names differ, such as model.bias"),
-    (lambda t: t.update({"model.new": torch.zeros(1)}), "model.new"),
-    (lambda t: t.update({"model.a": torch.zeros(3, 5)}), r"model.a is \(3, 4\)"),
-    (lambda t: t.update({"model.a": torch.zeros(3, 4, dtype=torch.float64)}), "float64"),
-    (lambda t: t.pop("optim.a.momentum") is None or t.update({"optim.a.exp_avg": torch.zeros(3, 4)}), "optim.a")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.bias"), "1 names differ, such as model.bias"),
+        (lambda t: t.update({"model.new": torch.zeros(1)}), "model.new"),
+        (lambda t: t.update({"model.a": torch.zeros(3, 5)}), r"model.a is \(3, 4\)"),
+        (lambda t: t.update({"model.a": torch.zeros(3, 4, dtype=torch.float64)}), "float64"),
+        (lambda t: t.pop("optim.a.momentum") is None or t.update({"optim.a.exp_avg": torch.zeros(3, 4)}), "optim.a"),
+    ],
+)
 def test_what_does_not_fit_is_refused(run, change, message):
     target = tensors(0)
     change(target)
@@ -129,12 +151,14 @@ def test_a_malicious_index_runs_no_code(run, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/owned",)
+
     newest = checkpoint.find(run)
     (newest / ".metadata").write_bytes(pickle.dumps(Evil()))
     assert checkpoint.find(run).name == "step_00000004"  # the checksum already tells
     manifest = json.loads((newest / "manifest.json").read_text())
     raw = (newest / ".metadata").read_bytes()
     import zlib
+
     manifest["files"][".metadata"] = {"size": len(raw), "crc32": zlib.crc32(raw)}
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="has no place in a checkpoint index"):

@@ -16,6 +16,7 @@ def file(tmp_path):
         path = tmp_path / "mine.py"
         path.write_text(text)
         return str(path)
+
     return write
 
 
@@ -26,50 +27,97 @@ def test_precedence_is_line_then_file_then_default(file):
 
 
 def test_a_file_may_compute_and_import_another(file):
-    text = "import math\nfrom configs.debug import *\n_width = int(math.sqrt(65536))\nhidden_size = _width\ndef helper(): pass\n"
+    text = "import math\nfrom configs.debug import *\n_width = int(math.sqrt(65536))\nhidden_size = _width\n"
     config, _ = settings.load([file(text)])
     assert config.hidden_size == 256 and config.data == "data/stdlib"
 
 
-@pytest.mark.parametrize("word, expected", [
-    ("--muon_lr=3e-4", {"muon_lr": 3e-4}), ("--max_steps=1e3", {"max_steps": 1000}), ("--muon_lr=1", {"muon_lr": 1.0}),
-    ("--adamw_lr=None", {"adamw_lr": None}), ("--compile", {"compile": True}), ("--no-compile", {"compile": False}),
-    ("--compile=false", {"compile": False}), ("--norm_topk_prob=True", {"norm_topk_prob": True}), ("--resume", {"resume": True}),
-    ("--resume=out/x/checkpoints/step_00000010", {"resume": "out/x/checkpoints/step_00000010"}),
-    ("--data={'a': 2, 'b': 0.5}", {"data": {"a": 2, "b": 0.5}}), ("--data=a=b", {"data": "a=b"}), ("--run_name=17", {"run_name": "17"}),
-    ("--sample_prompts=['def ', 'import ']", {"sample_prompts": ["def ", "import "]}), ("--schedule=cosine", {"schedule": "cosine"}),
-    ("--tie-word-embeddings", {"tie_word_embeddings": True}), ("--no-nesterov", {"nesterov": False})])
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("--muon_lr=3e-4", {"muon_lr": 3e-4}),
+        ("--max_steps=1e3", {"max_steps": 1000}),
+        ("--muon_lr=1", {"muon_lr": 1.0}),
+        ("--adamw_lr=None", {"adamw_lr": None}),
+        ("--compile", {"compile": True}),
+        ("--no-compile", {"compile": False}),
+        ("--compile=false", {"compile": False}),
+        ("--norm_topk_prob=True", {"norm_topk_prob": True}),
+        ("--resume", {"resume": True}),
+        ("--resume=out/x/checkpoints/step_00000010", {"resume": "out/x/checkpoints/step_00000010"}),
+        ("--data={'a': 2, 'b': 0.5}", {"data": {"a": 2, "b": 0.5}}),
+        ("--data=a=b", {"data": "a=b"}),
+        ("--run_name=17", {"run_name": "17"}),
+        ("--sample_prompts=['def ', 'import ']", {"sample_prompts": ["def ", "import "]}),
+        ("--schedule=cosine", {"schedule": "cosine"}),
+        ("--tie-word-embeddings", {"tie_word_embeddings": True}),
+        ("--no-nesterov", {"nesterov": False}),
+    ],
+)
 def test_flags(word, expected):
     values = settings.read_flags([word])
     assert values == expected and all(type(values[key]) is type(expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("word, message", [
-    ("--maxsteps=3", "did you mean 'max_steps'"), ("--n_routed_expert=3", "did you mean 'n_routed_experts'"), ("--zzzz=1", "see --help"),
-    ("--max_steps=three", "expected int"), ("--max_steps=1.5", "expected int"), ("--muon_lr=fast", "expected float"),
-    ("--muon_lr=True", "expected float"), ("--nesterov=1", "expected bool"), ("--schedule=linear", "expected 'wsd' or 'cosine'"),
-    ("--q_lora_rank=x", "expected int or None"), ("--hidden_size=None", "expected int"), ("--data=None", "expected str or dict")])
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("--maxsteps=3", "did you mean 'max_steps'"),
+        ("--n_routed_expert=3", "did you mean 'n_routed_experts'"),
+        ("--zzzz=1", "see --help"),
+        ("--max_steps=three", "expected int"),
+        ("--max_steps=1.5", "expected int"),
+        ("--muon_lr=fast", "expected float"),
+        ("--muon_lr=True", "expected float"),
+        ("--nesterov=1", "expected bool"),
+        ("--schedule=linear", "expected 'wsd' or 'cosine'"),
+        ("--q_lora_rank=x", "expected int or None"),
+        ("--hidden_size=None", "expected int"),
+        ("--data=None", "expected str or dict"),
+    ],
+)
 def test_wrong_flags_say_what_would_be_valid(word, message):
     with pytest.raises(UserError, match=message):
         settings.read_flags([word])
 
 
-@pytest.mark.parametrize("word, message", [
-    ("--global_batch_size=10", "micro_batch_size=16 must divide"), ("--n_group=3", "n_group=3 must divide"),
-    ("--num_experts_per_tok=99", "at most n_routed_experts"), ("--topk_group=2", "at most n_group"),
-    ("--qk_rope_head_dim=15", "must be even"), ("--sequence_length=4096", "longer than max_position_embeddings"),
-    ("--max_steps=0", "must be at least 1"), ("--muon_lr=-1", "must be at least 0"), ("--hidden_size=0", "must be at least 1"),
-    ("--rope_scaling={'type': 'linear'}", "rope_scaling must be"), ("--kernels=triton", "not part of this version"),
-    ("--ep=2", "one process"), ("--data={'a': -1}", "weights must be"), ("--momentum=1", "momentum"), ("--data=", "data is empty"),
-    ("--first_k_dense_replace=99", "first_k_dense_replace"), ("--decay_steps=5000", "decay_steps")])
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("--global_batch_size=10", "micro_batch_size=16 must divide"),
+        ("--n_group=3", "n_group=3 must divide"),
+        ("--num_experts_per_tok=99", "at most n_routed_experts"),
+        ("--topk_group=2", "at most n_group"),
+        ("--qk_rope_head_dim=15", "must be even"),
+        ("--sequence_length=4096", "longer than max_position_embeddings"),
+        ("--max_steps=0", "must be at least 1"),
+        ("--muon_lr=-1", "must be at least 0"),
+        ("--hidden_size=0", "must be at least 1"),
+        ("--rope_scaling={'type': 'linear'}", "rope_scaling must be"),
+        ("--kernels=triton", "not part of this version"),
+        ("--ep=2", "one process"),
+        ("--data={'a': -1}", "weights must be"),
+        ("--momentum=1", "momentum"),
+        ("--data=", "data is empty"),
+        ("--first_k_dense_replace=99", "first_k_dense_replace"),
+        ("--decay_steps=5000", "decay_steps"),
+    ],
+)
 def test_impossible_settings_are_refused(file, word, message):
     with pytest.raises(UserError, match=message):
         settings.load([file("hidden_size = 64\n"), word])
 
 
-@pytest.mark.parametrize("text, message", [
-    ("max_iterz = 3\n", "unknown setting 'max_iterz' in"), ("muon_lr = '3e-4'\n", "expected float"), ("max_steps = \n", "SyntaxError"),
-    ("max_steps = 1 / 0\n", "ZeroDivisionError"), ("import nothing_there\n", "ModuleNotFoundError")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("max_iterz = 3\n", "unknown setting 'max_iterz' in"),
+        ("muon_lr = '3e-4'\n", "expected float"),
+        ("max_steps = \n", "SyntaxError"),
+        ("max_steps = 1 / 0\n", "ZeroDivisionError"),
+        ("import nothing_there\n", "ModuleNotFoundError"),
+    ],
+)
 def test_wrong_files_are_named(file, text, message):
     with pytest.raises(UserError, match=message) as error:
         settings.load([file(text)])
@@ -92,7 +140,13 @@ def test_help_names_every_setting_with_its_reason():
 def test_every_config_loads_and_is_a_document(path):
     config, _ = settings.load([str(path)])
     head = path.read_text().split('"""')[1]
-    for word in ("python train.py" if path.stem in ("debug", "gpt") else "train.py", "Hardware", "Time", "Memory", "Expect"):
+    for word in (
+        "python train.py" if path.stem in ("debug", "gpt") else "train.py",
+        "Hardware",
+        "Time",
+        "Memory",
+        "Expect",
+    ):
         assert word in head, f"{path.name}'s docstring does not say {word}"
     assert f"configs/{path.name}" in head
     assert config.out_dir == f"out/{path.stem}"

@@ -30,7 +30,10 @@ def write(folder, vocab, documents, shard_tokens=1000):
 
 # ---------------------------------------------------------------------- shards
 
-@pytest.mark.parametrize("vocab, magic, version, dtype", [(65536, 20240520, 1, np.uint16), (163840, 20240801, 7, np.uint32)])
+
+@pytest.mark.parametrize(
+    "vocab, magic, version, dtype", [(65536, 20240520, 1, np.uint16), (163840, 20240801, 7, np.uint32)]
+)
 def test_shards_are_llm_c_files(tmp_path, vocab, magic, version, dtype):
     ids = np.random.default_rng(0).integers(0, vocab, 2500)
     ids[7] = vocab - 1
@@ -83,8 +86,17 @@ def damage(kind, folder):
         (folder / "meta.json").write_text('{"vocab_size": 257, "spl')
 
 
-@pytest.mark.parametrize("kind, message", [("truncated", "truncated"), ("bit flip", "checksum"), ("magic", "no token shard"),
-                                           ("missing", "is missing"), ("empty", "no token shard"), ("meta", "is damaged")])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("truncated", "truncated"),
+        ("bit flip", "checksum"),
+        ("magic", "no token shard"),
+        ("missing", "is missing"),
+        ("empty", "no token shard"),
+        ("meta", "is damaged"),
+    ],
+)
 def test_damaged_shards_are_named(tmp_path, kind, message):
     folder = make_data(tmp_path / "d")
     damage(kind, folder)
@@ -94,6 +106,7 @@ def test_damaged_shards_are_named(tmp_path, kind, message):
 
 
 # ---------------------------------------------------------------------- the stream
+
 
 def test_every_window_once_an_epoch_reshuffled_and_every_token_a_target_once(tmp_path):
     ids = np.arange(997)
@@ -162,12 +175,19 @@ def bpe():
 
 def test_trained_bpe_equals_the_tokenizers_library(bpe):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     other = Tokenizer(models.BPE())
-    other.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(tokenizer.PATTERN), "isolated"),
-                                                   pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    other.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(tokenizer.PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     other.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    other.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=599, initial_alphabet=alphabet, show_progress=False))
+    other.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=599, initial_alphabet=alphabet, show_progress=False)
+    )
     pieces = lambda encoding: [bytes(piece) for piece in encoding]
     text = (ROOT / "checkpoint.py").read_text()
     theirs = [other.decode([i]).encode() for i in other.encode(text).ids]
@@ -202,8 +222,12 @@ def test_wrong_tokenizers_are_clear_errors(tmp_path, monkeypatch):
     (tmp_path / "bad.tiktoken").write_text("hello world\n")
     (tmp_path / "short.tiktoken").write_text("YQ== 0\n")
     (tmp_path / "folder").mkdir()
-    for spec, message in (("nonsense", "no tokenizer 'nonsense'"), (tmp_path / "bad.tiktoken", "no ranks file"),
-                          (tmp_path / "short.tiktoken", "no byte-level"), (tmp_path / "folder", "no tokenizer folder")):
+    for spec, message in (
+        ("nonsense", "no tokenizer 'nonsense'"),
+        (tmp_path / "bad.tiktoken", "no ranks file"),
+        (tmp_path / "short.tiktoken", "no byte-level"),
+        (tmp_path / "folder", "no tokenizer folder"),
+    ):
         with pytest.raises(UserError, match=message):
             tokenizer.load(str(spec))
     with pytest.raises(UserError, match="at least 257"):
@@ -211,6 +235,7 @@ def test_wrong_tokenizers_are_clear_errors(tmp_path, monkeypatch):
 
     def offline(name):
         raise ConnectionError("no network")
+
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="give a local ranks file"):
         tokenizer.load("gpt2")
@@ -221,6 +246,7 @@ def test_training_stops_when_nothing_is_left_to_merge():
 
 
 # ---------------------------------------------------------------------- prepare
+
 
 @pytest.fixture
 def texts(tmp_path):
@@ -259,8 +285,16 @@ def test_prepare_text_end_to_end(tmp_path, texts, capsys):
 
 def test_split_on_makes_documents(tmp_path):
     (tmp_path / "t.txt").write_text("---".join(f"part {i} " * 20 for i in range(50)))
-    prepare.main(["text", str(tmp_path / "t.txt"), f"--out={tmp_path / 'd'}", "--tokenizer=bytes", "--split_on=---",
-                  "--val_fraction=0.2"])
+    prepare.main(
+        [
+            "text",
+            str(tmp_path / "t.txt"),
+            f"--out={tmp_path / 'd'}",
+            "--tokenizer=bytes",
+            "--split_on=---",
+            "--val_fraction=0.2",
+        ]
+    )
     meta = json.loads((tmp_path / "d/meta.json").read_text())
     assert meta["splits"]["train"]["documents"] + meta["splits"]["val"]["documents"] == 50 and meta["vocab_size"] == 257
 
@@ -272,9 +306,16 @@ def test_a_killed_preparation_leaves_nothing_that_looks_done(tmp_path, texts, mo
     assert not (tmp_path / "d").exists() and not list(tmp_path.glob(".d*"))
 
 
-@pytest.mark.parametrize("words, message", [
-    (["text"], "text needs files"), (["stdlib", "x"], "takes no files"), (["text", "nowhere.txt"], "no file or folder"),
-    (["stdlib", "--val_fraction=2"], "between 0 and 1"), (["text", "README.md", "--tokenizer=bytes"], "val split has 0")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["text"], "text needs files"),
+        (["stdlib", "x"], "takes no files"),
+        (["text", "nowhere.txt"], "no file or folder"),
+        (["stdlib", "--val_fraction=2"], "between 0 and 1"),
+        (["text", "README.md", "--tokenizer=bytes"], "val split has 0"),
+    ],
+)
 def test_prepare_mistakes_are_one_line(tmp_path, words, message):
     done = run_script("-m", "data.prepare", *words, f"--out={tmp_path / 'd'}", check=2)
     assert message in done.stderr and "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0

@@ -19,8 +19,22 @@ from tests.helpers import ROOT, make_config, records, run_script, run_train, tok
 def run(tmp_path_factory):
     """A run on real text with a trained BPE, so that the tokenizer has merges."""
     folder = tmp_path_factory.mktemp("export")
-    prepare.main(["text", *map(str, ROOT.glob("*.py")), str(ROOT / "tests"), "--pattern=*.py", f"--out={folder / 'data'}", "--vocab_size=400", "--val_fraction=0.2"])
-    run_train(make_config(folder / "c.py", data=str(folder / "data"), out_dir=str(folder / "run"), vocab_size=420, q_lora_rank=24))
+    prepare.main(
+        [
+            "text",
+            *map(str, ROOT.glob("*.py")),
+            str(ROOT / "tests"),
+            "--pattern=*.py",
+            f"--out={folder / 'data'}",
+            "--vocab_size=400",
+            "--val_fraction=0.2",
+        ]
+    )
+    run_train(
+        make_config(
+            folder / "c.py", data=str(folder / "data"), out_dir=str(folder / "run"), vocab_size=420, q_lora_rank=24
+        )
+    )
     return folder / "run"
 
 
@@ -36,9 +50,16 @@ def test_transformers_loads_the_export_with_equal_logits_and_ids(run, tmp_path, 
     with torch.no_grad():
         assert (model(x) - other(x).logits).abs().max() <= 1e-4
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in ("def f(x):\n        return x  # é 中文 123456\n\n\n", "  <|endoftext|>  class A", "", "\u00a0\u2028\tend"):
+    for text in (
+        "def f(x):\n        return x  # é 中文 123456\n\n\n",
+        "  <|endoftext|>  class A",
+        "",
+        "\u00a0\u2028\tend",
+    ):
         ids = encoder.encode(text, allowed_special="all")
-        assert theirs.encode(text, add_special_tokens=False) == ids and theirs.decode(ids) == encoder.decode(ids) == text
+        assert (
+            theirs.encode(text, add_special_tokens=False) == ids and theirs.decode(ids) == encoder.decode(ids) == text
+        )
     assert theirs.eos_token_id == tokenizer.end_of_text(encoder) == other.config.eos_token_id
     greedy = other.generate(x[:1, :5], max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 5:]
     assert greedy.tolist() == [int(i) for i in model.generate(x[:1, :5], 10, temperature=0)]
@@ -53,8 +74,18 @@ def test_there_and_back_is_bitwise_and_training_goes_on(run, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
         assert encoder.encode_ordinary("def f") and again.state_dict().keys() == model.state_dict().keys()
     data = json.loads((run / "config.json").read_text())["settings"]["data"]
-    options = [f"--data={data}", "--max_steps=3", "--sequence_length=32", "--global_batch_size=8", "--micro_batch_size=8",
-               "--dtype=float32", "--log_interval=1", "--wandb=off", "--eval_interval=0", "--device=cpu"]
+    options = [
+        f"--data={data}",
+        "--max_steps=3",
+        "--sequence_length=32",
+        "--global_batch_size=8",
+        "--micro_batch_size=8",
+        "--dtype=float32",
+        "--log_interval=1",
+        "--wandb=off",
+        "--eval_interval=0",
+        "--device=cpu",
+    ]
     run_train(tmp_path / "back/config.py", "--resume", *options)
     trained, imported = records(run)[-1]["loss"], records(tmp_path / "back")[0]["loss"]
     assert imported < (trained + records(run)[0]["loss"]) / 2  # it starts from what was learnt
@@ -63,8 +94,11 @@ def test_there_and_back_is_bitwise_and_training_goes_on(run, tmp_path):
 
 def test_bfloat16_export_keeps_the_router_bias_in_fp32(run, tmp_path):
     from safetensors.torch import load_file
+
     export.export(run, tmp_path / "hf", dtype="bfloat16")
-    dtypes = {name.split(".")[-1]: tensor.dtype for name, tensor in load_file(tmp_path / "hf/model.safetensors").items()}
+    dtypes = {
+        name.split(".")[-1]: tensor.dtype for name, tensor in load_file(tmp_path / "hf/model.safetensors").items()
+    }
     assert dtypes == {"weight": torch.bfloat16, "e_score_correction_bias": torch.float32}
 
 
@@ -86,12 +120,21 @@ def change(folder, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda f: change(f, model_type="llama"), "'llama' model"), (lambda f: change(f, attention_bias=True), "attention_bias"),
-    (lambda f: change(f, quantization_config={}), "quantised"), (lambda f: change(f, n_shared_experts=0), "does not know"), (lambda f: change(f, hidden_size=64), "config.json implies"),
-    (lambda f: change(f, q_lora_rank=None), "lacks the tensor"), (lambda f: change(f, first_k_dense_replace=2), "lacks the"),
-    (lambda f: (f / "model.safetensors").unlink(), "no \\*.safetensors"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "damaged"), (lambda f: (f / "config.json").unlink(), "no Hugging")])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: change(f, model_type="llama"), "'llama' model"),
+        (lambda f: change(f, attention_bias=True), "attention_bias"),
+        (lambda f: change(f, quantization_config={}), "quantised"),
+        (lambda f: change(f, n_shared_experts=0), "does not know"),
+        (lambda f: change(f, hidden_size=64), "config.json implies"),
+        (lambda f: change(f, q_lora_rank=None), "lacks the tensor"),
+        (lambda f: change(f, first_k_dense_replace=2), "lacks the"),
+        (lambda f: (f / "model.safetensors").unlink(), "no \\*.safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "damaged"),
+        (lambda f: (f / "config.json").unlink(), "no Hugging"),
+    ],
+)
 def test_what_cannot_be_imported_is_said_and_nothing_is_written(run, tmp_path, spoil, message):
     export.export(run, tmp_path / "hf")
     spoil(tmp_path / "hf")

@@ -12,13 +12,19 @@ from tests.helpers import run_script, run_train, tiny_model, tokens
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data):
     from tests.helpers import make_config
+
     folder = tmp_path_factory.mktemp("generate")
     run_train(make_config(folder / "c.py", data=str(data), out_dir=str(folder / "run")))
     return folder / "run"
 
 
-MODELS = [{}, {"q_lora_rank": 24}, {"attention": "mha"}, {"n_routed_experts": 0},
-          {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale_all_dim": 1.0}}]
+MODELS = [
+    {},
+    {"q_lora_rank": 24},
+    {"attention": "mha"},
+    {"n_routed_experts": 0},
+    {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale_all_dim": 1.0}},
+]
 
 
 @pytest.mark.parametrize("changes", MODELS, ids=str)
@@ -41,8 +47,17 @@ def test_the_cache_holds_the_latent_not_the_heads():
 def test_greedy_text_is_the_same_with_and_without_the_cache_also_past_the_context(changes):
     model, slides = tiny_model(**changes), []
     for length in (5, 60, 100):  # the context is 64
-        texts = [torch.stack(list(model.generate(tokens(2, length), 50, temperature=0, use_cache=cache,
-                                                 on_slide=lambda: slides.append(1))), 1) for cache in (True, False)]
+        texts = [
+            torch.stack(
+                list(
+                    model.generate(
+                        tokens(2, length), 50, temperature=0, use_cache=cache, on_slide=lambda: slides.append(1)
+                    )
+                ),
+                1,
+            )
+            for cache in (True, False)
+        ]
         assert torch.equal(*texts) and texts[0].shape == (2, 50)
     assert slides
 
@@ -62,7 +77,7 @@ def test_rows_stop_at_end_of_text_each_for_itself():
     stopped = torch.stack(list(model.generate(tokens(6, 5), 20, temperature=0, stop=stop)), 1)
     for row, expected in zip(stopped.tolist(), free.tolist()):
         end = expected.index(stop) + 1 if stop in expected else len(expected)
-        assert row[:end] == expected[:len(row)][:end] and set(row[end:]) <= {stop}
+        assert row[:end] == expected[: len(row)][:end] and set(row[end:]) <= {stop}
     alone = list(model.generate(tokens(6, 5)[2:3], 20, temperature=0, stop=stop))
     assert len(alone) == free[2].tolist().index(stop) + 1  # the stream ends when all have
 
@@ -84,7 +99,11 @@ def test_each_option_by_itself():
     assert chosen(temperature=0) == chosen(top_k=1) == chosen(top_p=1e-6) == chosen(min_p=1.0) == {0}
     assert chosen(top_k=2) == {0, 1} and chosen(top_k=99) == {0, 1, 2, 3, 4}
     probs = LOGITS.softmax(-1)[0]
-    assert chosen(top_p=float(probs[:2].sum()) - 1e-4) == {0, 1} and chosen(top_p=float(probs[:2].sum()) + 1e-4) == {0, 1, 2}
+    assert chosen(top_p=float(probs[:2].sum()) - 1e-4) == {0, 1} and chosen(top_p=float(probs[:2].sum()) + 1e-4) == {
+        0,
+        1,
+        2,
+    }
     assert chosen(min_p=float(probs[2] / probs[0]) - 1e-4) == {0, 1, 2}
     assert chosen(temperature=0.01) == {0}
 
@@ -111,6 +130,7 @@ def test_same_seed_same_text_other_seed_other_text(run):
 
 # ---------------------------------------------------------------------- loading and the command line
 
+
 def test_load_takes_a_run_a_step_and_best(run):
     model, encoder = generate.load(run, "cpu")
     step, _ = generate.load(run / "checkpoints/step_00000020", "cpu")
@@ -122,8 +142,21 @@ def test_load_takes_a_run_a_step_and_best(run):
 
 
 def test_command_line(run):
-    words = [str(run), "--prompt", "ab", "--prompt", "a much longer prompt, of another length", "--num_samples=2", "--device=cpu",
-             "--max_new_tokens=30", "--top_k=20", "--top_p=0.9", "--min_p=0.01", "--repetition_penalty=1.1", "--seed=3"]
+    words = [
+        str(run),
+        "--prompt",
+        "ab",
+        "--prompt",
+        "a much longer prompt, of another length",
+        "--num_samples=2",
+        "--device=cpu",
+        "--max_new_tokens=30",
+        "--top_k=20",
+        "--top_p=0.9",
+        "--min_p=0.01",
+        "--repetition_penalty=1.1",
+        "--seed=3",
+    ]
     plain = run_script("generate.py", *words, check=0)
     assert plain.stdout.count("--- ") == 4 and plain.stdout.count("\nab") == 2 and "tokens/s" in plain.stderr
     assert run_script("generate.py", *words, "--stream", check=0).stdout == plain.stdout
@@ -141,10 +174,18 @@ def test_chat_reads_lines_until_the_end(run):
     assert run_script("generate.py", run, "--chat", input="/quit\n", check=0)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--prompt", ""], "prompt is empty"), ([], "give --prompt"), (["--prompt", "x", "--temperature=-1"], "--temperature"),
-    (["--prompt", "x", "--top_k=0"], "--top_k"), (["--prompt", "x", "--top_p=1.5"], "--top_p"),
-    (["--prompt", "x", "--max_new_tokens=0"], "--max_new_tokens"), (["--prompt", "x", "--num_samples=0"], "--num_samples")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--prompt", ""], "prompt is empty"),
+        ([], "give --prompt"),
+        (["--prompt", "x", "--temperature=-1"], "--temperature"),
+        (["--prompt", "x", "--top_k=0"], "--top_k"),
+        (["--prompt", "x", "--top_p=1.5"], "--top_p"),
+        (["--prompt", "x", "--max_new_tokens=0"], "--max_new_tokens"),
+        (["--prompt", "x", "--num_samples=0"], "--num_samples"),
+    ],
+)
 def test_mistakes_are_one_line(run, words, message):
     done = run_script("generate.py", run, *words, check=2)
     assert message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout

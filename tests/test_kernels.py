@@ -20,8 +20,10 @@ def naive_attention(q, k, v, scale):
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
 def test_attention_and_its_maximum(length):
     generator = torch.Generator().manual_seed(length)
-    q, k, v = (torch.randn(2, 3, length, width, generator=generator, dtype=torch.float64, requires_grad=True)
-               for width in (12, 12, 8))
+    q, k, v = (
+        torch.randn(2, 3, length, width, generator=generator, dtype=torch.float64, requires_grad=True)
+        for width in (12, 12, 8)
+    )
     ours, maximum = attention.attention_math(q, k, v, 0.3)  # scores in fp32 inside
     expected, expected_maximum = naive_attention(q, k, v, 0.3)
     weight = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
@@ -40,7 +42,9 @@ def test_maximum_ignores_what_the_mask_hides():
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 70), st.integers(1, 9), st.integers(2, 50), st.integers(0, 99), st.sampled_from([1, 64, 1000, 2**21]))
+@given(
+    st.integers(1, 70), st.integers(1, 9), st.integers(2, 50), st.integers(0, 99), st.sampled_from([1, 64, 1000, 2**21])
+)
 def test_chunked_cross_entropy_equals_its_twin(n, width, vocab, seed, chunk):
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(size, generator=generator) for size in ((n, width), (vocab, width)))
@@ -76,14 +80,17 @@ def test_logits_are_never_whole(monkeypatch):
     assert max(largest) <= 1000
 
 
-# ---------------------------------------------------------------------- Newton-Schulz (numbers: research on Muon, section 6)
+# ---------------------------------------------------------------------- Newton-Schulz
+
 
 def singular_values(X):
     return torch.linalg.svdvals(X.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("table, low, high", [("jordan", 0.65, 1.25), ("you", 0.95, 1.06), ("polar_express", 0.84, 1.16)])
+@pytest.mark.parametrize(
+    "table, low, high", [("jordan", 0.65, 1.25), ("you", 0.95, 1.06), ("polar_express", 0.84, 1.16)]
+)
 def test_singular_values_of_wide_gaussians(table, low, high, dtype):
     X = torch.randn(3, 64, 512, generator=torch.Generator().manual_seed(0))
     values = singular_values(newton_schulz(X, dtype=dtype, coefficients=table))
@@ -102,7 +109,9 @@ def test_orthogonal_equivariance_in_float64():
     assert (newton_schulz(Q @ X @ P) - Q @ newton_schulz(X) @ P).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("factor, exact", [(2.0**-30, True), (2.0**12, True), (1e-8, False), (1e-4, False), (1e4, False)])
+@pytest.mark.parametrize(
+    "factor, exact", [(2.0**-30, True), (2.0**12, True), (1e-8, False), (1e-4, False), (1e4, False)]
+)
 def test_scale_invariance(factor, exact):
     X = torch.randn(16, 40)
     a, b = newton_schulz(X), newton_schulz(X * factor)

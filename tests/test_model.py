@@ -11,8 +11,15 @@ from kernels.cross_entropy import IGNORE
 from model import ModelConfig, build, count_parameters, flops_per_token
 from tests.helpers import tiny_config, tiny_model, tokens
 
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
-        "mscale_all_dim": 1.0}
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 1.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 CASES = {
     "no query compression": {},
     "query compression": {"q_lora_rank": 24},
@@ -22,7 +29,11 @@ CASES = {
     "two dense layers": {"first_k_dense_replace": 2},
     "all dense": {"n_routed_experts": 0},
     "tied embeddings": {"tie_word_embeddings": True},
-    "two shared experts, weights not normalised": {"n_shared_experts": 2, "norm_topk_prob": False, "rms_norm_eps": 1e-5},
+    "two shared experts, weights not normalised": {
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "rms_norm_eps": 1e-5,
+    },
 }
 
 
@@ -61,8 +72,10 @@ def test_gradients_equal_transformers():
         assert difference <= 1e-4, f"{name}: {difference}"
 
 
-@pytest.mark.parametrize("changes", [{"q_lora_rank": 24, "n_group": 2, "topk_group": 1}, {"rope_scaling": YARN},
-                                     {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"q_lora_rank": 24, "n_group": 2, "topk_group": 1}, {"rope_scaling": YARN}, {"tie_word_embeddings": True}],
+)
 def test_reverse_import_of_a_transformers_save(tmp_path, changes):
     torch.manual_seed(0)
     config = DeepseekV3Config(**hf.to_hf_config(tiny_config(**changes), None, "float32") | {"initializer_range": 0.2})
@@ -79,6 +92,7 @@ def test_reverse_import_of_a_transformers_save(tmp_path, changes):
 
 def test_exported_directory_loads_in_transformers(tmp_path):
     from safetensors.torch import save_file
+
     model, x = tiny_model(q_lora_rank=24).eval(), tokens(2, 40)
     (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, None, "float32")))
     save_file(dict(hf.to_hf_tensors(model, torch.float32)), tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -90,6 +104,7 @@ def test_exported_directory_loads_in_transformers(tmp_path):
 
 
 # ---------------------------------------------------------------------- leaks
+
 
 def trained_a_little(**changes):
     """Leaks that hide at initialisation grow with training, so the leak tests look after some steps, too."""
@@ -153,6 +168,7 @@ def test_a_counting_sequence_is_learnt_and_generated():
 
 
 # ---------------------------------------------------------------------- statistics, checkpointing, initialisation
+
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_activation_checkpointing_changes_nothing(mode):

@@ -18,7 +18,7 @@ def reference_route(logits, bias, top_k, n_group, topk_group, normalise, scale):
     size = len(choice) // n_group
     groups = range(n_group)
     if n_group > 1:
-        value = [sum(sorted(choice[g * size:(g + 1) * size])[-2:]) for g in groups]
+        value = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in groups]
         groups = sorted(groups, key=lambda g: -value[g])[:topk_group]
     allowed = sorted(e for g in groups for e in range(g * size, (g + 1) * size))
     chosen = sorted(allowed, key=lambda e: -choice[e])[:top_k]
@@ -130,6 +130,7 @@ def test_grouped_matmul_and_loop_agree_in_bf16():
 
 
 # ---------------------------------------------------------------------- balance
+
 
 def test_balance_loss_by_hand_and_its_gradient_balances():
     logits = torch.randn(2 * 8, 4, requires_grad=True)

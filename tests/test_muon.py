@@ -37,9 +37,14 @@ def run_both(ns_dtype, patch, nesterov=True, steps=10):
     ours, theirs = ({n: torch.nn.Parameter(t.clone()) for n, t in start.items()} for _ in range(2))
     routes = {name: Route("muon", shape[0]) for name, shape in SHAPES.items()}
     optimizer = Muon(ours.items(), lr=0.01, weight_decay=0.1, nesterov=nesterov, ns_dtype=ns_dtype, routes=routes)
-    other = torch.optim.Muon(theirs.values(), lr=0.01, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw")
-    with mock.patch.object(torch_muon, "_zeropower_via_newtonschulz", fp32_newton_schulz if patch else
-                           torch_muon._zeropower_via_newtonschulz):
+    other = torch.optim.Muon(
+        theirs.values(), lr=0.01, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw"
+    )
+    with mock.patch.object(
+        torch_muon,
+        "_zeropower_via_newtonschulz",
+        fp32_newton_schulz if patch else torch_muon._zeropower_via_newtonschulz,
+    ):
         for step in range(steps):
             for name, grad in grads_of(step, SHAPES).items():
                 ours[name].grad, theirs[name].grad = grad.clone(), grad.clone()
@@ -92,10 +97,16 @@ def test_logical_matrices_equal_separate_parameters(shape, rows):
     """An expert stack, gate above up, heads: each matrix is orthogonalised and scaled for itself."""
     grad, weight = torch.randn(shape), torch.randn(shape)
     together = one_step(shape, rows, grad, weight).reshape(-1, rows, shape[-1])
-    apart = torch.stack([one_step(w.shape, rows, g, w) for g, w in
-                         zip(grad.reshape(-1, rows, shape[-1]), weight.reshape(-1, rows, shape[-1]))])
+    apart = torch.stack(
+        [
+            one_step(w.shape, rows, g, w)
+            for g, w in zip(grad.reshape(-1, rows, shape[-1]), weight.reshape(-1, rows, shape[-1]))
+        ]
+    )
     assert (together - apart).abs().max() <= 1e-6
-    flat = one_step((math.prod(shape[:-1]), shape[-1]), math.prod(shape[:-1]), grad.flatten(0, -2), weight.flatten(0, -2))
+    flat = one_step(
+        (math.prod(shape[:-1]), shape[-1]), math.prod(shape[:-1]), grad.flatten(0, -2), weight.flatten(0, -2)
+    )
     moved, flattened = together.flatten() - weight.flatten(), flat.flatten() - weight.flatten()
     assert torch.cosine_similarity(moved, flattened, dim=0) < 0.97
 
@@ -139,18 +150,31 @@ def test_batching_limit_changes_nothing(monkeypatch):
 
 # ---------------------------------------------------------------------- routing
 
+
 def test_routing_table_is_exact():
     model = tiny_model(q_lora_rank=24)
     routes = route_parameters(model.named_parameters())
     assert set(routes) == {name for name, _ in model.named_parameters()}
     adamw = {name for name, route in routes.items() if route.optimizer == "adamw"}
     assert adamw == {n for n, p in model.named_parameters() if p.ndim == 1 or "embed_tokens" in n or "lm_head" in n}
-    layer = {n.removeprefix("model.layers.1."): r.rows for n, r in routes.items() if n.startswith("model.layers.1.") and r.rows}
+    layer = {
+        n.removeprefix("model.layers.1."): r.rows
+        for n, r in routes.items()
+        if n.startswith("model.layers.1.") and r.rows
+    }
     assert layer == {
-        "self_attn.q_a_proj.weight": 24, "self_attn.q_b_proj.weight": 48, "self_attn.kv_a_proj_with_mqa.weight": 20,
-        "self_attn.kv_b_proj.weight": 64, "self_attn.o_proj.weight": 32, "mlp.gate.weight": 8, "mlp.experts.gate_up_proj": 16,
-        "mlp.experts.down_proj": 32, "mlp.shared_experts.gate_proj.weight": 16, "mlp.shared_experts.up_proj.weight": 16,
-        "mlp.shared_experts.down_proj.weight": 32}
+        "self_attn.q_a_proj.weight": 24,
+        "self_attn.q_b_proj.weight": 48,
+        "self_attn.kv_a_proj_with_mqa.weight": 20,
+        "self_attn.kv_b_proj.weight": 64,
+        "self_attn.o_proj.weight": 32,
+        "mlp.gate.weight": 8,
+        "mlp.experts.gate_up_proj": 16,
+        "mlp.experts.down_proj": 32,
+        "mlp.shared_experts.gate_proj.weight": 16,
+        "mlp.shared_experts.up_proj.weight": 16,
+        "mlp.shared_experts.down_proj.weight": 32,
+    }
     heads = route_parameters(model.named_parameters(), per_head=4)
     assert heads["model.layers.0.self_attn.q_b_proj.weight"].rows == 12
     assert heads["model.layers.0.self_attn.kv_b_proj.weight"].rows == 16
@@ -169,16 +193,18 @@ def test_unknown_parameter_is_an_error_and_tied_weights_are_owned_once():
 
 # ---------------------------------------------------------------------- QK-clip
 
+
 def logits_of(attention, x, rope):
     """Every head's scaled logits (H, T, T), by hand from the projections, in x's dtype."""
     from mla import apply_rope
+
     if isinstance(attention, MHA):
         q, k = (apply_rope(p(x).unflatten(-1, (attention.H, -1)), rope) for p in (attention.q_proj, attention.k_proj))
         return torch.einsum("bthu,bshu->hts", q, k) * attention.U**-0.5
     q = attention.q_proj(x).unflatten(-1, (attention.H, -1))
     latent, k_rope = attention.kv_a_proj_with_mqa(x).split((attention.R, attention.P), -1)
-    k = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (attention.H, -1))[..., :attention.N]
-    q = torch.cat((q[..., :attention.N], apply_rope(q[..., attention.N:], rope)), -1)
+    k = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (attention.H, -1))[..., : attention.N]
+    q = torch.cat((q[..., : attention.N], apply_rope(q[..., attention.N :], rope)), -1)
     k = torch.cat((k, apply_rope(k_rope.unsqueeze(2), rope).expand(-1, -1, attention.H, -1)), -1)
     return torch.einsum("bthq,bshq->hts", q, k) * attention.scale
 
@@ -213,12 +239,13 @@ def test_qk_clip_scales_the_logits_of_clipped_heads_only(kind, monkeypatch):
         if name.split(".")[0] not in ("q_proj", "k_proj", "kv_b_proj"):
             assert torch.equal(parameter, weights[name]), name
     if kind is MLA:  # value rows
-        rows = attention.kv_b_proj.weight.unflatten(0, (4, -1))[:, attention.N:]
-        assert torch.equal(rows, weights["kv_b_proj.weight"].unflatten(0, (4, -1))[:, attention.N:])
+        rows = attention.kv_b_proj.weight.unflatten(0, (4, -1))[:, attention.N :]
+        assert torch.equal(rows, weights["kv_b_proj.weight"].unflatten(0, (4, -1))[:, attention.N :])
 
 
-@pytest.mark.parametrize("value, clipped", [(-500.0, 0), (0.0, 0), (100.0, 0), (math.inf, 0), (math.nan, 0), (-math.inf, 0),
-                                            (100.1, 1)])
+@pytest.mark.parametrize(
+    "value, clipped", [(-500.0, 0), (0.0, 0), (100.0, 0), (math.inf, 0), (math.nan, 0), (-math.inf, 0), (100.1, 1)]
+)
 def test_qk_clip_of_odd_maxima(value, clipped):
     model = tiny_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -248,9 +275,16 @@ def test_qk_clip_holds_a_forced_blow_up(attention):
 
 # ---------------------------------------------------------------------- schedule
 
+
 def test_schedules_at_every_landmark():
     wsd = [schedule_factor(s, "wsd", 100, 10, 20, 0.1) for s in range(1, 101)]
-    assert wsd[0] == 0.1 and wsd[9] == 1.0 and wsd[79] == 1.0 and wsd[89] == pytest.approx(0.55) and wsd[99] == pytest.approx(0.1)
+    assert (
+        wsd[0] == 0.1
+        and wsd[9] == 1.0
+        and wsd[79] == 1.0
+        and wsd[89] == pytest.approx(0.55)
+        and wsd[99] == pytest.approx(0.1)
+    )
     cosine = [schedule_factor(s, "cosine", 100, 10, 20, 0.1) for s in range(1, 101)]
     assert cosine[9] == 1.0 and cosine[54] == pytest.approx(0.55) and cosine[99] == pytest.approx(0.1)
     assert cosine == sorted(cosine[:10]) + sorted(cosine[10:], reverse=True)

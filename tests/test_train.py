@@ -17,8 +17,25 @@ from model import K2
 from muon import Muon, schedule_factor
 from tests.helpers import ROOT, final_tensors, make_config, make_data, records, run_script, run_train
 
-TRAIN_KEYS = {"kind", "step", "tokens", "loss", "aux_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_ms", "memory_gib",
-              "max_attention_logit", "qk_clipped_heads", "expert_load_max", "expert_load_min", "dead_experts", "router_bias_std"}
+TRAIN_KEYS = {
+    "kind",
+    "step",
+    "tokens",
+    "loss",
+    "aux_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "step_ms",
+    "memory_gib",
+    "max_attention_logit",
+    "qk_clipped_heads",
+    "expert_load_max",
+    "expert_load_min",
+    "dead_experts",
+    "router_bias_std",
+}
 
 
 def losses(run):
@@ -33,10 +50,19 @@ def assert_equal_runs(one, other):
 
 # ---------------------------------------------------------------------- what a run does and leaves behind
 
+
 @pytest.mark.parametrize("optimizer", ["muonclip", "muon", "adamw"])
 def test_a_run_learns_and_writes_what_it_should(config, tmp_path, optimizer, capsys):
-    last = run_train(config, f"--optimizer={optimizer}", "--max_steps=60", "--eval_interval=20", "--save_interval=20",
-                     "--sample_interval=30", "--sample_prompts=['ab', '']", "--keep_checkpoints=2")
+    last = run_train(
+        config,
+        f"--optimizer={optimizer}",
+        "--max_steps=60",
+        "--eval_interval=20",
+        "--save_interval=20",
+        "--sample_interval=30",
+        "--sample_prompts=['ab', '']",
+        "--keep_checkpoints=2",
+    )
     run = tmp_path / "run"
     assert last == records(run)[-1] and last["step"] == 60 and last["tokens"] == 60 * 8 * 32
     assert set(last) == TRAIN_KEYS and last["loss"] < 0.75 * records(run)[0]["loss"]
@@ -48,7 +74,9 @@ def test_a_run_learns_and_writes_what_it_should(config, tmp_path, optimizer, cap
     assert val[-1]["bits_per_byte"] == pytest.approx(val[-1]["loss"] / math.log(2))  # one byte a token here
     assert [e["step"] for e in records(run, "event") if e["event"] == "save"] == [20, 40, 60]
     about = json.loads((run / "config.json").read_text())
-    assert about["settings"]["max_steps"] == 60 and about["command"][0] == config and about["torch"] == torch.__version__
+    assert (
+        about["settings"]["max_steps"] == 60 and about["command"][0] == config and about["torch"] == torch.__version__
+    )
     assert (run / "curves.png").stat().st_size > 10_000 and (run / "tokenizer/encoding.json").exists()
     assert (run / "samples.md").read_text().count("## step") == 4
     assert checkpoint.find(run, "best").is_dir() and len(checkpoint.step_folders(run / "checkpoints")) in (2, 3)
@@ -58,7 +86,9 @@ def test_a_run_learns_and_writes_what_it_should(config, tmp_path, optimizer, cap
 def test_rate_of_every_step_is_the_schedules(config, monkeypatch):
     used = []
     original = Muon.step
-    monkeypatch.setattr(Muon, "step", lambda self, *a: (used.append([g["lr"] for g in self.param_groups]), original(self))[1])
+    monkeypatch.setattr(
+        Muon, "step", lambda self, *a: (used.append([g["lr"] for g in self.param_groups]), original(self))[1]
+    )
     run_train(config, "--max_steps=10", "--warmup_steps=4", "--decay_steps=3", "--adamw_lr=0.5", "--muon_lr=0.02")
     expected = [schedule_factor(step, "wsd", 10, 4, 3, 0.1) for step in range(1, 11)]
     assert used == [[pytest.approx(0.02 * f), pytest.approx(0.5 * f)] for f in expected]
@@ -67,11 +97,20 @@ def test_rate_of_every_step_is_the_schedules(config, monkeypatch):
 
 def test_accumulation_and_micro_batches_do_not_change_the_run(config, tmp_path):
     for size in (8, 2):
-        run_train(config, f"--micro_batch_size={size}", f"--out_dir={tmp_path / str(size)}", "--aux_loss_alpha=0.01",
-                  "--qk_clip_tau=0.05")
+        run_train(
+            config,
+            f"--micro_batch_size={size}",
+            f"--out_dir={tmp_path / str(size)}",
+            "--aux_loss_alpha=0.01",
+            "--qk_clip_tau=0.05",
+        )
     for one, other in zip(records(tmp_path / "8"), records(tmp_path / "2")):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5) and one["aux_loss"] == pytest.approx(other["aux_loss"], abs=1e-5)
-        assert one["expert_load_max"] == other["expert_load_max"] and one["qk_clipped_heads"] == other["qk_clipped_heads"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5) and one["aux_loss"] == pytest.approx(
+            other["aux_loss"], abs=1e-5
+        )
+        assert (
+            one["expert_load_max"] == other["expert_load_max"] and one["qk_clipped_heads"] == other["qk_clipped_heads"]
+        )
     assert sum(record["qk_clipped_heads"] for record in records(tmp_path / "8")) > 0
 
 
@@ -94,7 +133,9 @@ def test_logged_loss_is_cross_entropy_alone_and_gradients_are_those_of_the_sum(c
 
 def test_validation_and_samples_leave_no_trace_in_training(config, tmp_path):
     run_train(config, f"--out_dir={tmp_path / 'plain'}")
-    run_train(config, f"--out_dir={tmp_path / 'watched'}", "--eval_interval=3", "--sample_interval=4", "--save_interval=7")
+    run_train(
+        config, f"--out_dir={tmp_path / 'watched'}", "--eval_interval=3", "--sample_interval=4", "--save_interval=7"
+    )
     assert_equal_runs(tmp_path / "plain", tmp_path / "watched")
     val = records(tmp_path / "watched", "val")
     assert len({record["loss"] for record in val}) == len(val)
@@ -116,13 +157,26 @@ def test_low_precision_runs_learn(config, tmp_path, dtype):
 
 
 def test_dense_mha_baseline_and_other_settings_run(config, tmp_path):
-    last = run_train(config, "--attention=mha", "--n_routed_experts=0", "--optimizer=adamw", "--max_steps=5", "--schedule=cosine")
+    last = run_train(
+        config, "--attention=mha", "--n_routed_experts=0", "--optimizer=adamw", "--max_steps=5", "--schedule=cosine"
+    )
     assert last["expert_load_max"] is None and last["dead_experts"] is None
-    run_train(config, "--overwrite", "--max_steps=5", "--q_lora_rank=24", "--muon_per_head", "--ns_coefficients=you",
-              "--ns_dtype=bfloat16", "--activation_checkpointing=full", "--tie_word_embeddings", "--schedule=constant")
+    run_train(
+        config,
+        "--overwrite",
+        "--max_steps=5",
+        "--q_lora_rank=24",
+        "--muon_per_head",
+        "--ns_coefficients=you",
+        "--ns_dtype=bfloat16",
+        "--activation_checkpointing=full",
+        "--tie_word_embeddings",
+        "--schedule=constant",
+    )
 
 
 # ---------------------------------------------------------------------- resume
+
 
 def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -204,6 +258,7 @@ def test_a_run_folder_is_not_overwritten_by_accident(config, tmp_path):
 
 # ---------------------------------------------------------------------- faults
 
+
 def test_a_non_finite_step_is_skipped_whole(config, tmp_path, monkeypatch):
     states, original = [], K2.forward
 
@@ -214,6 +269,7 @@ def test_a_non_finite_step_is_skipped_whole(config, tmp_path, monkeypatch):
             if len(states) in (5, 6):  # both micro-batches of step 3
                 return result[0] * float("nan"), result[1]
         return result
+
     monkeypatch.setattr(K2, "forward", forward)
     run_train(config, "--max_steps=6")
     assert all(torch.equal(states[4][n], states[6][n]) for n in states[4])  # before step 3 = before step 4
@@ -246,18 +302,27 @@ def flip_bit(data):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("words, message, spoil", [
-    bad("unknown key", "--maxsteps=3", message="did you mean 'max_steps'"),
-    bad("wrong type", "--max_steps=many", message="expected int"),
-    bad("impossible size", "--num_experts_per_tok=9", message="at most n_routed_experts=8"),
-    bad("no data", "--data=nowhere", message="python -m data.prepare"),
-    bad("truncated shard", message="truncated", spoil=cut_shard),
-    bad("bad checksum", message="checksum", spoil=flip_bit),
-    bad("vocabulary too small", "--vocab_size=64", message="set --vocab_size=257 or more"),
-    bad("another tokenizer", "--tokenizer=TOKENIZER", message="another tokenizer"),
-    bad("no such device", "--device=cuda", message="is not there; available"),
-    bad("sequence longer than the data", "--sequence_length=50000", "--max_position_embeddings=50000", message="fewer than one"),
-    bad("W&B without the package or a login", "--wandb=maybe", message="expected 'auto'")])
+@pytest.mark.parametrize(
+    "words, message, spoil",
+    [
+        bad("unknown key", "--maxsteps=3", message="did you mean 'max_steps'"),
+        bad("wrong type", "--max_steps=many", message="expected int"),
+        bad("impossible size", "--num_experts_per_tok=9", message="at most n_routed_experts=8"),
+        bad("no data", "--data=nowhere", message="python -m data.prepare"),
+        bad("truncated shard", message="truncated", spoil=cut_shard),
+        bad("bad checksum", message="checksum", spoil=flip_bit),
+        bad("vocabulary too small", "--vocab_size=64", message="set --vocab_size=257 or more"),
+        bad("another tokenizer", "--tokenizer=TOKENIZER", message="another tokenizer"),
+        bad("no such device", "--device=cuda", message="is not there; available"),
+        bad(
+            "sequence longer than the data",
+            "--sequence_length=50000",
+            "--max_position_embeddings=50000",
+            message="fewer than one",
+        ),
+        bad("W&B without the package or a login", "--wandb=maybe", message="expected 'auto'"),
+    ],
+)
 def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, words, message, spoil):
     if torch.cuda.is_available() and "--device=cuda" in words:
         pytest.skip("this machine has the device")
@@ -266,6 +331,7 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, words, message
         spoil(data)
     if "--tokenizer=TOKENIZER" in words:
         from data import tokenizer
+
         tokenizer.save(tokenizer.train_bpe(["some text"], 260), tmp_path / "tok")
         words = (f"--tokenizer={tmp_path / 'tok'}",)
     config = make_config(tmp_path / "c.py", data=str(data), out_dir=str(tmp_path / "run"))
@@ -288,10 +354,12 @@ def test_help_needs_nothing(capsys):
 
 # ---------------------------------------------------------------------- W&B
 
+
 def test_wandb_failures_never_stop_a_run(config, tmp_path, monkeypatch, capsys):
     class Broken:
         def init(self, **_):
             raise RuntimeError("service down")
+
     monkeypatch.setitem(sys.modules, "wandb", Broken())
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     run_train(config, "--wandb=auto", "--max_steps=2")
@@ -311,6 +379,7 @@ def test_wandb_auto_is_off_without_a_login_and_gets_all_records_with_one(config,
 
         def finish(self):
             calls.append(("finish", None))
+
     monkeypatch.setitem(sys.modules, "wandb", Fake())
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
