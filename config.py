@@ -102,7 +102,8 @@ class Config(ModelConfig):
                 (self.global_batch_size % self.micro_batch_size == 0,
                  f"micro_batch_size={self.micro_batch_size} must divide global_batch_size={self.global_batch_size}"),
                 (self.sequence_length <= self.max_position_embeddings,
-                 f"sequence_length={self.sequence_length} is longer than max_position_embeddings={self.max_position_embeddings}"),
+                 f"sequence_length={self.sequence_length} exceeds "
+                 f"max_position_embeddings={self.max_position_embeddings}"),
                 (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
                 (self.decay_steps is None or 0 <= self.decay_steps <= self.max_steps,

@@ -89,7 +89,7 @@ def test_wrong_flags_say_what_would_be_valid(word, message):
         ("--num_experts_per_tok=99", "at most n_routed_experts"),
         ("--topk_group=2", "at most n_group"),
         ("--qk_rope_head_dim=15", "must be even"),
-        ("--sequence_length=4096", "longer than max_position_embeddings"),
+        ("--sequence_length=4096", "exceeds max_position_embeddings"),
         ("--max_steps=0", "must be at least 1"),
         ("--muon_lr=-1", "must be at least 0"),
         ("--hidden_size=0", "must be at least 1"),
