@@ -62,9 +62,7 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
 
 
 def _grouped_is_best(x_ND, gate_up_E2FD):
-    # grouped_mm wants strides that are multiples of 16 bytes. On a CPU in fp32 the loop measured 1.8x faster than it
-    # (bench/experts.py), in bf16 they are level; off the CPU only CUDA has the grouped kernel.
-    aligned = all(size * x_ND.element_size() % 16 == 0 for size in (x_ND.shape[1], gate_up_E2FD.shape[1] // 2))
-    if x_ND.device.type == "cuda":
-        return aligned
-    return aligned and x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16
+    # bf16 only: on a CPU in fp32 the loop is faster (python -m bench.experts), and on CUDA the compiled path knows
+    # nothing else. grouped_mm wants strides that are multiples of 16 bytes, and does not exist on MPS.
+    aligned = x_ND.shape[1] % 8 == 0 and gate_up_E2FD.shape[1] % 16 == 0
+    return aligned and x_ND.dtype == torch.bfloat16 and x_ND.device.type in ("cpu", "cuda")

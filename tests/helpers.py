@@ -135,6 +135,10 @@ def records(run, kind="train"):
     ]
 
 
+def losses(run):
+    return [(record["step"], record["loss"]) for record in records(run)]
+
+
 def final_tensors(run):
     """All tensors of the newest checkpoint, by name."""
     import checkpoint

@@ -18,7 +18,8 @@ def reference_route(logits, bias, top_k, n_group, topk_group, normalise, scale):
     size = len(choice) // n_group
     groups = range(n_group)
     if n_group > 1:
-        value = [sum(sorted(choice[g * size : (g + 1) * size])[-2:]) for g in groups]
+        best_two = [sorted(choice[g * size : (g + 1) * size])[-2:] for g in groups]
+        value = [torch.tensor(pair).sum().item() for pair in best_two]  # in fp32, where two groups may tie
         groups = sorted(groups, key=lambda g: -value[g])[:topk_group]
     allowed = sorted(e for g in groups for e in range(g * size, (g + 1) * size))
     chosen = sorted(allowed, key=lambda e: -choice[e])[:top_k]

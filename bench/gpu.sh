@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# On a machine with a GPU and torch: the gpu-marked tests, then the benches; JSON goes to $OUT or bench/results/.
+#   bash bench/gpu.sh
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON="${PYTHON:-python3}"
+"$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
+tests=$?
+"$PYTHON" -m bench.experts
+"$PYTHON" -m bench.step configs/small.py
+"$PYTHON" -m bench.step configs/small.py --no-compile
+"$PYTHON" -m bench.step configs/gpt.py
+echo "gpu tests exited with $tests"
+exit $tests

@@ -1,0 +1,48 @@
+"""What only a CUDA device can show; skipped everywhere else. bench/gpu.sh runs this file first."""
+
+import pytest
+import torch
+
+from kernels import attention, experts
+from tests.helpers import losses, make_config, run_train, tiny_model, tokens
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_attention_on_cuda_equals_its_twin(dtype, tolerance):
+    q, k, v = (torch.randn(2, 4, 300, width, device="cuda", dtype=dtype) for width in (96, 96, 64))
+    ours, maximum = attention.causal_attention(q, k, v, 0.1)
+    expected, expected_maximum = attention.attention_math(q.double(), k.double(), v.double(), 0.1)
+    assert (ours - expected).abs().max() < tolerance and (maximum - expected_maximum).abs().max() < 10 * tolerance
+
+
+def test_grouped_matmul_on_cuda_equals_the_loop():
+    rows = torch.randn(500, 64, device="cuda", dtype=torch.bfloat16)
+    counts = torch.tensor([100, 0, 350, 50], device="cuda")
+    gate_up, down = (torch.randn(4, *size, device="cuda", dtype=torch.bfloat16) / 8 for size in ((64, 64), (64, 32)))
+    difference = experts.mlp_grouped(rows, counts, gate_up, down) - experts.mlp_loop(rows, counts, gate_up, down)
+    assert difference.abs().max() < 0.05
+
+
+def test_model_on_cuda_equals_the_cpu():
+    model, x = tiny_model(q_lora_rank=24), tokens(3, 33)
+    loss, balance = model(x[:, :-1], x[:, 1:])
+    counts = model.expert_counts.clone()
+    model.reset_statistics()
+    model.cuda()
+    other, other_balance = model(x[:, :-1].cuda(), x[:, 1:].cuda())
+    assert abs(loss.item() / other.item() - 1) < 1e-4 and abs(balance.item() / other_balance.item() - 1) < 1e-4
+    assert torch.equal(counts, model.expert_counts.cpu())
+
+
+@pytest.mark.parametrize("words", [(), ("--no-compile",), ("--dtype=float16",), ("--dtype=float32",),
+                                   ("--activation_checkpointing=selective",), ("--activation_checkpointing=full",)])
+def test_a_run_on_cuda_learns_and_samples(tmp_path, data, words):
+    config = make_config(tmp_path / "c.py", data=str(data), out_dir=str(tmp_path / "run"), device="cuda",
+                         dtype="bfloat16", moe_intermediate_size=32, sample_interval=20, eval_interval=20)
+    run_train(config, *words)
+    found = losses(tmp_path / "run")
+    assert found[-1][1] < 0.9 * found[0][1]
+    run_train(config, *words, "--max_steps=25", "--resume")
+    assert losses(tmp_path / "run")[-1][0] == 25

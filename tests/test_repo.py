@@ -1,0 +1,180 @@
+"""The conventions of the codebase, as tests: import order, sizes, where packages may appear, README against reality."""
+
+import ast
+import re
+import shlex
+import subprocess
+
+import pytest
+
+import config as settings
+import train
+from data import prepare
+from errors import UserError
+from tests.helpers import ROOT
+
+# A file imports only from lines above its own.
+ORDER = [
+    ["errors", "sampling"],
+    ["kernels", "data.shards", "data.tokenizer"],
+    ["mla", "moe", "data.loader", "data.prepare"],
+    ["model"],
+    ["muon", "config"],
+    ["checkpoint", "metrics", "hf"],
+    ["generate"],
+    ["export"],
+    ["train"],
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+# Packages that only some files may import.
+ONLY_IN = {
+    "torch.distributed": {"checkpoint.py", "muon.py"},
+    "wandb": {"metrics.py"},
+    "matplotlib": {"metrics.py"},
+    "datasets": {"data/prepare.py"},
+    "transformers": set(),
+    "tokenizers": set(),
+    "tiktoken": {"data/tokenizer.py"},
+}
+SOURCES = [p for p in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py")) + sorted(ROOT.glob("data/*.py"))]
+README = (ROOT / "README.md").read_text()
+
+
+def imports(path):
+    """Every module that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def level_of(module):
+    parts = module.split(".")
+    return next((LEVEL[name] for n in (2, 1) if (name := ".".join(parts[:n])) in LEVEL), None)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_point_upwards_only(path):
+    name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+    if name == "data":
+        assert not list(imports(path))
+        return
+    own = level_of(name)
+    assert own is not None, f"{name} has no place in ORDER"
+    for module in imports(path):
+        level = level_of(module)
+        inside_kernels = name.startswith("kernels") and module.startswith("kernels")
+        shards_and_tokenizer = name.startswith("data.") and module.startswith("data.") and level == own
+        assert level is None or level < own or inside_kernels or shards_and_tokenizer, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_packages_stay_where_they_belong(path):
+    for module in imports(path):
+        for package, places in ONLY_IN.items():
+            if module == package or module.startswith(package + "."):
+                assert path.relative_to(ROOT).as_posix() in places, f"{path.name} imports {module}"
+
+
+def test_files_are_short_and_the_whole_is_small():
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = tracked or [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if ".venv" not in p.parts]
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked if (ROOT / name).exists()}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}
+    assert sum(n for name, n in lengths.items() if not name.startswith(("tests/", "bench/"))) <= 5000
+
+
+def test_every_module_says_what_it_is():
+    for path in SOURCES:
+        assert len(ast.get_docstring(ast.parse(path.read_text())) or "") > 60, path
+
+
+def test_every_setting_is_read_somewhere():
+    text = "\n".join(p.read_text() for p in SOURCES if p.name not in ("config.py",))
+    checks = (ROOT / "config.py").read_text().split("def check(")[1]
+    reserved = {"strategy"}  # part of the public names; its reader comes with the ranks
+    for name in settings.FIELDS:
+        read = re.search(rf"\b(config|c|self)\.{name}\b|\"{name}\"", text) or f"self.{name}" in checks
+        assert read or name in reserved, f"nothing reads the setting {name}"
+
+
+# ---------------------------------------------------------------------- README
+
+def readme_commands():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def test_readme_has_commands():
+    assert len(readme_commands()) >= 12
+
+
+@pytest.mark.parametrize("command", sorted(set(readme_commands())))
+def test_readme_commands_parse(command):
+    words = shlex.split(command)
+    while re.fullmatch(r"\w+=.*", words[0]):  # environment settings
+        words.pop(0)
+    if words[0].startswith("torchrun"):
+        words = ["python", *[word for word in words[1:] if not word.startswith("--n")]]
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+    elif words[:2] == ["python", "train.py"]:
+        if "--help" not in words:
+            settings.load(words[2:]) if words[2].startswith("configs/") else settings.read_flags(words[3:])
+    elif words[:3] == ["python", "-m", "data.prepare"]:
+        prepare.parse(words[3:])
+    elif words[0] == "python" and words[1] in ("generate.py", "export.py"):
+        assert (ROOT / words[1]).is_file()
+        known = (ROOT / words[1]).read_text()
+        for word in words[2:]:
+            assert not word.startswith("--") or f'"{word.split("=")[0]}"' in known, word
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file() or words[2] in ("venv", "pip")
+    else:
+        assert words[0] in ("git", "cd", "pip", "source", "wandb"), f"README command not understood: {command}"
+
+
+def test_files_named_in_readme_exist():
+    named = re.findall(r"`([\w./-]+\.(?:py|sh|md|toml|txt|json|png))`", README)
+    assert len(named) > 20
+    made_by_runs = {"config.json", "metrics.jsonl", "samples.md", "curves.png", "meta.json", "manifest.json",
+                    "tokenizer.json", "encoding.json"}
+    for name in named:
+        made = name.split("/")[-1] in made_by_runs or name.startswith(("out/", "data/", "hf/"))
+        assert made or (ROOT / name).exists(), f"README names {name}, which is not there"
+
+
+def test_readme_line_counts_are_true():
+    for name, count in re.findall(r"\| `([\w/]+\.py)` \| (\d+) \|", README):
+        actual = len((ROOT / name).read_text().splitlines())
+        assert abs(actual - int(count)) <= 15, f"README says {name} has {count} lines, it has {actual}"
+
+
+def test_readme_images_exist():
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_scripts_are_valid_bash():
+    for script in [*ROOT.glob("launch/*.sh"), ROOT / "bench/gpu.sh", ROOT / ".ci/run"]:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_requirements_and_pyproject_name_the_same_packages():
+    import tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name = lambda requirement: re.split(r"[<>=]", requirement)[0]
+    lines = lambda file: {name(line) for line in (ROOT / file).read_text().splitlines() if "==" in line}
+    assert lines("requirements.txt") == set(map(name, project["dependencies"]))
+    extras = {name(r) for group in project["optional-dependencies"].values() for r in group}
+    assert lines("requirements-dev.txt") == extras
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert set(modules) == {p.stem for p in ROOT.glob("*.py")}
+
+
+def test_settings_mistakes_raise_user_errors_not_tracebacks():
+    with pytest.raises(UserError):
+        train.main(["configs/debug.py", "--nonsense"])
