@@ -1,23 +1,41 @@
+"""A whole K2 in three minutes on a laptop: 4 layers x 128, 16 experts of width 64, 4 + 2 shared active.
+
+    python -m data.prepare stdlib --vocab_size=2048
+    python train.py configs/debug.py          # or all of it at once: bash launch/quickstart.sh
+
+Hardware: 2 CPU cores, fp32.
+Time: @T@
+Memory: @M@
+Expect: @E@
+"""
+
 data = "data/stdlib"
 vocab_size = 2048
-hidden_size = 192
-intermediate_size = 512
-moe_intermediate_size = 128
+hidden_size = 128
+intermediate_size = 384     # the dense first layer
+moe_intermediate_size = 64
 num_hidden_layers = 4
 num_attention_heads = 4
 kv_lora_rank = 64
 qk_nope_head_dim = 32
 qk_rope_head_dim = 16
 v_head_dim = 32
-n_routed_experts = 8
-num_experts_per_tok = 2
+n_routed_experts = 16
+num_experts_per_tok = 4
+n_shared_experts = 2
 max_position_embeddings = 256
+
 sequence_length = 256
-global_batch_size = 32
-micro_batch_size = 32
-max_steps = 100
-warmup_steps = 10
-dtype = "float32"
-eval_interval = 50
-eval_batches = 13
-sample_interval = 100
+global_batch_size = 16      # 4,096 tokens: at this size many steps are worth more than large ones
+micro_batch_size = 16
+max_steps = 450
+warmup_steps = 20
+decay_steps = 250
+muon_lr = 1e-2              # the best of 5e-3, 1e-2 and 2e-2 (bench/optimizers.py)
+min_lr_ratio = 0.05
+dtype = "float32"           # every CPU has it; --dtype=bfloat16 is faster where AVX512-BF16 or AMX is
+eval_interval = 90
+eval_batches = 21           # the whole validation split
+save_interval = 150
+sample_interval = 225
+sample_prompts = ["def ", "import "]
