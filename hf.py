@@ -23,8 +23,12 @@ SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size
 
 
 def is_hf(folder):
+    """Whether a folder is a Hugging Face directory, as opposed to a run, whose config.json has no model_type."""
     path = Path(folder) / "config.json"
-    return path.is_file() and "model_type" in json.loads(path.read_text())
+    try:
+        return path.is_file() and "model_type" in json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 # ----------------------------------------------------------------------------- config.json

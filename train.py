@@ -64,7 +64,7 @@ def main(argv=None):
     source = open_run_folder(run, config)  # the step folder to resume from, or None
     manifest = checkpoint.read_manifest(source) if source else {}
     if source:
-        refuse_another_model(config, manifest, source)
+        refuse_another_model(config, encoder, manifest, source)
     run_id = provenance(run, config, config_file, argv)
     if encoder:
         tokenizer.save(encoder, run / "tokenizer")
@@ -191,6 +191,8 @@ def main(argv=None):
             best_loss = validated["loss"] if best else best_loss
             about = {"sequences": sequences, "optimizer_steps": optimizer.steps, "best_loss": best_loss,
                      "scaler": scaler.state_dict(), "config": dataclasses.asdict(config), "torch": torch.__version__}
+            if encoder:
+                about["tokenizer"] = tokenizer.fingerprint(encoder)
             saved = checkpoint.save(run / "checkpoints", step, named_tensors(model, optimizer), about,
                                     config.keep_checkpoints, best)
             log.write("event", step, event="save", path=str(saved))
@@ -251,8 +253,10 @@ def open_run_folder(run, config):
     return source if config.resume else None
 
 
-def refuse_another_model(config, manifest, source):
-    """Weights fit only the model that they were trained as: name the settings that differ."""
+def refuse_another_model(config, encoder, manifest, source):
+    """Weights fit only the model and the tokenizer that they were trained with: name what differs."""
+    if encoder and manifest.get("tokenizer", known := tokenizer.fingerprint(encoder)) != known:
+        raise UserError(f"{source} was trained with another tokenizer than that of the data")
     stored = manifest["config"]
     differing = [f"{field.name}: {stored[field.name]} there, {getattr(config, field.name)} here"
                  for field in dataclasses.fields(ModelConfig)

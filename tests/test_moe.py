@@ -122,6 +122,23 @@ def test_only_chosen_rows_are_computed(monkeypatch):
     assert rows == [2 * 50 * 2]
 
 
+def test_what_the_backward_keeps_grows_linearly_with_the_tokens():
+    kept = []
+    for n in (64, 256):
+        elements = 0
+
+        def note(tensor):
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            make_moe(n_experts=32)(torch.randn(1, n, 16, requires_grad=True))
+        kept.append(elements)
+    weights = 32 * 3 * 8 * 16
+    assert (kept[1] - weights) / (kept[0] - weights) < 4.2
+
+
 def test_grouped_matmul_and_loop_agree_in_bf16():
     x = torch.randn(40, 16, dtype=torch.bfloat16)
     counts = torch.tensor([10, 0, 25, 5])

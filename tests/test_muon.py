@@ -148,6 +148,21 @@ def test_batching_limit_changes_nothing(monkeypatch):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+def test_an_idle_expert_moves_on_along_its_decaying_momentum():
+    """Newton-Schulz has no sense of scale: documented behaviour, not an accident."""
+    stack = torch.nn.Parameter(torch.zeros(2, 16, 16))
+    optimizer = Muon([("w", stack)], lr=1.0, weight_decay=0.0, routes={"w": Route("muon", 16)})
+    sizes = []
+    for step in range(400):
+        stack.grad = torch.randn(2, 16, 16)
+        stack.grad[1] *= step == 0  # the second expert gets a gradient once
+        before = stack.detach().clone()
+        optimizer.step()
+        sizes.append((stack.detach() - before)[1].norm().item())
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-3) and sizes[300] == pytest.approx(sizes[1], rel=1e-2)
+    assert optimizer.state[stack]["momentum"][1].abs().max() < 1e-8 and stack.isfinite().all()
+
+
 # ---------------------------------------------------------------------- routing
 
 

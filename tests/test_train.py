@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 import train
+from data import prepare
 from errors import UserError
 from model import K2
 from muon import Muon, schedule_factor
@@ -243,6 +244,11 @@ def test_resume_refuses_another_model_and_names_the_difference(config, tmp_path)
         run_train(config, "--max_steps=4", "--resume", "--optimizer=adamw")
     with pytest.raises(UserError, match="no complete checkpoint"):
         run_train(config, f"--out_dir={tmp_path / 'new'}", "--resume")
+    (tmp_path / "notes.txt").write_text("\n\n".join(f"note {i} " * 30 for i in range(60)))
+    prepare.main(["text", str(tmp_path / "notes.txt"), "--split_on=\n\n", "--vocab_size=257", "--val_fraction=0.2",
+                  f"--out={tmp_path / 'notes'}"])
+    with pytest.raises(UserError, match="another tokenizer"):
+        run_train(config, "--max_steps=4", "--resume", f"--data={tmp_path / 'notes'}")
     assert len(losses(tmp_path / "run")) == 2
 
 
