@@ -65,9 +65,6 @@ def main(argv=None):
     manifest = checkpoint.read_manifest(source) if source else {}
     if source:
         refuse_another_model(config, encoder, manifest, source)
-    run_id = provenance(run, config, config_file, argv)
-    if encoder:
-        tokenizer.save(encoder, run / "tokenizer")
 
     # ------------------------------------------------------------------ model and optimizer
     model = build(config, device)
@@ -94,6 +91,9 @@ def main(argv=None):
     else:
         checkpoint.load(source, named_tensors(model))
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
+    run_id = provenance(run, config, config_file, argv)  # from here on the run folder exists
+    if encoder:
+        tokenizer.save(encoder, run / "tokenizer")
     log = metrics.RunLog(run, config, start, run_id)
     if source:
         checkpoint.drop_after(run / "checkpoints", start)
@@ -114,6 +114,8 @@ def main(argv=None):
     if epochs > 4:
         print(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
     print("\n".join(routing_table(model.named_parameters(), routes)))
+    if start >= config.max_steps:
+        print(f"step {start} is done already: raise --max_steps to go on")
 
     # ------------------------------------------------------------------ the loop
     stop = catch_signals()
@@ -193,10 +195,16 @@ def main(argv=None):
                      "scaler": scaler.state_dict(), "config": dataclasses.asdict(config), "torch": torch.__version__}
             if encoder:
                 about["tokenizer"] = tokenizer.fingerprint(encoder)
-            saved = checkpoint.save(run / "checkpoints", step, named_tensors(model, optimizer), about,
-                                    config.keep_checkpoints, best)
-            log.write("event", step, event="save", path=str(saved))
-            metrics.draw_curves(run)
+            try:
+                saved = checkpoint.save(run / "checkpoints", step, named_tensors(model, optimizer), about,
+                                        config.keep_checkpoints, best)
+                log.write("event", step, event="save", path=str(saved))
+                metrics.draw_curves(run)
+            except OSError as error:  # a full disk: what was saved before is still there, and training may go on
+                if last:
+                    raise UserError(f"{error}; free some space and --resume from the checkpoint before") from error
+                log.write("event", step, event="save_failed", error=str(error))
+                print(f"warning: {error}; going on", flush=True)
         if stopping is not None:
             print(f"{stopping}: saved step {step}; continue with --resume")
             break

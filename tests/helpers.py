@@ -148,3 +148,10 @@ def final_tensors(run):
     tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in stored.items()}
     checkpoint.load(step_folder, tensors)
     return tensors
+
+
+def assert_equal_runs(one, other):
+    """Every loss and every final tensor of two runs is bitwise the same."""
+    assert losses(one) == losses(other)
+    a, b = final_tensors(one), final_tensors(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -2,21 +2,17 @@
 
 import json
 import math
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import checkpoint
 import train
-from data import prepare
 from errors import UserError
 from model import K2
 from muon import Muon, schedule_factor
-from tests.helpers import ROOT, final_tensors, losses, make_config, make_data, records, run_script, run_train
+from tests.helpers import assert_equal_runs, final_tensors, losses, make_config, make_data, records, run_script, run_train
 
 TRAIN_KEYS = {
     "kind",
@@ -37,12 +33,6 @@ TRAIN_KEYS = {
     "dead_experts",
     "router_bias_std",
 }
-
-
-def assert_equal_runs(one, other):
-    assert losses(one) == losses(other)
-    a, b = final_tensors(one), final_tensors(other)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---------------------------------------------------------------------- what a run does and leaves behind
@@ -172,94 +162,6 @@ def test_dense_mha_baseline_and_other_settings_run(config, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------- resume
-
-
-def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    options = ("--eval_interval=5", "--save_interval=10", "--sample_interval=10", "--decay_steps=4")
-    run_train(config, f"--out_dir={whole}", *options)
-    with pytest.MonkeyPatch.context() as patch:  # a signal arrives in the middle of the tenth step
-        original = Muon.step
-        stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 9 else None
-        patch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
-        run_train(config, f"--out_dir={halves}", *options)
-    assert losses(halves)[-1][0] == 10
-    run_train(config, f"--out_dir={halves}", *options, "--resume")
-    assert [step for step, _ in losses(halves)] == list(range(1, 21))
-    assert_equal_runs(whole, halves)
-    assert [r["loss"] for r in records(whole, "val")] == [r["loss"] for r in records(halves, "val")]
-    manifest = checkpoint.read_manifest(checkpoint.find(halves))
-    assert manifest["sequences"] == 160 and manifest["optimizer_steps"] == 20
-
-
-def test_a_killed_run_resumes_from_its_last_checkpoint_bitwise(config, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_train(config, f"--out_dir={whole}", "--max_steps=30", "--save_interval=5", "--keep_checkpoints=9")
-    words = [config, f"--out_dir={killed}", "--max_steps=30", "--save_interval=5", "--keep_checkpoints=9"]
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
-    path, deadline = killed / "metrics.jsonl", time.time() + 120
-    while time.time() < deadline and not (path.exists() and '"kind": "train", "step": 13' in path.read_text()):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    reached = losses(killed)[-1][0]
-    assert 13 <= reached < 30
-    run_train(*words, "--resume")
-    assert records(killed, "event")[-1]["step"] == 30 and any(e["event"] == "resume" for e in records(killed, "event"))
-    assert [step for step, _ in losses(killed)] == list(range(1, 31))  # no line twice
-    assert_equal_runs(whole, killed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_cleanly(config, tmp_path, number):
-    words = [config, "--max_steps=100000", "--out_dir=" + str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step") and "5/" in line:
-            break
-    process.send_signal(number)
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "continue with --resume" in rest
-    step = checkpoint.read_manifest(checkpoint.find(tmp_path / "run"))["step"]
-    assert step == losses(tmp_path / "run")[-1][0]
-
-
-def test_resume_from_a_step_rewinds_and_from_another_run_starts_there(config, tmp_path):
-    run, other = tmp_path / "run", tmp_path / "other"
-    run_train(config, "--save_interval=5", "--keep_checkpoints=9")
-    before = losses(run)
-    run_train(config, "--save_interval=5", "--keep_checkpoints=9", f"--resume={run}/checkpoints/step_00000010")
-    assert losses(run) == before and not list((run / "checkpoints").glob(".*"))
-    run_train(config, f"--resume={run}/checkpoints/step_00000015", f"--out_dir={other}", "--micro_batch_size=8")
-    assert [step for step, _ in losses(other)] == [16, 17, 18, 19, 20]
-    assert losses(other)[-1][1] == pytest.approx(before[-1][1], abs=1e-4)
-
-
-def test_resume_refuses_another_model_and_names_the_difference(config, tmp_path):
-    run_train(config, "--max_steps=2")
-    with pytest.raises(UserError, match="hidden_size: 32 there, 48 here"):
-        run_train(config, "--max_steps=4", "--resume", "--hidden_size=48")
-    with pytest.raises(UserError, match="another model or optimizer"):
-        run_train(config, "--max_steps=4", "--resume", "--optimizer=adamw")
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        run_train(config, f"--out_dir={tmp_path / 'new'}", "--resume")
-    (tmp_path / "notes.txt").write_text("\n\n".join(f"note {i} " * 30 for i in range(60)))
-    prepare.main(["text", str(tmp_path / "notes.txt"), "--split_on=\n\n", "--vocab_size=257", "--val_fraction=0.2",
-                  f"--out={tmp_path / 'notes'}"])
-    with pytest.raises(UserError, match="another tokenizer"):
-        run_train(config, "--max_steps=4", "--resume", f"--data={tmp_path / 'notes'}")
-    assert len(losses(tmp_path / "run")) == 2
-
-
-def test_a_run_folder_is_not_overwritten_by_accident(config, tmp_path):
-    run_train(config, "--max_steps=2")
-    with pytest.raises(UserError, match="holds a run already"):
-        run_train(config, "--max_steps=3")
-    run_train(config, "--max_steps=3", "--overwrite")
-    assert len(losses(tmp_path / "run")) == 3
-
-
 # ---------------------------------------------------------------------- faults
 
 
@@ -288,6 +190,27 @@ def test_too_many_non_finite_steps_stop_the_run(config, monkeypatch):
     monkeypatch.setattr(K2, "forward", lambda self, *a, **k: tuple(x * math.inf for x in original(self, *a, **k)))
     with pytest.raises(UserError, match="3 non-finite steps in a row"):
         run_train(config, "--max_skipped_steps=3")
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(config, tmp_path, monkeypatch):
+    original = checkpoint.save
+
+    def save(folder, step, *rest):
+        if step in (10, 20):
+            raise OSError("No space left on device")
+        return original(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(UserError, match="free some space"):
+        run_train(config, "--save_interval=5")
+    assert [e["step"] for e in records(tmp_path / "run", "event") if e["event"] == "save_failed"] == [10]
+    assert checkpoint.find(tmp_path / "run").name == "step_00000015" and losses(tmp_path / "run")[-1][0] == 20
+
+
+def test_a_finished_run_says_so(config, capsys):
+    run_train(config, "--max_steps=3")
+    assert run_train(config, "--max_steps=3", "--resume") is None
+    assert "raise --max_steps" in capsys.readouterr().out
 
 
 def bad(name, *words, message, spoil=None):
