@@ -12,7 +12,16 @@ import train
 from errors import UserError
 from model import K2
 from muon import Muon, schedule_factor
-from tests.helpers import assert_equal_runs, final_tensors, losses, make_config, make_data, records, run_script, run_train
+from tests.helpers import (
+    assert_equal_runs,
+    final_tensors,
+    losses,
+    make_config,
+    make_data,
+    records,
+    run_script,
+    run_train,
+)
 
 TRAIN_KEYS = {
     "kind",
