@@ -18,8 +18,8 @@ import bench
 import config as settings
 import errors
 
-RATES = {"muonclip": (5e-3, 1e-2, 2e-2), "adamw": (2e-3, 4e-3, 8e-3)}
-SHARES = (0.9, 0.8, 0.7, 0.6)  # of AdamW's steps, tried for MuonClip at its best rate
+RATES = {"muonclip": (5e-3, 1e-2, 2e-2), "adamw": (1e-3, 2e-3, 4e-3, 8e-3)}
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of AdamW's steps, tried for MuonClip at its best rate
 
 
 def final_loss(argv, folder, optimizer, rate, steps, decay):
