@@ -73,10 +73,12 @@ def drop_after(folder, step):
     for path in step_folders(folder):
         if _step_of(path) > step:
             _delete(path)
+    if left := step_folders(folder):
+        point(folder, "latest", left[-1])
 
 
 def _retain(folder, keep):
-    best = _pointed(folder, "best")
+    best = pointed(folder, "best")
     for path in step_folders(folder)[:-keep]:
         if path != best:
             _delete(path)
@@ -114,9 +116,9 @@ def find(path, which="latest"):
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if which == "best":
-        best = _pointed(folder, "best")
+        best = pointed(folder, "best")
         if best is None:
-            raise UserError(f"{path} has no best checkpoint (no validation was run)")
+            raise UserError(f"{path} has no best checkpoint: none was saved together with a validation")
         return find(best)
     for candidate in reversed(step_folders(folder)):
         reason = damage(candidate)
@@ -194,13 +196,14 @@ class _SafeReader(dcp.FileSystemReader):
             "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
             "StorageMeta", "_MEM_FORMAT_ENCODING"},
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "pathlib": {"Path", "PosixPath"}, "pathlib._local": {"Path", "PosixPath"},
+        "pathlib": {"Path", "PosixPath"},
         "collections": {"OrderedDict"}, "_codecs": {"encode"},
     }
 
     def read_metadata(self):
         class Unpickler(pickle.Unpickler):
             def find_class(self, module, name):
+                module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 writes it
                 if name in _SafeReader.ALLOWED.get(module, ()):
                     return super().find_class(module, name)
                 raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint index")
@@ -208,7 +211,7 @@ class _SafeReader(dcp.FileSystemReader):
         try:
             with open(path, "rb") as file:
                 metadata = Unpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
+        except (OSError, EOFError, pickle.UnpicklingError, ImportError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         if getattr(metadata, "storage_meta", None):
             metadata.storage_meta.load_id = self.load_id
@@ -229,7 +232,8 @@ def _step_of(path):
     return int(STEP.search(path.name).group(1))
 
 
-def _pointed(folder, name):
+def pointed(folder, name):
+    """The step folder that a pointer file names, None if there is none."""
     pointer = Path(folder) / name
     if pointer.is_file() and STEP.match(target := pointer.read_text().strip()) and (Path(folder) / target).is_dir():
         return Path(folder) / target

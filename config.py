@@ -8,6 +8,7 @@ of it. (No postponed annotations here: the loader needs the real types.)
 import ast
 import dataclasses
 import difflib
+import math
 import runpy
 import types
 import typing
@@ -106,11 +107,14 @@ class Config(ModelConfig):
                  f"max_position_embeddings={self.max_position_embeddings}"),
                 (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
-                (self.decay_steps is None or 0 <= self.decay_steps <= self.max_steps,
-                 f"decay_steps={self.decay_steps} must lie in 0..max_steps={self.max_steps}"),
+                ((self.decay_steps or 0) >= 0, f"decay_steps={self.decay_steps} must be at least 0"),
                 (self.data, "data is empty: name a folder of shards"),
-                (not isinstance(self.data, dict) or all(type(w) in (int, float) and w > 0 for w in self.data.values()),
-                 f"data={self.data}: weights must be numbers above 0"),
+                (not isinstance(self.data, dict) or all(
+                    type(f) is str and type(w) in (int, float) and w > 0 for f, w in self.data.items()),
+                 f"data={self.data}: expected {{folder: weight}} with weights above 0"),
+                (all(type(prompt) is str for prompt in self.sample_prompts), "sample_prompts must be texts"),
+                (self.adamw_lr is None or self.adamw_lr >= 0, f"adamw_lr={self.adamw_lr} must be at least 0"),
+                (all(math.isfinite(v) for v in vars(self).values() if type(v) is float), "settings must be finite"),
                 (self.kernels != "triton", "kernels='triton' is not part of this version; use torch or auto"),
                 (self.dp_replicate == self.ep == 1 and self.dp_shard in (None, 1),
                  "this version runs one process: leave dp_replicate, dp_shard and ep at 1")):

@@ -11,10 +11,11 @@ class UserError(ValueError):
 
 
 def run(main):
-    """Call main(argv) for a script; a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Call main(argv) for a script. A UserError, and what the system refuses (a full disk, a folder without
+    permission), becomes one line on stderr and exit status 2; Ctrl-C exit status 130."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -76,13 +76,16 @@ def reverse(source, run):
     with in_place(run) as temporary:
         settings = dataclasses.asdict(Config(**fields, out_dir=str(run)))
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        checkpoint.save(temporary / "checkpoints", 0, tensors, {"sequences": 0, "config": settings}, keep=1)
+        about = {"sequences": 0, "config": settings}
+        if (Path(source) / "tokenizer").is_dir():
+            encoder = tokenizers.load(Path(source) / "tokenizer")
+            tokenizers.save(encoder, temporary / "tokenizer")
+            about["tokenizer"] = tokenizers.fingerprint(encoder)
+        checkpoint.save(temporary / "checkpoints", 0, tensors, about, keep=1)
         lines = [f'"""The model of {source}, to continue:  python train.py {run}/config.py --resume --data=..."""', ""]
         lines += [f"{name} = {value!r}" for name, value in (fields | {"out_dir": str(run)}).items()]
         (temporary / "config.py").write_text("\n".join(lines) + "\n")
         _write_json(temporary / "config.json", {"settings": settings, "imported_from": str(source)})
-        if (Path(source) / "tokenizer").is_dir():
-            tokenizers.save(tokenizers.load(Path(source) / "tokenizer"), temporary / "tokenizer")
     return Path(run)
 
 

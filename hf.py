@@ -5,6 +5,7 @@ matrix is a tensor of its own. Used by export.py (out and in) and generate.py (l
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -44,8 +45,8 @@ def to_hf_config(config, encoder, dtype):
         same |= {"first_k_dense_replace": config.num_hidden_layers, "routed_scaling_factor": 1.0}
     return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": dtype, **same,
             "num_key_value_heads": config.num_attention_heads, "attention_bias": False, "attention_dropout": 0.0,
-            "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling, "rope_interleave": True,
-            "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
+            "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling and {**config.rope_scaling},
+            "rope_interleave": True, "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
             "aux_loss_alpha": config.aux_loss_alpha, "seq_aux": True, "num_nextn_predict_layers": 0,
             "bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "use_cache": True}
 
@@ -66,7 +67,8 @@ def from_hf_config(folder):
     fields = {name: stored[name] for name in SAME if name in stored}
     fields["rope_theta"] = float(stored.get("rope_theta") or rope.get("rope_theta", 10000.0))
     kind = rope.get("type", rope.get("rope_type", "default"))
-    fields["rope_scaling"] = None if kind == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+    said = {k: v for k, v in rope.items() if k != "rope_theta" and v is not None and (k, v) != ("truncate", True)}
+    fields["rope_scaling"] = None if kind == "default" else said
     config = ModelConfig(aux_loss_alpha=stored.get("aux_loss_alpha", 0.0), **fields)
     config.check_model()
     return config
@@ -148,7 +150,9 @@ def to_hf_tokenizer(encoder):
               for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     special = [{"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
                 "normalized": False, "special": True} for text, number in encoder._special_tokens.items()]
-    split = {"type": "Split", "pattern": {"Regex": encoder._pat_str}, "behavior": "Isolated", "invert": False}
+    # In tiktoken {1,3}+ is possessive, in tokenizers a repetition of the group; without the + both mean the same here.
+    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", encoder._pat_str)
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,

@@ -7,6 +7,7 @@ import json
 import math
 import netrc
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -16,8 +17,11 @@ import torch
 from errors import UserError
 
 # Dense bf16 peak of the datasheet, FLOP/s, by a part of the device name; MFU is null for devices that are not here.
-PEAK_FLOPS = {"B200": 2250e12, "GB200": 2500e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
+PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
               "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+SAMPLE, SAMPLE_HEAD = "\n## step {}\n\n~~~\n{}", r"\n## step (\d+)\n\n~~~\n"
 
 
 def peak_flops(device):
@@ -50,9 +54,9 @@ class RunLog:
         self._replace(self.path, "".join(json.dumps(record) + "\n" for record in records))
         samples = self.folder / "samples.md"
         if samples.exists():
-            parts = samples.read_text().split("\n## step ")
-            kept = [part for part in parts[1:] if int(part.split("\n", 1)[0]) <= step]
-            self._replace(samples, "\n## step ".join([parts[0], *kept]))
+            head, *parts = re.split(SAMPLE_HEAD, samples.read_text())  # numbers and texts take turns
+            kept = [SAMPLE.format(number, text) for number, text in zip(parts[::2], parts[1::2]) if int(number) <= step]
+            self._replace(samples, head + "".join(kept))
         self.file = open(self.path, "a", buffering=1)  # a line at a time, so that a kill loses at most one
         self.wandb = start_wandb(config, self.folder, run_id)
 
@@ -63,26 +67,29 @@ class RunLog:
                   for key, value in fields.items()}
         record = {"kind": kind, "step": step, **fields}
         self.file.write(json.dumps(record) + "\n")
-        if self.wandb is not None:
-            try:
-                numbers = {f"{kind}/{key}": v for key, v in fields.items() if isinstance(v, (int, float))}
-                self.wandb.log(numbers, step=step)
-            except Exception as error:  # a logging service must not cost a training run
-                print(f"warning: W&B failed ({error}); going on without it")
-                self.wandb = None
+        numbers = {f"{kind}/{key}": v for key, v in fields.items() if isinstance(v, (int, float))}
+        self._to_wandb(lambda run: run.log(numbers, step=step))
         return record
+
+    def _to_wandb(self, action):
+        if self.wandb is None:
+            return
+        try:
+            action(self.wandb)
+        except Exception as error:  # a logging service must not cost a training run
+            print(f"warning: W&B failed ({error}); going on without it")
+            self.wandb = None
 
     def sample(self, step, prompt, text):
         path = self.folder / "samples.md"
         if not path.exists():
             path.write_text("# Samples\n")
         with open(path, "a") as file:
-            file.write(f"\n## step {step}\n\n~~~\n{prompt}{text}\n~~~\n")
+            file.write(SAMPLE.format(step, f"{prompt}{text}\n~~~\n"))
 
     def close(self):
         self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._to_wandb(lambda run: run.finish())
 
     @staticmethod
     def _replace(path, text):

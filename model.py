@@ -7,6 +7,7 @@ kernels/.
 Shapes: B batch, T positions, D hidden_size, H heads, V vocabulary, E routed experts, S cached positions.
 """
 
+import functools
 import zlib
 from dataclasses import dataclass, field
 from typing import Literal
@@ -81,6 +82,9 @@ class ModelConfig:
                 (rope_dim % 2 == 0, f"RoPE turns pairs: its head width {rope_dim} must be even"),
                 (self.q_lora_rank is None or self.q_lora_rank > 0, "q_lora_rank must be None or at least 1"),
                 (E >= 0, "n_routed_experts must be 0 (dense) or more"),
+                (self.n_shared_experts >= 0, "n_shared_experts must be 0 or more"),
+                (self.rms_norm_eps > 0 and self.initializer_range > 0 and self.rope_theta > 0,
+                 "rms_norm_eps, initializer_range and rope_theta must be above 0"),
                 (E == 0 or K <= E, f"num_experts_per_tok={K} must be at most n_routed_experts={E}"),
                 (E == 0 or E % G == 0, f"n_group={G} must divide n_routed_experts={E}"),
                 (E == 0 or G == 1 or E // G >= 2, f"n_group={G} leaves fewer than 2 of {E} experts a group"),
@@ -93,9 +97,11 @@ class ModelConfig:
                 raise UserError(message)
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
-            if kind != "yarn" or not {"factor", "original_max_position_embeddings"} <= self.rope_scaling.keys():
-                raise UserError("rope_scaling must be None or a dict with type 'yarn', factor and "
-                                "original_max_position_embeddings")
+            needed = {"factor", "original_max_position_embeddings"}
+            known = needed | {"type", "rope_type", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+            if kind != "yarn" or not needed <= self.rope_scaling.keys() <= known:
+                raise UserError(f"rope_scaling={self.rope_scaling} must be None or a dict of type 'yarn' with "
+                                f"{', '.join(sorted(needed))} and at most {', '.join(sorted(known - needed))}")
 
     def is_moe_layer(self, index):
         return self.n_routed_experts > 0 and index >= self.first_k_dense_replace
@@ -116,9 +122,18 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+aten = torch.ops.aten
+KEEP_MATMULS = functools.partial(checkpoint.create_selective_checkpoint_contexts, [
+    aten.mm.default, aten.bmm.default, aten.addmm.default, aten._grouped_mm.default, aten.sort.stable])
+
+
 class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the stream. recompute says what the backward computes again:
+    "none", "selective" (all but matmuls) or "full"."""
+
     def __init__(self, c, index):
         super().__init__()
+        self.recompute = "none"
         self.self_attn = MLA(c) if c.attention == "mla" else MHA(c)
         if c.is_moe_layer(index):
             self.mlp = MoE(
@@ -133,6 +148,13 @@ class Block(nn.Module):
 
     def forward(self, x_BTD, rope, cache_BSW=None, start=0):
         """Returns x_BTD, max_H, balance, counts_E; the last two are None in a dense block."""
+        if self.recompute == "none" or not self.training or cache_BSW is not None:
+            return self.compute(x_BTD, rope, cache_BSW, start)
+        # Inside the block, so that a compiled block knows of it. "selective" keeps the matmul results.
+        kept = {"context_fn": KEEP_MATMULS} if self.recompute == "selective" else {}
+        return checkpoint.checkpoint(self.compute, x_BTD, rope, use_reentrant=False, **kept)
+
+    def compute(self, x_BTD, rope, cache_BSW=None, start=0):
         attended, max_H = self.self_attn(self.input_layernorm(x_BTD), rope, cache_BSW, start)
         x_BTD = x_BTD + attended
         hidden = self.post_attention_layernorm(x_BTD)
@@ -153,7 +175,7 @@ class K2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.compute_dtype, self.activation_checkpointing = config, torch.float32, "none"
+        self.config, self.compute_dtype = config, torch.float32
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers)),
@@ -181,9 +203,8 @@ class K2(nn.Module):
         rope = self.rope(start, tokens_BT.shape[1])
         maxima, balances, counts = [], [], []
         for index, layer in enumerate(self.layers):
-            run = layer if self.activation_checkpointing == "none" or not self.training else self._checkpointed(layer)
             past = () if cache is None else (cache.layers[index], start)
-            x_BTD, max_H, balance, counts_E = run(x_BTD, rope, *past)
+            x_BTD, max_H, balance, counts_E = layer(x_BTD, rope, *past)
             maxima.append(max_H)
             if counts_E is not None:
                 balances.append(balance)
@@ -208,16 +229,6 @@ class K2(nn.Module):
         frequency, factor = rope_frequencies(dim, c.rope_theta, c.rope_scaling, self.lm_head.weight.device)
         angle = torch.arange(start, start + length, device=frequency.device, dtype=torch.float32)[:, None] * frequency
         return angle.cos() * factor, angle.sin() * factor
-
-    def _checkpointed(self, layer):
-        """The layer with its activations recomputed in the backward: all of them, or ("selective") all but matmul
-        results."""
-        options = {"use_reentrant": False}
-        if self.activation_checkpointing == "selective":
-            aten = torch.ops.aten
-            saved = [aten.mm.default, aten.bmm.default, aten.addmm.default, aten._grouped_mm.default, aten.sort.stable]
-            options["context_fn"] = lambda: checkpoint.create_selective_checkpoint_contexts(saved)
-        return lambda *args: checkpoint.checkpoint(layer, *args, **options)
 
     @torch.no_grad()
     def reset_statistics(self):

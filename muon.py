@@ -189,13 +189,14 @@ def qk_clip_(layers, max_logits_LH, tau):
 
 def schedule_factor(step, kind, max_steps, warmup_steps, decay_steps, min_lr_ratio):
     """The learning rate of step 1, 2, ... max_steps as a factor of the peak. Warm-up is linear, its last step at the
-    peak; wsd then holds and falls linearly over the last decay_steps, cosine falls all the way; both end at
-    min_lr_ratio."""
+    peak; wsd then holds and falls linearly over the last decay_steps (what is left, if that is less), cosine falls all
+    the way; both end at min_lr_ratio.
+    """
     if step < warmup_steps:
         return step / warmup_steps
     if kind == "constant":
         return 1.0
-    start = max_steps - decay_steps if kind == "wsd" else warmup_steps
+    start = max(max_steps - decay_steps, warmup_steps) if kind == "wsd" else warmup_steps
     progress = min(max((step - start) / max(max_steps - start, 1), 0.0), 1.0)
     fall = progress if kind == "wsd" else (1 - math.cos(math.pi * progress)) / 2
     return 1 - (1 - min_lr_ratio) * fall

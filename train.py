@@ -61,7 +61,7 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ run folder
     run = Path(config.out_dir)
-    source = open_run_folder(run, config)  # the step folder to resume from, or None
+    source = find_source(run, config)  # the step folder to resume from, or None
     manifest = checkpoint.read_manifest(source) if source else {}
     if source:
         refuse_another_model(config, encoder, manifest, source)
@@ -69,7 +69,8 @@ def main(argv=None):
     # ------------------------------------------------------------------ model and optimizer
     model = build(config, device)
     model.compute_dtype = getattr(torch, config.dtype)
-    model.activation_checkpointing = config.activation_checkpointing
+    for layer in model.layers:
+        layer.recompute = config.activation_checkpointing
     heads = config.num_attention_heads if config.muon_per_head else 0
     routes = route_parameters(model.named_parameters(), config.optimizer, heads)
     ns_dtype = config.dtype if config.ns_dtype == "auto" else config.ns_dtype
@@ -81,24 +82,30 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
     # ------------------------------------------------------------------ resume
-    start, sequences, best_loss = manifest.get("step", 0), manifest.get("sequences", 0), manifest.get("best_loss")
+    start, best_loss = manifest.get("step", 0), manifest.get("best_loss")
+    sequences, tokens = manifest.get("sequences", 0), manifest.get("tokens", 0)  # seen so far
     if source is None:
         model.init_weights(config.seed)
     elif checkpoint.has_optimizer(source):
         checkpoint.load(source, named_tensors(model, optimizer))
         optimizer.steps = manifest["optimizer_steps"]
-        scaler.load_state_dict(manifest["scaler"])
+        if manifest["scaler"]:  # empty if that run was not in float16
+            scaler.load_state_dict(manifest["scaler"])
     else:
         checkpoint.load(source, named_tensors(model))
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
-    run_id = provenance(run, config, config_file, argv)  # from here on the run folder exists
+    if config.overwrite and holds_run(run) and (source is None or run.resolve() not in source.resolve().parents):
+        shutil.rmtree(run)  # now that everything which could be refused has been
+    run_id = provenance(run, config, config_file, argv)
     if encoder:
         tokenizer.save(encoder, run / "tokenizer")
     log = metrics.RunLog(run, config, start, run_id)
     if source:
         checkpoint.drop_after(run / "checkpoints", start)
-        log.write("event", start, event="resume", source=str(source))
-        print(f"resumed from {source}")
+        log.write("event", start, event="resume", source=str(source), changed=changed_stream(stream, manifest))
+        print(f"resumed from {source}", *changed_stream(stream, manifest), sep="\n  changed: ")
+    if not checkpoint.pointed(run / "checkpoints", "best"):
+        best_loss = None  # that of another folder or branch
     if config.compile or (config.compile is None and device.type == "cuda"):
         for layer in model.layers:
             layer.compile(dynamic=False)
@@ -122,7 +129,7 @@ def main(argv=None):
     peak = metrics.peak_flops(device)
     accumulation = config.global_batch_size // config.micro_batch_size
     model.train()
-    record, skipped, validated = None, 0, None
+    record, skipped = None, 0
     seconds, steps_timed = 0.0, 0  # spent training since the last record; validation and saving do not count
     for step in range(start + 1, config.max_steps + 1):
         step_started = time.perf_counter()
@@ -161,17 +168,16 @@ def main(argv=None):
                                 f"last checkpoint in {run}/checkpoints")
         scaler.update()
         optimizer.zero_grad()
-        sequences += config.global_batch_size
+        sequences, tokens = sequences + config.global_batch_size, tokens + tokens_per_step
         seconds, steps_timed = seconds + time.perf_counter() - step_started, steps_timed + 1
 
-        # Record, validate, sample, save.
-        stopping = stop.signal  # read once: a signal that comes during the lines below counts for the next step
-        last = step == config.max_steps or stopping is not None
-        if step % config.log_interval == 0 or step == start + 1 or last:
+        # Record, validate, sample, save. A signal leaves out what is not the save.
+        last = step == config.max_steps
+        if step % config.log_interval == 0 or step == start + 1 or last or stop.signal:
             speed = tokens_per_step * steps_timed / seconds
             routing = metrics.expert_statistics(model.expert_counts, model.router_biases())
             record = log.write(
-                "train", step, tokens=sequences * config.sequence_length, loss=loss.item(), aux_loss=balance.item(),
+                "train", step, tokens=tokens, loss=loss.item(), aux_loss=balance.item(),
                 lr=optimizer.param_groups[0]["lr"], grad_norm=norm, tokens_per_second=speed,
                 mfu=flops * speed / peak if peak else None, step_ms=1000 * seconds / steps_timed,
                 memory_gib=metrics.memory_gib(device), max_attention_logit=model.max_logits.max().item(),
@@ -180,32 +186,36 @@ def main(argv=None):
             print(metrics.step_line(record, config.max_steps, eta), flush=True)
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0)
+        validated = None
         if config.eval_interval and (save_now or step % config.eval_interval == 0):
-            validated = evaluate(model, validation, config, device)
-            log.write("val", step, tokens=sequences * config.sequence_length, **validated)
+            validated = evaluate(model, validation, config, device, stop)
+        if validated:
+            log.write("val", step, tokens=tokens, **validated)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
             print(f"step {step}: validation {shown}", flush=True)
-        if config.sample_interval and encoder and (last or step % config.sample_interval == 0):
+        if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not stop.signal:
             for prompt in config.sample_prompts:
                 log.sample(step, prompt, sample(model, encoder, prompt, config, step))
-        if save_now:
-            best = bool(config.eval_interval) and (best_loss is None or validated["loss"] < best_loss)
-            best_loss = validated["loss"] if best else best_loss
-            about = {"sequences": sequences, "optimizer_steps": optimizer.steps, "best_loss": best_loss,
-                     "scaler": scaler.state_dict(), "config": dataclasses.asdict(config), "torch": torch.__version__}
-            if encoder:
-                about["tokenizer"] = tokenizer.fingerprint(encoder)
+        stopping = stop.signal  # read once: a signal that comes during the save counts for the next step
+        if save_now or stopping:
+            best = bool(validated) and not validated["loss"] >= (best_loss or math.inf)
+            about = {"sequences": sequences, "tokens": tokens, "optimizer_steps": optimizer.steps,
+                     "best_loss": validated["loss"] if best else best_loss, "stream": stream.identity(),
+                     "tokenizer": tokenizer.fingerprint(encoder) if encoder else None, "torch": torch.__version__,
+                     "scaler": scaler.state_dict(), "config": dataclasses.asdict(config)}
             try:
                 saved = checkpoint.save(run / "checkpoints", step, named_tensors(model, optimizer), about,
                                         config.keep_checkpoints, best)
-                log.write("event", step, event="save", path=str(saved))
-                metrics.draw_curves(run)
             except OSError as error:  # a full disk: what was saved before is still there, and training may go on
-                if last:
+                if last or stopping:
                     raise UserError(f"{error}; free some space and --resume from the checkpoint before") from error
                 log.write("event", step, event="save_failed", error=str(error))
                 print(f"warning: {error}; going on", flush=True)
-        if stopping is not None:
+            else:
+                best_loss = about["best_loss"]
+                log.write("event", step, event="save", path=str(saved))
+                metrics.draw_curves(run)
+        if stopping:
             print(f"{stopping}: saved step {step}; continue with --resume")
             break
     log.close()
@@ -245,25 +255,23 @@ def open_tokenizer(config):
     return encoder
 
 
-def open_run_folder(run, config):
-    """Make or check out_dir. Returns the step folder to resume from, None for a new run."""
-    holds_run = (run / "config.json").exists() or (run / "checkpoints").exists()
-    if config.resume:
-        source = checkpoint.find(run if config.resume is True else config.resume)
-        if not holds_run or run.resolve() in source.resolve().parents:
-            return source
-    elif not holds_run:
-        return None
-    if not config.overwrite:
+def find_source(run, config):
+    """The step folder to resume from, None for a new run; refuses an out_dir that holds another run."""
+    source = checkpoint.find(run if config.resume is True else config.resume) if config.resume else None
+    own = source is not None and run.resolve() in source.resolve().parents
+    if holds_run(run) and not own and not config.overwrite:
         raise UserError(f"{run} holds a run already: continue it with --resume, start anew with --overwrite, or choose "
                         "another --out_dir")
-    shutil.rmtree(run)
-    return source if config.resume else None
+    return source
+
+
+def holds_run(folder):
+    return (folder / "config.json").exists() or (folder / "checkpoints").exists()
 
 
 def refuse_another_model(config, encoder, manifest, source):
     """Weights fit only the model and the tokenizer that they were trained with: name what differs."""
-    if encoder and manifest.get("tokenizer", known := tokenizer.fingerprint(encoder)) != known:
+    if encoder and manifest.get("tokenizer") not in (None, tokenizer.fingerprint(encoder)):
         raise UserError(f"{source} was trained with another tokenizer than that of the data")
     stored = manifest["config"]
     differing = [f"{field.name}: {stored[field.name]} there, {getattr(config, field.name)} here"
@@ -274,14 +282,24 @@ def refuse_another_model(config, encoder, manifest, source):
         raise UserError(f"{source} holds another model: " + "; ".join(differing))
 
 
+def changed_stream(stream, manifest):
+    """What differs between the checkpoint's stream and this run's; allowed, but text may repeat or be left out."""
+    before, now = manifest.get("stream", {}), stream.identity()
+    return [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+
+
 def provenance(run, config, config_file, argv):
     """Write config.json: settings, versions, commit and command. Returns the run's id, which a resumed run keeps."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "config.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     about = {"run_id": earlier.get("run_id", secrets.token_hex(4)), "config_file": config_file, "command": argv,
-             "commit": git.stdout.strip() or None, "torch": torch.__version__, "python": platform.python_version(),
+             "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
              "settings": dataclasses.asdict(config)}
     temporary = run / ".config.json"
     temporary.write_text(json.dumps(about, indent=1) + "\n")
@@ -320,14 +338,19 @@ def place(tensor, device):
 
 
 @torch.no_grad()
-def evaluate(model, validation, config, device):
-    """Cross-entropy over the validation set, always the same tokens; leaves no trace in the training."""
+def evaluate(model, validation, config, device, stop):
+    """Cross-entropy over the validation set, always the same tokens; leaves no trace in the training. None if a signal
+    came before the end, or if the loss is not finite."""
     model.eval()
     total, count = 0.0, 0
     for inputs, targets in validation.batches(config.micro_batch_size):
+        if stop.signal:
+            break
         loss_sum, _ = model(inputs.to(device), targets.to(device))
         total, count = total + loss_sum.item(), count + int((targets != IGNORE).sum())
     model.train()
+    if stop.signal or not math.isfinite(total):
+        return None
     loss, ratio = total / count, validation.bytes_per_token
     bits_per_byte = loss / math.log(2) / ratio if ratio else None
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}

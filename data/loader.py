@@ -48,7 +48,7 @@ class TrainStream:
 
     def __init__(self, data, sequence_length, seed, verify=True):
         weights = data if isinstance(data, dict) else {data: 1.0}
-        self.seed, self.T = seed, sequence_length
+        self.seed, self.T, self.folders = seed, sequence_length, list(weights)
         self.sources = [Windows(folder, "train", sequence_length, verify) for folder in weights]
         for folder, source in zip(weights, self.sources):
             if source.count < 1:
@@ -82,6 +82,12 @@ class TrainStream:
     def max_id(self):
         return max(source.split.max_id for source in self.sources)
 
+    def identity(self):
+        """What decides the sequence of a given number, as JSON: a resumed run compares it."""
+        data = {folder: [source.split.tokens, share] for folder, source, share in
+                zip(self.folders, self.sources, self.shares)}
+        return {"data": data, "sequence_length": self.T, "seed": self.seed}
+
 
 class ValidationSet:
     """The first `sequences` windows of the val split of every folder, the last one padded with IGNORE targets, so
@@ -92,7 +98,10 @@ class ValidationSet:
         self.sources = [Windows(folder, "val", sequence_length, verify) for folder in folders]
         self.T, self.sequences = sequence_length, max(sequences // len(self.sources), 1)
         ratios = [source.split.bytes_per_token for source in self.sources]
-        self.bytes_per_token = None if None in ratios else sum(ratios) / len(ratios)
+        targets = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
+        self.bytes_per_token = None  # unknown where a folder has no meta.json
+        if None not in ratios:
+            self.bytes_per_token = sum(ratio * n for ratio, n in zip(ratios, targets)) / sum(targets)
 
     def batches(self, batch_size):
         """Yields (inputs, targets) as (B, T) tensors, the last batch smaller if need be."""

@@ -2,13 +2,12 @@
 
 stdlib: the Python standard library's own source on this machine, without its test folders; needs no download.
 text: any UTF-8 files, one document each, or with --split_on every part between two separators.
-A document goes to the val split by a hash of its text, so that the same text never stands in both. A folder that is
-complete is reused; an interrupted preparation leaves nothing behind. Next: ../configs/debug.py trains on the result.
+A document goes to the val split by a hash of its text, so that the same text never stands in both; of a single document
+the end is val. A folder that is complete is reused; an interrupted preparation leaves nothing that looks complete.
+Next: ../configs/debug.py trains on the result.
 """
 
 import argparse
-import json
-import sys
 import sysconfig
 import time
 import zlib
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 import errors
 from data import tokenizer
-from data.shards import Writer
+from data.shards import Writer, read_meta
 from errors import UserError
 
 
@@ -30,23 +29,28 @@ def stdlib_files():
     return [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
 
 
-def documents(files, split_on=None):
-    """Yield the distinct, non-empty texts of the files; bytes that are no UTF-8 become the replacement character."""
+def documents(files, fraction, split_on=None):
+    """Yield (split, text) of every distinct, non-empty document; bytes that are no UTF-8 become replacement characters.
+
+    The split is drawn by a hash of the text. A single document, as a book in one file, is cut instead: its end is val.
+    """
     seen = set()
     for path in files:
         try:
             text = Path(path).read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
-        for part in text.split(split_on) if split_on else [text]:
+        parts = text.split(split_on) if split_on else [text]
+        if len(files) == len(parts) == 1:
+            cut = text.find("\n", int(len(text) * (1 - fraction))) + 1 or len(text)
+            yield from (("train", text[:cut]), ("val", text[cut:]))
+            return
+        for part in parts:
             digest = hash(part)
             if part.strip() and digest not in seen:
                 seen.add(digest)
-                yield part
-
-
-def is_validation(text, fraction):
-    return zlib.crc32(text.encode("utf-8", "surrogatepass")) / 2**32 < fraction
+                hashed = zlib.crc32(part.encode("utf-8", "surrogatepass")) / 2**32
+                yield "val" if hashed < fraction else "train", part
 
 
 def parse(argv):
@@ -89,27 +93,25 @@ def main(argv=None):
     args = parse(argv)
     out = Path(args.out or f"data/{args.source}")
     how = {key: value for key, value in vars(args).items() if key not in ("out", "overwrite")}
-    how["python"] = ".".join(map(str, sys.version_info[:3])) if args.source == "stdlib" else None
+    files = list_files(args)
+    how |= {"found": len(files), "bytes": sum(file.stat().st_size for file in files)}
     if out.exists() and not args.overwrite:
-        meta = out / "meta.json"
-        if meta.is_file() and json.loads(meta.read_text()).get("prepared_by") == how:
+        if read_meta(out).get("prepared_by") == how:
             print(f"{out} is ready (made earlier in the same way)")
             return out
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")
     started = time.time()
-    files = list_files(args)
     if args.tokenizer:
         encoder = tokenizer.load(args.tokenizer)
     else:
         print(f"training a BPE of {args.vocab_size} ids on {len(files)} files")
-        held_in = (text for text in documents(files, args.split_on) if not is_validation(text, args.val_fraction))
-        encoder = tokenizer.train_bpe(held_in, args.vocab_size)
+        texts = (text for split, text in documents(files, args.val_fraction, args.split_on) if split == "train")
+        encoder = tokenizer.train_bpe(texts, args.vocab_size)
     separator = tokenizer.end_of_text(encoder)
     with Writer(out, encoder.n_vocab, args.shard_tokens) as writer:
-        progress = tqdm(documents(files, args.split_on), desc="tokenizing", unit=" documents", disable=None)
-        for text in progress:
+        found = documents(files, args.val_fraction, args.split_on)
+        for split, text in tqdm(found, desc="tokenizing", unit=" documents", disable=None):
             ids = encoder.encode_ordinary(text)
-            split = "val" if is_validation(text, args.val_fraction) else "train"
             writer.write(split, ids if separator is None else [separator, *ids], len(text.encode("utf-8")))
         writer.finish(lambda folder: tokenizer.save(encoder, folder), tokenizer=encoder.name,
                       tokenizer_fingerprint=tokenizer.fingerprint(encoder), prepared_by=how)

@@ -40,7 +40,9 @@ class Writer:
         self.pending_tokens = dict.fromkeys(SPLITS, 0)
 
     def __enter__(self):
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        for left in self.folder.parent.glob(f".{self.folder.name}.*.partial"):
+            if not _is_running(int(left.name.split(".")[-2])):
+                shutil.rmtree(left, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         return self
 
@@ -88,7 +90,8 @@ class Writer:
         meta.json."""
         for split in SPLITS:
             if self.splits[split]["tokens"] < 2:
-                raise UserError(f"the {split} split has {self.splits[split]['tokens']} tokens: give more text")
+                raise UserError(f"the {split} split has {self.splits[split]['tokens']} tokens: "
+                                "give more text, smaller documents (--split_on) or a larger --val_fraction")
             if self.pending_tokens[split]:
                 self._flush(split, everything=True)
         save_tokenizer(self.temporary / "tokenizer")
@@ -148,6 +151,16 @@ def open_split(folder, split, verify=True):
         arrays.append(array)
     ratio = recorded["bytes"] / recorded["tokens"] if recorded else None
     return Split(arrays, [path.name for path in paths], sum(map(len, arrays)), max_id, ratio)
+
+
+def _is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _open_shard(path):

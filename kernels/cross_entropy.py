@@ -49,12 +49,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[start:start + rows])
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden
-        ctx.grad_hidden, ctx.grad_weight = grad_hidden, grad_weight
+        ctx.grad_hidden, ctx.grad_weight, ctx.spent = grad_hidden, grad_weight, False
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
+        if ctx.spent:
+            raise RuntimeError("linear_cross_entropy keeps its gradients for one backward only")
+        ctx.spent = True
         grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
-        ctx.grad_hidden = ctx.grad_weight = None  # scaled in place: a second backward would scale them twice
+        ctx.grad_hidden = ctx.grad_weight = None
         return (grad_hidden.mul_(grad_output.to(grad_hidden.dtype)) if grad_hidden is not None else None,
                 grad_weight.mul_(grad_output) if grad_weight is not None else None, None)

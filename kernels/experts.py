@@ -32,6 +32,7 @@ def swiglu(gate_up):
     return F.silu(gate) * up
 
 
+@torch.compiler.disable  # reads counts on the host: a compiled caller would recompile for every set of counts
 def mlp_loop(rows_SD, counts_E, gate_up_E2FD, down_EDF):
     """The slow twin: one pair of matmuls for every expert that has rows. Syncs once to read the counts."""
     outputs = [F.linear(swiglu(F.linear(rows, gate_up)), down)

@@ -163,6 +163,16 @@ def test_too_little_text_is_an_error(tmp_path):
         Windows(tmp_path / "nowhere", "train", 8)
 
 
+def test_bytes_per_token_of_a_mixture_is_weighted_by_its_targets(tmp_path):
+    for name, n, ratio in (("a", 3001, 4), ("b", 101, 1)):
+        with Writer(tmp_path / name, 1000) as writer:
+            writer.write("train", np.arange(50), 50)
+            writer.write("val", np.arange(n) % 900, n * ratio)
+            writer.finish(lambda path: None)
+    both = ValidationSet({str(tmp_path / "a"): 1, str(tmp_path / "b"): 1}, 10, 10_000)
+    assert both.bytes_per_token == pytest.approx((3000 * 4 + 100 * 1) / 3100)
+
+
 # ---------------------------------------------------------------------- tokenizers
 
 CORPUS = [(ROOT / name).read_text() for name in ("model.py", "train.py", "config.py", "muon.py")]
@@ -299,6 +309,34 @@ def test_split_on_makes_documents(tmp_path):
     assert meta["splits"]["train"]["documents"] + meta["splits"]["val"]["documents"] == 50 and meta["vocab_size"] == 257
 
 
+def test_a_book_in_one_file_gives_its_end_to_validation(tmp_path):
+    book = "".join(f"line {i} of the book\n" for i in range(500))
+    (tmp_path / "book.txt").write_text(book)
+    prepare.main(
+        ["text", str(tmp_path / "book.txt"), f"--out={tmp_path / 'd'}", "--tokenizer=bytes", "--val_fraction=0.1"]
+    )
+    encoder = tokenizer.load("bytes")
+    texts = [
+        encoder.decode(np.concatenate(open_split(tmp_path / "d", s).arrays).tolist()[1:]) for s in ("train", "val")
+    ]
+    assert "".join(texts) == book and texts[1].startswith("line 4") and 30 < texts[1].count("\n") < 60
+
+
+def test_new_files_are_not_mistaken_for_the_old_preparation(tmp_path, texts):
+    words = ["text", str(texts), f"--out={tmp_path / 'd'}", "--tokenizer=bytes", "--val_fraction=0.2"]
+    prepare.main(words)
+    (texts / "new.txt").write_text("one more document")
+    with pytest.raises(UserError, match="made in another way"):
+        prepare.main(words)
+
+
+def test_debris_of_a_killed_preparation_is_swept(tmp_path):
+    dead = tmp_path / ".d.999999.partial"
+    dead.mkdir()
+    write(tmp_path / "d", 1000, [("train", [1, 2, 3]), ("val", [1, 2])])
+    assert not dead.exists()
+
+
 def test_a_killed_preparation_leaves_nothing_that_looks_done(tmp_path, texts, monkeypatch):
     monkeypatch.setattr(tokenizer, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -313,7 +351,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_done(tmp_path, texts, mo
         (["stdlib", "x"], "takes no files"),
         (["text", "nowhere.txt"], "no file or folder"),
         (["stdlib", "--val_fraction=2"], "between 0 and 1"),
-        (["text", "README.md", "--tokenizer=bytes"], "val split has 0"),
+        (["text", "README.md", "LICENSE", "--tokenizer=bytes", "--val_fraction=1e-9"], "val split has 0"),
     ],
 )
 def test_prepare_mistakes_are_one_line(tmp_path, words, message):

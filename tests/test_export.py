@@ -163,3 +163,31 @@ def test_gpt2_like_ranks_become_a_tokenizer_json(tmp_path):
         if len(token) > 1:
             left, right = hf.merge_parts(ranks, token)
             assert left + right == token and max(ranks[left], ranks[right]) < ranks[token]
+
+
+def test_possessive_counts_in_a_pattern_keep_their_meaning():
+    """cl100k_base and o200k_base cut numbers by \\p{N}{1,3}+, which tokenizers would read as a repeated group."""
+    from tokenizers import Tokenizer
+
+    pattern = r"\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++|\s+"
+    encoder = tokenizer.train_bpe(["1234567 12 345 678 9876 abc def"] * 5, 290, pattern=pattern)
+    theirs = Tokenizer.from_str(json.dumps(hf.to_hf_tokenizer(encoder)[0]))
+    for text in ("1234567", "abc 98765 12", "7" * 20):
+        assert theirs.encode(text).ids == encoder.encode_ordinary(text)
+
+
+def test_an_imported_model_keeps_its_tokenizer(run, tmp_path, data):
+    export.export(run, tmp_path / "hf")
+    export.reverse(tmp_path / "hf", tmp_path / "back")
+    with pytest.raises(UserError, match="another tokenizer"):
+        run_train(tmp_path / "back/config.py", "--resume", f"--data={data}", "--sequence_length=32", "--device=cpu")
+
+
+def test_unknown_rope_settings_are_refused_not_ignored(run, tmp_path):
+    export.export(run, tmp_path / "hf")
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    change(tmp_path / "hf", rope_scaling={**yarn, "truncate": True, "attention_factor": None})
+    assert hf.from_hf_config(tmp_path / "hf").rope_scaling == yarn
+    change(tmp_path / "hf", rope_scaling={**yarn, "attention_factor": 3.0})
+    with pytest.raises(UserError, match="rope_scaling"):
+        hf.from_hf_config(tmp_path / "hf")

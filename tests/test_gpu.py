@@ -36,11 +36,28 @@ def test_model_on_cuda_equals_the_cpu():
     assert torch.equal(counts, model.expert_counts.cpu())
 
 
-@pytest.mark.parametrize("words", [(), ("--no-compile",), ("--dtype=float16",), ("--dtype=float32",),
-                                   ("--activation_checkpointing=selective",), ("--activation_checkpointing=full",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--no-compile",),
+        ("--dtype=float16",),
+        ("--dtype=float32",),
+        ("--activation_checkpointing=selective",),
+        ("--activation_checkpointing=full",),
+    ],
+)
 def test_a_run_on_cuda_learns_and_samples(tmp_path, data, words):
-    config = make_config(tmp_path / "c.py", data=str(data), out_dir=str(tmp_path / "run"), device="cuda",
-                         dtype="bfloat16", moe_intermediate_size=32, sample_interval=20, eval_interval=20)
+    config = make_config(
+        tmp_path / "c.py",
+        data=str(data),
+        out_dir=str(tmp_path / "run"),
+        device="cuda",
+        dtype="bfloat16",
+        moe_intermediate_size=32,
+        sample_interval=20,
+        eval_interval=20,
+    )
     run_train(config, *words)
     found = losses(tmp_path / "run")
     assert found[-1][1] < 0.9 * found[0][1]

@@ -305,6 +305,8 @@ def test_schedules_at_every_landmark():
     assert cosine == sorted(cosine[:10]) + sorted(cosine[10:], reverse=True)
     assert [schedule_factor(s, "constant", 100, 0, 20, 0.1) for s in (1, 50, 100)] == [1.0] * 3
     assert schedule_factor(1, "wsd", 1, 0, 0, 0.1) == pytest.approx(1.0)  # a run of one step learns
+    short = [schedule_factor(s, "wsd", 100, 40, 500, 0.1) for s in range(1, 101)]  # decay longer than what is left
+    assert short[39] == 1.0 and short[:40] == sorted(short[:40]) and short[99] == pytest.approx(0.1)
 
 
 def test_muon_learns_faster_than_adamw_on_a_tiny_moe():

@@ -102,6 +102,7 @@ def test_every_setting_is_read_somewhere():
 
 # ---------------------------------------------------------------------- README
 
+
 def readme_commands():
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -140,8 +141,16 @@ def test_readme_commands_parse(command):
 def test_files_named_in_readme_exist():
     named = re.findall(r"`([\w./-]+\.(?:py|sh|md|toml|txt|json|png))`", README)
     assert len(named) > 20
-    made_by_runs = {"config.json", "metrics.jsonl", "samples.md", "curves.png", "meta.json", "manifest.json",
-                    "tokenizer.json", "encoding.json"}
+    made_by_runs = {
+        "config.json",
+        "metrics.jsonl",
+        "samples.md",
+        "curves.png",
+        "meta.json",
+        "manifest.json",
+        "tokenizer.json",
+        "encoding.json",
+    }
     for name in named:
         made = name.split("/")[-1] in made_by_runs or name.startswith(("out/", "data/", "hf/"))
         assert made or (ROOT / name).exists(), f"README names {name}, which is not there"
@@ -165,6 +174,7 @@ def test_scripts_are_valid_bash():
 
 def test_requirements_and_pyproject_name_the_same_packages():
     import tomllib
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     name = lambda requirement: re.split(r"[<>=]", requirement)[0]
     lines = lambda file: {name(line) for line in (ROOT / file).read_text().splitlines() if "==" in line}

@@ -27,7 +27,9 @@ def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
     run_train(config, f"--out_dir={halves}", *options, "--resume")
     assert [step for step, _ in losses(halves)] == list(range(1, 21))
     assert_equal_runs(whole, halves)
-    assert [r["loss"] for r in records(whole, "val")] == [r["loss"] for r in records(halves, "val")]
+    val = {record["step"]: record["loss"] for record in records(whole, "val")}
+    del val[10]  # the signal went straight to the save
+    assert val == {record["step"]: record["loss"] for record in records(halves, "val")}
     manifest = checkpoint.read_manifest(checkpoint.find(halves))
     assert manifest["sequences"] == 160 and manifest["optimizer_steps"] == 20
 
@@ -84,8 +86,16 @@ def test_resume_refuses_another_model_and_names_the_difference(config, tmp_path)
     with pytest.raises(UserError, match="no complete checkpoint"):
         run_train(config, f"--out_dir={tmp_path / 'new'}", "--resume")
     (tmp_path / "notes.txt").write_text("\n\n".join(f"note {i} " * 30 for i in range(60)))
-    prepare.main(["text", str(tmp_path / "notes.txt"), "--split_on=\n\n", "--vocab_size=257", "--val_fraction=0.2",
-                  f"--out={tmp_path / 'notes'}"])
+    prepare.main(
+        [
+            "text",
+            str(tmp_path / "notes.txt"),
+            "--split_on=\n\n",
+            "--vocab_size=257",
+            "--val_fraction=0.2",
+            f"--out={tmp_path / 'notes'}",
+        ]
+    )
     with pytest.raises(UserError, match="another tokenizer"):
         run_train(config, "--max_steps=4", "--resume", f"--data={tmp_path / 'notes'}")
     assert len(losses(tmp_path / "run")) == 2
@@ -97,3 +107,54 @@ def test_a_run_folder_is_not_overwritten_by_accident(config, tmp_path):
         run_train(config, "--max_steps=3")
     run_train(config, "--max_steps=3", "--overwrite")
     assert len(losses(tmp_path / "run")) == 3
+
+
+def test_a_refused_overwrite_deletes_nothing(config, tmp_path):
+    run_train(config, "--max_steps=2")
+    run_train(config, "--max_steps=2", f"--out_dir={tmp_path / 'keep'}")
+    with pytest.raises(UserError, match="another model"):
+        run_train(
+            config, f"--out_dir={tmp_path / 'keep'}", f"--resume={tmp_path / 'run'}", "--hidden_size=48", "--overwrite"
+        )
+    assert losses(tmp_path / "keep")[-1][0] == 2 and checkpoint.find(tmp_path / "keep")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("dear to me")
+    run_train(
+        config, "--max_steps=2", f"--out_dir={tmp_path / 'mine'}", "--overwrite"
+    )  # holds no run: nothing to delete
+    assert (tmp_path / "mine/thesis.txt").exists()
+
+
+def test_best_belongs_to_the_branch_and_the_folder(config, tmp_path):
+    options = ("--eval_interval=5", "--save_interval=5", "--keep_checkpoints=9")
+    run_train(config, *options)
+    best = checkpoint.find(tmp_path / "run", "best")
+    assert best.name == "step_00000020"
+    run_train(
+        config, *options, f"--resume={tmp_path / 'run'}/checkpoints/step_00000010", "--max_steps=11", "--decay_steps=1"
+    )
+    folder = tmp_path / "run/checkpoints"
+    assert (folder / "latest").read_text().strip() == checkpoint.find(tmp_path / "run").name == "step_00000011"
+    assert checkpoint.find(tmp_path / "run", "best").is_dir()
+    run_train(
+        config, *options, f"--resume={best.parent}/step_00000005", f"--out_dir={tmp_path / 'other'}", "--max_steps=10"
+    )
+    assert checkpoint.find(tmp_path / "other", "best").name == "step_00000010"
+
+
+def test_a_changed_stream_is_said_and_precision_may_change(config, tmp_path, capsys):
+    run_train(config, "--max_steps=4")
+    run_train(config, "--max_steps=6", "--resume", "--seed=5", "--sequence_length=16", "--dtype=float16")
+    assert "changed: sequence_length 32 -> 16" in capsys.readouterr().out
+    changed = [e["changed"] for e in records(tmp_path / "run", "event") if e["event"] == "resume"]
+    assert changed == [["sequence_length 32 -> 16", "seed 0 -> 5"]]
+    assert records(tmp_path / "run")[-1]["tokens"] == 4 * 8 * 32 + 2 * 8 * 16
+
+
+def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
+    original = Muon.step
+    stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 4 else None
+    monkeypatch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
+    run_train(config, "--eval_interval=5", "--sample_interval=5")
+    assert losses(tmp_path / "run")[-1][0] == 5 and not records(tmp_path / "run", "val")
+    assert checkpoint.find(tmp_path / "run").name == "step_00000005" and not (tmp_path / "run/samples.md").exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -214,6 +215,13 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(config, tmp_path, monkeypatc
         run_train(config, "--save_interval=5")
     assert [e["step"] for e in records(tmp_path / "run", "event") if e["event"] == "save_failed"] == [10]
     assert checkpoint.find(tmp_path / "run").name == "step_00000015" and losses(tmp_path / "run")[-1][0] == 20
+
+
+def test_what_a_model_says_cannot_break_the_samples_file(config, tmp_path):
+    run_train(config, "--max_steps=4", "--sample_interval=2", "--sample_prompts=['\\n## step one\\n\\n~~~\\n']")
+    run_train(config, "--max_steps=6", f"--resume={tmp_path}/run/checkpoints/step_00000004", "--sample_interval=2")
+    found = re.findall(r"\n## step (\d+)\n", (tmp_path / "run/samples.md").read_text())
+    assert [int(step) for step in found] == [2, 4, 6]
 
 
 def test_a_finished_run_says_so(config, capsys):
