@@ -45,8 +45,9 @@ def to_hf_config(config, encoder, dtype):
         same |= {"first_k_dense_replace": config.num_hidden_layers, "routed_scaling_factor": 1.0}
     return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": dtype, **same,
             "num_key_value_heads": config.num_attention_heads, "attention_bias": False, "attention_dropout": 0.0,
-            "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling and {**config.rope_scaling},
-            "rope_interleave": True, "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
+            "rope_theta": config.rope_theta, "rope_interleave": True,
+            "rope_scaling": config.rope_scaling and {**config.rope_scaling}, "hidden_act": "silu",
+            "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
             "aux_loss_alpha": config.aux_loss_alpha, "seq_aux": True, "num_nextn_predict_layers": 0,
             "bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "use_cache": True}
 

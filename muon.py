@@ -71,7 +71,7 @@ def routing_table(named_parameters, routes):
         matrix = f"{parameter.numel() // (route.rows * parameter.shape[-1])} x ({route.rows}, {parameter.shape[-1]})" \
             if route.rows else "-"
         kinds.setdefault((kind, route.optimizer, matrix), []).append(parameter.numel())
-    return [f"  {optimizer:5} {kind:48} {len(sizes):3} x {sizes[0]:>12,}  matrices {matrix}"
+    return [f"  {optimizer:5} {kind:51} {len(sizes):3} x {sizes[0]:>12,}  matrices {matrix}"
             for (kind, optimizer, matrix), sizes in kinds.items()]
 
 

@@ -10,7 +10,7 @@ from tests.helpers import tiny_config, tokens
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiled_blocks_have_no_graph_break_and_equal_eager_ones(recompute):
-    config, x = tiny_config(hidden_size=64, num_hidden_layers=2)  # one dense block, one of experts, tokens(4, 33)
+    config, x = tiny_config(hidden_size=64, num_hidden_layers=2), tokens(4, 33)
     results = []
     for compiled in (False, True):
         model = build(config, "cpu").init_weights(0)
