@@ -63,7 +63,7 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
 
 
 def _grouped_is_best(x_ND, gate_up_E2FD):
-    # bf16 only: on a CPU in fp32 the loop is faster (python -m bench.experts), and on CUDA the compiled path knows
-    # nothing else. grouped_mm wants strides that are multiples of 16 bytes, and does not exist on MPS.
+    # bf16 only: on a CPU in fp32 the two are level (python -m bench.experts), and torch.compile knows grouped_mm in
+    # nothing else. It wants strides that are multiples of 16 bytes, and does not exist on MPS.
     aligned = x_ND.shape[1] % 8 == 0 and gate_up_E2FD.shape[1] % 16 == 0
     return aligned and x_ND.dtype == torch.bfloat16 and x_ND.device.type in ("cpu", "cuda")
