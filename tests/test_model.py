@@ -1,4 +1,4 @@
-"""The model against transformers' DeepseekV3ForCausalLM, and the leaks that other projects have (research: seeds)."""
+"""The model against transformers' DeepseekV3ForCausalLM, and the leaks that other projects have."""
 
 import json
 

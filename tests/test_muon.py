@@ -1,4 +1,4 @@
-"""MuonClip against torch.optim.Muon and AdamW, and QK-clip in float64 (numbers: research on Muon, section 6)."""
+"""MuonClip against torch.optim.Muon and AdamW, and QK-clip in float64."""
 
 import math
 from unittest import mock
