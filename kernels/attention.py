@@ -42,5 +42,5 @@ def max_logit(q_BHTQ, k_BHTQ, scale):
 def _masked_scores(q_BHTQ, k_BHTQ, scale, start):
     end = min(start + QUERY_CHUNK, q_BHTQ.shape[2])
     scores = (q_BHTQ[:, :, start:end] * scale @ k_BHTQ[:, :, :end].mT).float()
-    future = torch.ones(end - start, end, dtype=torch.bool, device=scores.device).triu(start + 1)
-    return scores.masked_fill(future, float("-inf")), end
+    hidden = torch.full((end - start, end), float("-inf"), device=scores.device).triu_(start + 1)  # 0 where visible
+    return scores.add_(hidden), end
