@@ -7,7 +7,7 @@ python="$VENV/bin/python"
 
 "$python" -m data.prepare stdlib --vocab_size=2048
 "$python" train.py configs/debug.py --overwrite "$@"
-for prompt in "def " "import "; do
+for prompt in "def __init__(self" "import"; do
     printf '\n--- a sample, prompt "%s"\n' "$prompt"
     "$python" generate.py out/debug --prompt "$prompt" --max_new_tokens=120 --temperature=0.7 --top_k=50
 done
