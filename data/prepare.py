@@ -100,6 +100,8 @@ def main(argv=None):
             print(f"{out} is ready (made earlier in the same way)")
             return out
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")
+    if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
+        raise UserError(f"{out} holds something else than prepared data: delete it yourself or choose another --out")
     started = time.time()
     if args.tokenizer:
         encoder = tokenizer.load(args.tokenizer)

@@ -330,6 +330,16 @@ def test_new_files_are_not_mistaken_for_the_old_preparation(tmp_path, texts):
         prepare.main(words)
 
 
+def test_overwrite_spares_what_is_no_prepared_data(tmp_path, texts):
+    with pytest.raises(UserError, match="something else"):
+        prepare.main(["text", str(texts), f"--out={texts}", "--tokenizer=bytes", "--overwrite"])
+    assert (texts / "3.txt").exists()
+    words = ["text", str(texts), f"--out={tmp_path / 'd'}", "--val_fraction=0.2"]
+    prepare.main([*words, "--tokenizer=bytes"])
+    prepare.main([*words, "--vocab_size=300", "--overwrite"])
+    assert json.loads((tmp_path / "d/meta.json").read_text())["vocab_size"] == 300
+
+
 def test_debris_of_a_killed_preparation_is_swept(tmp_path):
     dead = tmp_path / ".d.999999.partial"
     dead.mkdir()
