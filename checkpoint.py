@@ -29,6 +29,14 @@ STEP = re.compile(r"step_(\d{8})$")
 
 # ----------------------------------------------------------------------------- writing
 
+def named_tensors(model, optimizer=None):
+    """Everything that a checkpoint keeps as tensors, by name."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if optimizer is not None:
+        tensors |= {f"optim.{name}": tensor for name, tensor in optimizer.named_state().items()}
+    return tensors
+
+
 def save(folder, step, tensors, about, keep, best=False):
     """Write checkpoints/step_<step> under `folder`, point `latest` (and `best`) to it, delete what `keep` does not
     cover.

@@ -75,13 +75,12 @@ def reverse(source, run):
     fields = dataclasses.asdict(model.config)
     with in_place(run) as temporary:
         settings = dataclasses.asdict(Config(**fields, out_dir=str(run)))
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         about = {"sequences": 0, "config": settings}
         if (Path(source) / "tokenizer").is_dir():
             encoder = tokenizers.load(Path(source) / "tokenizer")
             tokenizers.save(encoder, temporary / "tokenizer")
             about["tokenizer"] = tokenizers.fingerprint(encoder)
-        checkpoint.save(temporary / "checkpoints", 0, tensors, about, keep=1)
+        checkpoint.save(temporary / "checkpoints", 0, checkpoint.named_tensors(model), about, keep=1)
         lines = [f'"""The model of {source}, to continue:  python train.py {run}/config.py --resume --data=..."""', ""]
         lines += [f"{name} = {value!r}" for name, value in (fields | {"out_dir": str(run)}).items()]
         (temporary / "config.py").write_text("\n".join(lines) + "\n")

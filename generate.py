@@ -20,15 +20,13 @@ import errors
 import hf
 from data import tokenizer as tokenizers
 from errors import UserError
-from model import ModelConfig, build
+from model import ModelConfig, build, pick_device
 
 
 def load(path, device="auto", dtype="float32", which="latest"):
     """(model, tokenizer) in evaluation mode. which: "latest" or "best", for a run folder. The tokenizer is a
     tiktoken.Encoding, or None if the folder has none."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    path = Path(path)
+    path, device = Path(path), pick_device(device)
     if not path.is_dir():
         raise UserError(f"no folder {path}: give a run folder (out/debug), a step folder or an exported directory")
     if hf.is_hf(path):
@@ -39,7 +37,7 @@ def load(path, device="auto", dtype="float32", which="latest"):
         fields = ModelConfig.__dataclass_fields__
         stored = checkpoint.read_manifest(step_folder)["config"]
         model = build(ModelConfig(**{key: value for key, value in stored.items() if key in fields}), device)
-        checkpoint.load(step_folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+        checkpoint.load(step_folder, checkpoint.named_tensors(model))
         tokenizer_folder = step_folder.parent.parent / "tokenizer"
     model.compute_dtype = getattr(torch, dtype)
     return model.eval(), tokenizers.load(tokenizer_folder) if tokenizer_folder.is_dir() else None

@@ -51,12 +51,12 @@ class RunLog:
     def __init__(self, folder, config, step, run_id):
         self.folder, self.path = Path(folder), Path(folder) / "metrics.jsonl"
         records = [record for record in read_records(self.path) if record["step"] <= step]
-        self._replace(self.path, "".join(json.dumps(record) + "\n" for record in records))
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
         samples = self.folder / "samples.md"
         if samples.exists():
             head, *parts = re.split(SAMPLE_HEAD, samples.read_text())  # numbers and texts take turns
             kept = [SAMPLE.format(number, text) for number, text in zip(parts[::2], parts[1::2]) if int(number) <= step]
-            self._replace(samples, head + "".join(kept))
+            replace_text(samples, head + "".join(kept))
         self.file = open(self.path, "a", buffering=1)  # a line at a time, so that a kill loses at most one
         self.wandb = start_wandb(config, self.folder, run_id)
 
@@ -91,11 +91,12 @@ class RunLog:
         self.file.close()
         self._to_wandb(lambda run: run.finish())
 
-    @staticmethod
-    def _replace(path, text):
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+
+def replace_text(path, text):
+    """Give a small file a new content, the old or the new one at every instant."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def read_records(path):

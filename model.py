@@ -313,6 +313,17 @@ class Cache:
     length: int = 0
 
 
+def pick_device(name):
+    """The torch.device of a setting: auto takes the best there is, a missing one is refused with what there is."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available[name]:
+        there = ", ".join(kind for kind, there in available.items() if there)
+        raise UserError(f"device={name!r} is not there; available: {there}")
+    return torch.device(name)
+
+
 def build(config, device):
     """A K2 on `device` with unset weights, made on meta first so that nothing is initialised twice."""
     with torch.device("meta"):

@@ -111,14 +111,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] += 1
             params = group["params"]
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads = [torch.zeros_like(p).float() if p.grad is None else p.grad.float() for p in params]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             (self._muon if group["kind"] == "muon" else self._adamw)(group, params, grads)
         return loss
 
     def _muon(self, group, params, grads):
         momenta = [self.state[p]["momentum"] for p in params]
-        grads = [g.float() for g in grads]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         directions = torch._foreach_lerp(grads, momenta, self.momentum) if self.nesterov else momenta
         for batch in self._batches_of_one_shape(params):
@@ -146,7 +145,6 @@ class Muon(torch.optim.Optimizer):
         beta1, beta2 = self.betas
         averages = [self.state[p]["exp_avg"] for p in params]
         squares = [self.state[p]["exp_avg_sq"] for p in params]
-        grads = [g.float() for g in grads]
         torch._foreach_lerp_(averages, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)

@@ -30,7 +30,7 @@ from data.shards import read_meta
 from errors import UserError
 from generate import encode_prompt, stream_text
 from kernels.cross_entropy import IGNORE
-from model import ModelConfig, build, count_parameters, flops_per_token
+from model import ModelConfig, build, count_parameters, flops_per_token, pick_device
 from muon import Muon, qk_clip_, route_parameters, routing_table, schedule_factor
 
 
@@ -73,8 +73,9 @@ def main(argv=None):
         layer.recompute = config.activation_checkpointing
     heads = config.num_attention_heads if config.muon_per_head else 0
     routes = route_parameters(model.named_parameters(), config.optimizer, heads)
-    ns_dtype = config.dtype if config.ns_dtype == "auto" else config.ns_dtype
-    ns_dtype = "bfloat16" if config.ns_dtype == "auto" and ns_dtype == "float16" else ns_dtype
+    ns_dtype = config.ns_dtype
+    if ns_dtype == "auto":
+        ns_dtype = "float32" if config.dtype == "float32" else "bfloat16"
     optimizer = Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
                      config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients,
                      routes=routes)
@@ -87,14 +88,14 @@ def main(argv=None):
     if source is None:
         model.init_weights(config.seed)
     elif checkpoint.has_optimizer(source):
-        checkpoint.load(source, named_tensors(model, optimizer))
+        checkpoint.load(source, checkpoint.named_tensors(model, optimizer))
         optimizer.steps = manifest["optimizer_steps"]
         if manifest["scaler"]:  # empty if that run was not in float16
             scaler.load_state_dict(manifest["scaler"])
     else:
-        checkpoint.load(source, named_tensors(model))
+        checkpoint.load(source, checkpoint.named_tensors(model))
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
-    if config.overwrite and holds_run(run) and (source is None or run.resolve() not in source.resolve().parents):
+    if config.overwrite and holds_run(run) and not is_within(source, run):
         shutil.rmtree(run)  # now that everything which could be refused has been
     run_id = provenance(run, config, config_file, argv)
     if encoder:
@@ -102,8 +103,9 @@ def main(argv=None):
     log = metrics.RunLog(run, config, start, run_id)
     if source:
         checkpoint.drop_after(run / "checkpoints", start)
-        log.write("event", start, event="resume", source=str(source), changed=changed_stream(stream, manifest))
-        print(f"resumed from {source}", *changed_stream(stream, manifest), sep="\n  changed: ")
+        changed = changed_stream(stream, manifest)
+        log.write("event", start, event="resume", source=str(source), changed=changed)
+        print(f"resumed from {source}", *changed, sep="\n  changed: ")
     if not checkpoint.pointed(run / "checkpoints", "best"):
         best_loss = None  # that of another folder or branch
     if config.compile or (config.compile is None and device.type == "cuda"):
@@ -204,7 +206,7 @@ def main(argv=None):
                      "tokenizer": tokenizer.fingerprint(encoder) if encoder else None, "torch": torch.__version__,
                      "scaler": scaler.state_dict(), "config": dataclasses.asdict(config)}
             try:
-                saved = checkpoint.save(run / "checkpoints", step, named_tensors(model, optimizer), about,
+                saved = checkpoint.save(run / "checkpoints", step, checkpoint.named_tensors(model, optimizer), about,
                                         config.keep_checkpoints, best)
             except OSError as error:  # a full disk: what was saved before is still there, and training may go on
                 if last or stopping:
@@ -225,16 +227,6 @@ def main(argv=None):
 
 
 # ---------------------------------------------------------------------- the steps of main, in its order
-
-def pick_device(name):
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    if not available[name]:
-        there = ", ".join(kind for kind, there in available.items() if there)
-        raise UserError(f"device={name!r} is not there; available: {there}")
-    return torch.device(name)
-
 
 def open_tokenizer(config):
     """The tokenizer of the data, or the one that the config names; they must be the same. None if neither is known."""
@@ -258,8 +250,7 @@ def open_tokenizer(config):
 def find_source(run, config):
     """The step folder to resume from, None for a new run; refuses an out_dir that holds another run."""
     source = checkpoint.find(run if config.resume is True else config.resume) if config.resume else None
-    own = source is not None and run.resolve() in source.resolve().parents
-    if holds_run(run) and not own and not config.overwrite:
+    if holds_run(run) and not is_within(source, run) and not config.overwrite:
         raise UserError(f"{run} holds a run already: continue it with --resume, start anew with --overwrite, or choose "
                         "another --out_dir")
     return source
@@ -267,6 +258,11 @@ def find_source(run, config):
 
 def holds_run(folder):
     return (folder / "config.json").exists() or (folder / "checkpoints").exists()
+
+
+def is_within(source, run):
+    """Whether the step folder to resume from, if any, is one of this run's own."""
+    return source is not None and run.resolve() in source.resolve().parents
 
 
 def refuse_another_model(config, encoder, manifest, source):
@@ -301,18 +297,8 @@ def provenance(run, config, config_file, argv):
     about = {"run_id": earlier.get("run_id", secrets.token_hex(4)), "config_file": config_file, "command": argv,
              "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
              "settings": dataclasses.asdict(config)}
-    temporary = run / ".config.json"
-    temporary.write_text(json.dumps(about, indent=1) + "\n")
-    os.replace(temporary, path)
+    metrics.replace_text(path, json.dumps(about, indent=1) + "\n")
     return about["run_id"]
-
-
-def named_tensors(model, optimizer=None):
-    """Everything that a checkpoint keeps as tensors, by name."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if optimizer is not None:
-        tensors |= {f"optim.{name}": tensor for name, tensor in optimizer.named_state().items()}
-    return tensors
 
 
 class catch_signals:

@@ -14,9 +14,8 @@ import bench
 import config as settings
 import errors
 import metrics
-from model import build, flops_per_token
+from model import build, flops_per_token, pick_device
 from muon import Muon, qk_clip_, route_parameters
-from train import pick_device
 
 # operation name -> kind; the rest is "elementwise and other"
 KINDS = {"matmul": ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_dot_product", "_flash_attention",

@@ -77,13 +77,12 @@ class Writer:
         header[:3] = magic, FORMATS[magic][0], len(tokens)
         shards = self.splits[split]["shards"]
         name = f"{split}_{len(shards):06d}.bin"
+        content = header.tobytes() + tokens.tobytes()
         with open(self.temporary / name, "wb") as file:
-            file.write(header.tobytes())
-            file.write(tokens.tobytes())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        crc = zlib.crc32(tokens.tobytes(), zlib.crc32(header.tobytes()))
-        shards.append({"file": name, "tokens": len(tokens), "max_id": int(tokens.max()), "crc32": crc})
+        shards.append({"file": name, "tokens": len(tokens), "max_id": int(tokens.max()), "crc32": zlib.crc32(content)})
 
     def finish(self, save_tokenizer, **about):
         """Write the last shards, the tokenizer and meta.json, then put the folder in place. `about` goes into
@@ -107,7 +106,6 @@ class Writer:
 class Split:
     """The tokens of one split of one folder, as a list of memory-mapped arrays, and what is recorded about them."""
     arrays: list
-    files: list
     tokens: int
     max_id: int
     bytes_per_token: float | None  # None where no meta.json says it
@@ -150,7 +148,7 @@ def open_split(folder, split, verify=True):
         max_id = max(max_id, recorded["shards"][i]["max_id"] if recorded else int(array.max()))
         arrays.append(array)
     ratio = recorded["bytes"] / recorded["tokens"] if recorded else None
-    return Split(arrays, [path.name for path in paths], sum(map(len, arrays)), max_id, ratio)
+    return Split(arrays, sum(map(len, arrays)), max_id, ratio)
 
 
 def _is_running(pid):

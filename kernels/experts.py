@@ -1,7 +1,7 @@
 """The routed experts: gather rows into expert order, a SwiGLU MLP per expert, weighted sum back into token order.
 
-Two twins compute the MLPs: a Python loop over experts (clear, and the fastest fp32 path on a CPU) and F.grouped_mm
-(one call for all experts). Everything around them is shared. Next: ../moe.py, which calls `experts`.
+Two twins compute the MLPs: a Python loop over experts (clear, and level with the other in fp32 on a CPU) and
+F.grouped_mm (one call for all experts). Everything around them is shared. Next: ../moe.py, which calls `experts`.
 
 Shapes: N tokens, K choices per token, D model width, F expert width, E experts; S = N*K sorted rows.
 """

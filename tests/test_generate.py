@@ -174,10 +174,14 @@ def test_chat_reads_lines_until_the_end(run):
     assert run_script("generate.py", run, "--chat", input="/quit\n", check=0)
 
 
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--prompt", ""], "prompt is empty"),
+        pytest.param(["--prompt", "x", "--device=cuda"], "is not there", marks=NO_CUDA),
         ([], "give --prompt"),
         (["--prompt", "x", "--temperature=-1"], "--temperature"),
         (["--prompt", "x", "--top_k=0"], "--top_k"),
