@@ -6,21 +6,27 @@ and renamed: it is complete or absent. Tensors are the model's state and the opt
 function of the seed and the step. Nothing is unpickled except DCP's own index, and that by a reader that knows a
 dozen harmless types.
 
-    checkpoints/step_00000500/{manifest.json, .metadata, __0_0.distcp}    checkpoints/latest    checkpoints/best
+Over many ranks each writes and reads its own parts, in a file of its own, and all agree on every outcome; what was
+saved on one layout loads on any other, because DCP knows where in the whole tensor each part lies.
+
+    checkpoints/step_00000500/{manifest.json, .metadata, __0_0.distcp, ...}    checkpoints/latest    checkpoints/best
 """
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+import parallel
 from data.shards import file_crc32
 from errors import UserError
 
@@ -37,37 +43,109 @@ def named_tensors(model, optimizer=None):
     return tensors
 
 
-def save(folder, step, tensors, about, keep, best=False):
+def save(folder, step, tensors, about, keep, best=False, group=None):
     """Write checkpoints/step_<step> under `folder`, point `latest` (and `best`) to it, delete what `keep` does not
-    cover.
+    cover. All ranks call it together.
 
-    tensors: {name: tensor}; about: JSON for the manifest. Returns the step folder. An OSError (disk full, ...) leaves
-    the earlier checkpoints and pointers as they were.
+    tensors: {name: tensor}; about: JSON for the manifest; group: None, or the process group of a background thread.
+    Returns the step folder. An OSError (disk full, ...), on all ranks alike, leaves the earlier checkpoints and
+    pointers as they were.
     """
-    folder = Path(folder)
+    folder, first = Path(folder), parallel.rank() == 0
     final, temporary = folder / f"step_{step:08d}", folder / f".tmp_{step:08d}"
-    _clear_debris(folder)
-    temporary.mkdir(parents=True)
-    try:
+
+    def prepare():
+        _clear_debris(folder)
+        temporary.mkdir(parents=True)
+
+    def write():
         # One writer thread: with more, DCP loses write errors and reports a full disk as success.
         writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
         with one_process():
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-        files = {path.name: {"size": path.stat().st_size, "crc32": file_crc32(path)}
-                 for path in sorted(temporary.iterdir())}
-        _write_synced(temporary / "manifest.json", json.dumps({"step": step, **about, "files": files}, indent=1))
-    except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"checkpoint of step {step} not written: {_root_cause(error)}") from error
-    if final.exists():  # a damaged or rewound step of that number
-        os.rename(final, folder / f".trash_{step:08d}")
-    os.rename(temporary, final)
-    _sync_folder(folder)
-    point(folder, "latest", final)
-    if best:
-        point(folder, "best", final)
-    _retain(folder, keep)
+            dcp.save(tensors, storage_writer=writer, no_dist=parallel.ranks() == 1, process_group=group)
+        mine = [*temporary.glob(f"__{parallel.rank()}_*"), *([temporary / ".metadata"] if first else [])]
+        return {path.name: {"size": path.stat().st_size, "crc32": file_crc32(path)} for path in mine}
+
+    def commit(files):
+        manifest = {"step": step, **about, "ranks": parallel.ranks(), "files": dict(sorted(files.items()))}
+        _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        if final.exists():  # a damaged or rewound step of that number
+            os.rename(final, folder / f".trash_{step:08d}")
+        os.rename(temporary, final)
+        _sync_folder(folder)
+        point(folder, "latest", final)
+        if best:
+            point(folder, "best", final)
+        _retain(folder, keep)
+
+    try:
+        _together(prepare if first else None, group)
+        written = _together(write, group)
+        _together((lambda: commit({name: about for files in written for name, about in files.items()})) if first
+                  else None, group)
+    except OSError as error:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"checkpoint of step {step} not written: {error}") from error
     return final
+
+
+def _together(part, group):
+    """Run every rank's part (None: nothing to do); returns all results, or raises the first OSError on every rank."""
+    try:
+        outcome = part() if part else None, ""
+    except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
+        outcome = None, _root_cause(error)
+    outcomes = parallel.from_all(outcome, group)
+    if problem := next((problem for _, problem in outcomes if problem), ""):
+        raise OSError(problem)
+    return [result for result, _ in outcomes]
+
+
+class Saver:
+    """Saves the checkpoints of a run. In the background, start() costs no more than a copy of the tensors into host
+    memory, and the writing goes on beside the training."""
+
+    def __init__(self, folder, keep, best_loss, background):
+        self.folder, self.keep, self.best_loss = folder, keep, best_loss
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.group = parallel.second_group() if background else None
+        self.under_way = None
+
+    def start(self, step, tensors, about, validation_loss):
+        """Save a step; it becomes `best` if its validation loss, if there is one, is the lowest so far. The outcome of
+        the save before must have been taken."""
+        assert self.under_way is None
+        best = validation_loss is not None and not validation_loss >= (self.best_loss or math.inf)
+        best_loss = validation_loss if best else self.best_loss
+        if self.thread:
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+        def work():
+            path = save(self.folder, step, tensors, {**about, "best_loss": best_loss}, self.keep, best, self.group)
+            self.best_loss = best_loss
+            return path
+        self.under_way = step, self.thread.submit(work) if self.thread else _now(work)
+
+    def outcome(self, wait):
+        """(step, path or OSError) of a save that has ended since, None if there is none; `wait` for its end."""
+        if self.under_way is None or not (wait or self.under_way[1].done()):
+            return None
+        (step, future), self.under_way = self.under_way, None
+        error = future.exception()
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        return step, error or future.result()
+
+
+def _now(work):
+    """A finished future of work()."""
+    future = Future()
+    try:
+        future.set_result(work())
+    except OSError as error:
+        future.set_exception(error)
+    return future
 
 
 def point(folder, name, step_folder):
@@ -137,10 +215,16 @@ def find(path, which="latest"):
 
 
 def damage(step_folder):
-    """What is wrong with a step folder, "" if every file has the size and checksum that the manifest records."""
+    """What is wrong with a step folder, "" if every file has the size and checksum that the manifest records. Ranks
+    share the reading, so all call it together."""
+    problems = parallel.from_all(_damage_of_share(step_folder))
+    return next((problem for problem in problems if problem), "")
+
+
+def _damage_of_share(step_folder):
     try:
         files = read_manifest(step_folder)["files"]
-        for name, recorded in files.items():
+        for name, recorded in sorted(files.items())[parallel.rank()::parallel.ranks()]:
             file = step_folder / Path(name).name
             if not file.is_file():
                 return f"{name} is missing"
@@ -183,7 +267,7 @@ def load(step_folder, tensors):
                             f"this run has {tuple(tensor.shape)} {tensor.dtype}")
     try:
         with one_process():
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+            dcp.load(tensors, storage_reader=reader, no_dist=parallel.ranks() == 1)
     except (Exception, CheckpointException) as error:
         raise UserError(f"checkpoint {step_folder} does not load: {_root_cause(error)}") from error
 

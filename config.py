@@ -29,7 +29,8 @@ class Config(ModelConfig):
     verify_data: bool = setting(True, "compare every shard with its recorded checksum at start (4 GB/s a core)", "data")
     # ---- batch and duration
     global_batch_size: int = setting(512, "sequences per optimizer step, whatever the number of ranks", "batch")
-    micro_batch_size: int = setting(16, "sequences per forward; the rest is gradient accumulation", "batch")
+    micro_batch_size: int = setting(
+        16, "sequences per forward of a rank, at most; the rest is gradient accumulation", "batch")
     max_steps: int = setting(1000, "optimizer steps of the whole run", "batch")
     # ---- optimizer
     optimizer: Literal["muonclip", "muon", "adamw"] = setting("muonclip", "muonclip is muon with QK-clip", "optimizer")
@@ -63,8 +64,9 @@ class Config(ModelConfig):
         "none", "recompute in the backward: nothing, all but matmuls, or whole blocks", "machine")
     seed: int = setting(0, "initial weights and data order", "machine")
     # ---- parallelism
-    strategy: Literal["fsdp", "ddp"] = setting("fsdp", "how ranks share the parameters", "parallelism")
-    dp_replicate: int = setting(1, "copies of the sharded model", "parallelism")
+    strategy: Literal["fsdp", "ddp"] = setting(
+        "fsdp", "fsdp: ranks share parameters, gradients and optimizer state; ddp: each has all of them", "parallelism")
+    dp_replicate: int = setting(1, "copies of the sharded model; above 1: HSDP", "parallelism")
     dp_shard: int | None = setting(None, "ranks that share one copy; None: all that are left", "parallelism")
     ep: int = setting(1, "ranks that share the experts of a layer; divides dp_shard", "parallelism")
     # ---- watching
@@ -74,6 +76,8 @@ class Config(ModelConfig):
     eval_interval: int = setting(250, "steps between validations, besides saves and the end; 0: never", "watching")
     eval_batches: int = setting(20, "validation size in batches of global_batch_size sequences, at most", "watching")
     save_interval: int = setting(1000, "steps between checkpoints; 0: only at the end", "watching")
+    async_save: bool = setting(
+        False, "write checkpoints beside the training, from a copy in host memory", "watching")
     keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the best", "watching")
     sample_interval: int = setting(0, "steps between samples in samples.md; 0: never", "watching")
     sample_prompts: list = setting(("",), "texts to continue; empty: from the document start", "watching")
@@ -81,7 +85,9 @@ class Config(ModelConfig):
     wandb_project: str = setting("nanok2", "W&B project", "watching")
     max_skipped_steps: int = setting(10, "stop after this many non-finite steps in a row", "watching")
     # ---- start
-    resume: bool | str = setting(False, "continue out_dir; or a run folder or step folder to continue from", "start")
+    resume: bool | str = setting(
+        False, "continue out_dir; or a run or step folder to continue from; auto: continue if there is something to",
+        "start")
     overwrite: bool = setting(False, "delete the run that out_dir holds", "start")
 
     def __post_init__(self):
@@ -115,9 +121,9 @@ class Config(ModelConfig):
                 (all(type(prompt) is str for prompt in self.sample_prompts), "sample_prompts must be texts"),
                 (self.adamw_lr is None or self.adamw_lr >= 0, f"adamw_lr={self.adamw_lr} must be at least 0"),
                 (all(math.isfinite(v) for v in vars(self).values() if type(v) is float), "settings must be finite"),
-                (self.kernels != "triton", "kernels='triton' is not part of this version; use torch or auto"),
-                (self.dp_replicate == self.ep == 1 and self.dp_shard in (None, 1),
-                 "this version runs one process: leave dp_replicate, dp_shard and ep at 1")):
+                (self.dp_shard is None or self.dp_shard >= 1, f"dp_shard={self.dp_shard} must be None or at least 1"),
+                (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder"),
+                (self.kernels != "triton", "kernels='triton' is not part of this version; use torch or auto")):
             if not ok:
                 raise UserError(message)
         return self

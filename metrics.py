@@ -46,10 +46,15 @@ def duration(seconds):
 
 class RunLog:
     """Appends records to metrics.jsonl (and W&B) and texts to samples.md. Opening it at `step` drops what an
-    interrupted run wrote beyond that step, so that a resumed run leaves no line twice."""
+    interrupted run wrote beyond that step, so that a resumed run leaves no line twice. Of many ranks only one writes:
+    a log that is not active makes records and keeps them to itself."""
 
-    def __init__(self, folder, config, step, run_id):
-        self.folder, self.path = Path(folder), Path(folder) / "metrics.jsonl"
+    def __init__(self, folder, config, step, run_id, active=True):
+        self.folder, self.path, self.wandb = Path(folder), Path(folder) / "metrics.jsonl", None
+        self.active = active
+        if not active:
+            self.file = open(os.devnull, "w")
+            return
         records = [record for record in read_records(self.path) if record["step"] <= step]
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
         samples = self.folder / "samples.md"
@@ -81,6 +86,8 @@ class RunLog:
             self.wandb = None
 
     def sample(self, step, prompt, text):
+        if not self.active:
+            return
         path = self.folder / "samples.md"
         if not path.exists():
             path.write_text("# Samples\n")

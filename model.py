@@ -247,23 +247,27 @@ class K2(nn.Module):
         return torch.stack(biases) if biases else torch.empty(0, 0)
 
     @torch.no_grad()
-    def init_weights(self, seed):
+    def init_weights(self, seed, local_rows=lambda tensor: (tensor, 0)):
         """Norms to 1, everything else normal(0, initializer_range), drawn in blocks of rows whose generator is seeded
-        by (seed, parameter name, block): any rank can make just its rows, and every layout starts from the same
-        numbers."""
+        by (seed, parameter name, block). local_rows gives the part of a parameter that is here and the index of its
+        first row: any rank makes just its rows, and every layout starts from the same numbers."""
         self.reset_statistics()
         for name, buffer in self.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
         for name, parameter in self.named_parameters():
+            part, first = local_rows(parameter)
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                part.fill_(1.0)
                 continue
-            rows = max(1, 2**20 // parameter[0].numel())
-            for start in range(0, parameter.shape[0], rows):
-                block = parameter[start:start + rows]
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{start // rows}".encode()))
-                block.copy_(torch.randn(block.shape, generator=generator) * self.config.initializer_range)
+            rows = max(1, 2**20 // parameter.shape[1:].numel())
+            last = first + len(part)
+            for block in range(first // rows, -(-last // rows) if len(part) else 0):
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{block}".encode()))
+                start, end = block * rows, min((block + 1) * rows, parameter.shape[0])
+                drawn = torch.randn((end - start, *parameter.shape[1:]), generator=generator)
+                low, high = max(start, first), min(end, last)
+                part[low - first:high - first] = drawn[low - start:high - start] * self.config.initializer_range
         return self
 
     # ------------------------------------------------------------------------- generation
@@ -273,8 +277,10 @@ class K2(nn.Module):
                                   device=self.lm_head.weight.device) for layer in self.layers])
 
     @torch.no_grad()
-    def generate(self, tokens_BT, max_new_tokens, *, stop=None, use_cache=True, on_slide=lambda: None, **sampling):
-        """Yield (B,) ids, one tensor per new token; keyword arguments of sampling.next_token choose how.
+    def generate(self, tokens_BT, max_new_tokens, *, stop=None, use_cache=True, on_slide=lambda: None,
+                 agree=lambda ids: ids, **sampling):
+        """Yield (B,) ids, one tensor per new token; keyword arguments of sampling.next_token choose how. agree(ids)
+        lets the ranks of a sharded model go on with one choice.
 
         Rows that produced the id `stop` go on yielding it, and the stream ends when all have. When the context is
         full, the newest half of it becomes the new context and on_slide() is called; cached and uncached runs slide
@@ -293,7 +299,7 @@ class K2(nn.Module):
                     window = fresh = window[:, -max(limit // 2, 1):]
                     cache = self.new_cache(len(history), limit) if use_cache else None
                 logits_BV = self(fresh if use_cache else window, cache=cache)[:, -1]
-                ids = next_token(logits_BV, history, **sampling)
+                ids = agree(next_token(logits_BV, history, **sampling))
                 if stop is not None:
                     ids = torch.where(done, stop, ids)
                     done |= ids == stop
@@ -324,10 +330,12 @@ def pick_device(name):
     return torch.device(name)
 
 
-def build(config, device):
-    """A K2 on `device` with unset weights, made on meta first so that nothing is initialised twice."""
+def build(config, device, distribute=lambda model: None):
+    """A K2 on `device` with unset weights, made on meta first so that nothing is initialised twice. distribute(model)
+    may shard it while it is there, so that no device ever holds all of it."""
     with torch.device("meta"):
         model = K2(config)
+    distribute(model)
     model.to_empty(device=device)
     if config.tie_word_embeddings:  # to_empty makes new parameters
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -38,7 +38,8 @@ class Router(nn.Module):
         self.options = (num_experts_per_tok, n_group, topk_group, norm_topk_prob, routed_scaling_factor)
 
     def forward(self, x_ND):
-        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        # Rounded like every other weight, so that it is the same wherever it was gathered from; the rest is in fp32.
+        logits_NE = F.linear(x_ND.float(), self.weight.to(x_ND.dtype).float())
         return routing.route(logits_NE, self.e_score_correction_bias, *self.options)
 
     @torch.no_grad()
@@ -57,23 +58,30 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(n_routed_experts, 2 * moe_intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(n_routed_experts, hidden_size, moe_intermediate_size))
+        self.held = lambda weight: weight  # expert parallelism: this rank's experts of the stack
 
-    def forward(self, x_ND, weights_NK, experts_NK):
-        """Returns y_ND and counts_E, the tokens that each expert received."""
-        order, inverse, counts_E = routing.sort_by_expert(experts_NK, self.gate_up_proj.shape[0])
-        y_ND = expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, self.gate_up_proj, self.down_proj)
-        return y_ND, counts_E
+    def forward(self, x_ND, weights_NK, experts_NK, n_choices=None):
+        """The weighted sum of every row's experts. n_choices: how many of the choices are experts held here, if not
+        all; the others read as the number of experts held."""
+        gate_up, down = self.held(self.gate_up_proj), self.held(self.down_proj)
+        order, inverse, counts_E = routing.sort_by_expert(experts_NK, gate_up.shape[0], n_choices)
+        return expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, gate_up, down)
 
 
 class LocalDispatch:
     """The dispatch seam with every expert on this device: nothing moves. Expert parallelism replaces `moe.dispatch` by
-    an object of the same two methods that exchanges rows between ranks."""
+    an object of the same three methods that exchanges rows between ranks (dispatch.py)."""
 
     def send(self, x_ND, weights_NK, experts_NK):
-        """Returns the rows, weights and expert choices to compute here, and a handle for collect."""
-        return x_ND, weights_NK, experts_NK, None
+        """Start the rows on their way; returns a handle for the other two."""
+        return x_ND, weights_NK, experts_NK
+
+    def receive(self, handle):
+        """The rows, weights and choices to compute here."""
+        return handle
 
     def collect(self, y_ND, handle):
+        """What the experts made of this device's tokens."""
         return y_ND
 
 
@@ -92,9 +100,10 @@ class MoE(nn.Module):
         """
         x_ND = x_BTD.flatten(0, 1)
         weights_NK, experts_NK, scores_NE = self.gate(x_ND)
-        *rows, handle = self.dispatch.send(x_ND, weights_NK, experts_NK)
+        counts_E = routing.count_choices(experts_NK, scores_NE.shape[1])
+        handle = self.dispatch.send(x_ND, weights_NK, experts_NK)
         shared_BTD = self.shared_experts(x_BTD) if self.shared_experts is not None else None  # while rows are in flight
-        y_ND, counts_E = self.experts(*rows)
+        y_ND = self.experts(*self.dispatch.receive(handle))
         y_BTD = self.dispatch.collect(y_ND, handle).view_as(x_BTD)
         balance = routing.sequence_balance(scores_NE, experts_NK, x_BTD.shape[0])
         return (y_BTD if shared_BTD is None else y_BTD + shared_BTD), balance, counts_E

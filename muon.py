@@ -8,18 +8,26 @@ halves share a learning rate. QK-clip rescales the attention heads whose logits 
 Every parameter is routed by name, exactly once; a name that no route knows is an error. A parameter of several logical
 matrices (experts, gate above up, heads) is orthogonalised matrix by matrix, batched over everything of the same shape.
 An expert without tokens keeps moving along its decaying momentum: Newton-Schulz has no sense of scale.
-Next: kernels/newton_schulz.py.
+
+Over many ranks every rank keeps the momentum of its own rows; the rows of a matrix meet at its owner (owners.py), which
+orthogonalises it and sends the update back, in buckets that travel while others are computed. One rank is the same code
+with nothing to send.
+Next: owners.py, kernels/newton_schulz.py.
 """
 
+import collections
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from errors import UserError
 from kernels.newton_schulz import newton_schulz
-
-NS_BATCH_ELEMENTS = 2**27  # matrices of one shape are stacked up to this many elements: 512 MiB in fp32
+from owners import BUCKET_ELEMENTS, Stack, make_plan
 
 # name ending -> (optimizer, how a parameter splits into logical matrices along its rows)
 ROUTES = {
@@ -75,18 +83,36 @@ def routing_table(named_parameters, routes):
             for (kind, optimizer, matrix), sizes in kinds.items()]
 
 
+@functools.cache
+def _offset(shape, mesh, placements):
+    return compute_local_shape_and_global_offset(shape, mesh, placements)[1]
+
+
+def local_rows(tensor):
+    """(this rank's rows of a tensor, the index of the first): all of it and 0 if it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    offset = _offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert not any(offset[1:]), f"sharded along other dimensions than rows: {tensor.placements}"
+    return tensor.to_local(), offset[0]
+
+
+# ----------------------------------------------------------------------------- the optimizer
+
 class Muon(torch.optim.Optimizer):
     """Muon and AdamW in one optimizer.
 
-    named_parameters: (name, parameter) pairs. lr: Muon's rate; adamw_lr: None means lr. momentum: fp32 moving
-    average, nesterov: look ahead by it. weight_decay: decoupled, p *= 1 - lr * weight_decay, for every parameter.
-    ns_dtype: compute type of Newton-Schulz, None for the parameter's. routes: from route_parameters, None for its
-    defaults. A parameter without a gradient is treated as having a zero one. State is made here, not in the first
-    step.
+    named_parameters: (name, parameter) pairs; DTensors sharded by rows make it distributed, and then every rank must
+    call it alike. lr: Muon's rate; adamw_lr: None means lr. momentum: fp32 moving average, nesterov: look ahead by it.
+    weight_decay: decoupled, p *= 1 - lr * weight_decay, for every parameter. ns_dtype: compute type of Newton-Schulz,
+    None for fp32. routes: from route_parameters, None for its defaults. exchange: "owners", or its slow twin
+    "all_gather", in which every rank orthogonalises everything. A parameter without a gradient is treated as having a
+    zero one. State is made here, not in the first step.
     """
 
     def __init__(self, named_parameters, lr=2e-3, adamw_lr=None, momentum=0.95, nesterov=True, weight_decay=0.1,
-                 ns_steps=5, ns_dtype=None, ns_coefficients="jordan", betas=(0.9, 0.95), eps=1e-8, routes=None):
+                 ns_steps=5, ns_dtype=None, ns_coefficients="jordan", betas=(0.9, 0.95), eps=1e-8, routes=None,
+                 exchange="owners", bucket_elements=BUCKET_ELEMENTS):
         named = list(named_parameters)
         routes = routes or route_parameters(named)
         rates = {"muon": lr, "adamw": lr if adamw_lr is None else adamw_lr}
@@ -94,13 +120,41 @@ class Muon(torch.optim.Optimizer):
                    "params": [p for n, p in named if routes[n].optimizer == kind],
                    "names": [n for n, _ in named if routes[n].optimizer == kind]} for kind in ("muon", "adamw")]
         super().__init__([group for group in groups if group["params"]], {})
-        self.rows = {p: routes[n].rows for n, p in named}
         self.momentum, self.nesterov, self.betas, self.eps = momentum, nesterov, betas, eps
         self.ns_options = {"steps": ns_steps, "dtype": ns_dtype, "coefficients": ns_coefficients}
+        # Rows travel as Newton-Schulz will see them; fp16 could not hold the momentum before its normalisation.
+        self.wire_dtype = torch.bfloat16 if ns_dtype == torch.bfloat16 else torch.float32
+        self.exchange = exchange
+        self.traffic = {"collectives": 0, "bytes": 0}  # what this rank's exchanges have sent so far
         for group in self.param_groups:
             for p in group["params"]:
                 keys = ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
                 self.state[p] = {key: torch.zeros_like(p, dtype=torch.float32) for key in keys}
+        if groups[0]["params"]:
+            self._make_plan(groups[0], routes, bucket_elements)
+
+    def _make_plan(self, group, routes, bucket_elements):
+        """Agree with the other ranks on who owns what: self.plan, and self.jobs, this rank's part of it."""
+        self.stacks, self.first_rows, held = [], [], []
+        for name, p in zip(group["names"], group["params"]):
+            rows, columns = routes[name].rows, p.shape[-1]
+            part, first = local_rows(p)
+            per_index = p.shape[1:-1].numel()  # rows under one index of the first dimension
+            self.first_rows.append(first * per_index)
+            held.append((first * per_index, first * per_index + part.numel() // columns))
+            pinned = isinstance(p, DTensor) and "ep" in (p.device_mesh.mesh_dim_names or ())
+            self.stacks.append(Stack(name, p.numel() // (rows * columns), rows, columns, pinned))
+        sharded = any(isinstance(p, DTensor) for p in group["params"])
+        self.rank = dist.get_rank() if sharded else 0
+        self.plan = make_plan(self.stacks, _from_all_ranks(held) if sharded else [held], bucket_elements)
+        if sharded and len(set(_from_all_ranks(self.plan.digest()))) > 1:
+            raise RuntimeError("the ranks disagree about the parameters: do all run the same code and settings?")
+        local = [_Job(batch, self.plan, self.rank) for batch in self.plan.local_batches(self.rank)]
+        travelling = [_Job(bucket, self.plan, self.rank) for bucket in self.plan.buckets]
+        self.jobs = []  # taking turns, so that there is something to compute while a bucket travels
+        while local or travelling:
+            self.jobs += local[:1] + travelling[:1]
+            local, travelling = local[1:], travelling[1:]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -110,41 +164,90 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["step"] += 1
-            params = group["params"]
-            grads = [torch.zeros_like(p).float() if p.grad is None else p.grad.float() for p in params]
+            params = [local_rows(p)[0] for p in group["params"]]
+            grads = [torch.zeros_like(part).float() if p.grad is None else local_rows(p.grad)[0].float()
+                     for p, part in zip(group["params"], params)]
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             (self._muon if group["kind"] == "muon" else self._adamw)(group, params, grads)
         return loss
 
     def _muon(self, group, params, grads):
-        momenta = [self.state[p]["momentum"] for p in params]
+        momenta = [local_rows(self.state[p]["momentum"])[0] for p in group["params"]]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         directions = torch._foreach_lerp(grads, momenta, self.momentum) if self.nesterov else momenta
-        for batch in self._batches_of_one_shape(params):
-            matrices = [directions[i].reshape(-1, self.rows[params[i]], params[i].shape[-1]) for i in batch]
-            updates = newton_schulz(torch.cat(matrices), **self.ns_options)
-            scale = 0.2 * math.sqrt(max(updates.shape[-2:]))
-            for i, update in zip(batch, updates.split([len(stack) for stack in matrices])):
-                params[i].add_(update.reshape(params[i].shape), alpha=-group["lr"] * scale)
+        directions = [d.to(self.wire_dtype).reshape(-1, d.shape[-1]) for d in directions]
+        params = [p.view(-1, p.shape[-1]) for p in params]
 
-    def _batches_of_one_shape(self, params):
-        """Index lists of the parameters whose logical matrices are orthogonalised in one batched call."""
-        batches = []
-        open_batch = {}  # shape -> (indices, elements so far)
-        for i, p in enumerate(params):
-            shape = (self.rows[p], p.shape[-1])
-            indices, elements = open_batch.get(shape, (None, NS_BATCH_ELEMENTS))
-            if elements + p.numel() > NS_BATCH_ELEMENTS:
-                indices, elements = [], 0
-                batches.append(indices)
-            indices.append(i)
-            open_batch[shape] = (indices, elements + p.numel())
-        return batches
+        def update(low, high, stack, rows):  # rows low..high of a parameter, where `rows` is their orthogonal direction
+            first, scale = self.first_rows[stack], 0.2 * math.sqrt(max(self.stacks[stack].shape))
+            params[stack][low - first:high - first].add_(rows, alpha=-group["lr"] * scale)
+
+        if self.exchange == "all_gather":
+            for stack, p in enumerate(group["params"]):
+                whole = self._gather_whole(p, directions[stack]).view(-1, *self.stacks[stack].shape)
+                whole = newton_schulz(whole, **self.ns_options).reshape(-1, p.shape[-1])
+                low, high = self.first_rows[stack], self.first_rows[stack] + len(params[stack])
+                update(low, high, stack, whole[low:high])
+            return
+
+        def direction(move):
+            first = self.first_rows[move.item.stack]
+            return directions[move.item.stack][move.low - first:move.high - first]
+
+        def finish(moves, rows):
+            for move, update_rows in zip(moves, rows):
+                update(move.low, move.high, move.item.stack, update_rows)
+
+        under_way, last = collections.deque(), None
+        for number, job in enumerate(self.jobs):
+            for ahead in self.jobs[number + len(under_way):number + 3]:  # this job and the next two
+                under_way.append(self._depart(ahead.inward, direction))
+            matrices = {shape: torch.empty(rows, shape[1], dtype=self.wire_dtype, device=params[0].device)
+                        for shape, rows in job.rows.items()}
+            arrived = under_way.popleft()()
+            sources = [direction(move) for move in job.inward.stays] + arrived
+            if sources:
+                torch._foreach_copy_([job.part(matrices, move) for move in job.inward.stays + job.inward.receives],
+                                     sources)
+            updates = {shape: newton_schulz(stacked.view(-1, *shape), **self.ns_options).to(self.wire_dtype)
+                       .reshape(-1, shape[1]) for shape, stacked in matrices.items()}
+            going = self._depart(job.outward, lambda move, job=job, updates=updates: job.part(updates, move))
+            finish(job.outward.stays, [job.part(updates, move) for move in job.outward.stays])
+            if last:
+                finish(last[0], last[1]())
+            last = job.outward.receives, going
+        if last:
+            finish(last[0], last[1]())
+
+    def _depart(self, trip, rows_of):
+        """Start a trip; returns a function that waits for its end and gives the received rows, one tensor a move."""
+        if not trip.collective:
+            return list
+        rows = [rows_of(move).reshape(-1) for move in trip.sends]
+        device = self.param_groups[0]["params"][0].device
+        sent = torch.cat(rows) if rows else torch.empty(0, dtype=self.wire_dtype, device=device)
+        received = torch.empty(sum(trip.receive_splits), dtype=self.wire_dtype, device=device)
+        work = dist.all_to_all_single(received, sent, trip.receive_splits, trip.send_splits, async_op=True)
+        self.traffic["collectives"] += 1
+        self.traffic["bytes"] += sent.numel() * sent.element_size()
+
+        def arrive(sent=sent):  # which has to live until it has left
+            work.wait()
+            return [rows.view(-1, columns) for rows, columns in
+                    zip(received.split(trip.receive_sizes), trip.receive_columns)]
+        return arrive
+
+    def _gather_whole(self, p, direction):
+        """All rows of a direction, of which `direction` has this rank's."""
+        if not isinstance(p, DTensor):
+            return direction
+        part = direction.view(p.to_local().shape)
+        return DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
 
     def _adamw(self, group, params, grads):
         beta1, beta2 = self.betas
-        averages = [self.state[p]["exp_avg"] for p in params]
-        squares = [self.state[p]["exp_avg_sq"] for p in params]
+        averages, squares = ([local_rows(self.state[p][key])[0] for p in group["params"]]
+                             for key in ("exp_avg", "exp_avg_sq"))
         torch._foreach_lerp_(averages, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
@@ -152,6 +255,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_div_(denominators, math.sqrt(1 - beta2 ** group["step"]))
         torch._foreach_add_(denominators, self.eps)
         torch._foreach_addcdiv_(params, averages, denominators, -group["lr"] / (1 - beta1 ** group["step"]))
+
+    def expected_traffic(self):
+        """What the plan predicts that one step adds to `traffic`."""
+        collectives, sent = self.plan.traffic(self.rank, self.wire_dtype.itemsize)
+        return {"collectives": collectives, "bytes": sent}
 
     def named_state(self):
         """{"<parameter name>.<key>": tensor}, the tensors that a checkpoint keeps beside the step count."""
@@ -169,6 +277,52 @@ class Muon(torch.optim.Optimizer):
             group["step"] = value
 
 
+class _Trip:
+    """The moves of one job in one direction, as one rank sees them. `collective`: whether anything travels at
+    all."""
+
+    def __init__(self, moves, rank, plan):
+        size = lambda move: (move.high - move.low) * plan.stacks[move.item.stack].columns
+        self.collective = any(move.source != move.target for move in moves)
+        self.stays = [move for move in moves if move.source == move.target == rank]
+        self.sends = sorted((move for move in moves if move.source == rank != move.target), key=lambda m: m.target)
+        self.receives = sorted((move for move in moves if move.target == rank != move.source), key=lambda m: m.source)
+        self.send_splits, self.receive_splits = [0] * plan.ranks, [0] * plan.ranks
+        for move in self.sends:
+            self.send_splits[move.target] += size(move)
+        for move in self.receives:
+            self.receive_splits[move.source] += size(move)
+        self.receive_sizes = [size(move) for move in self.receives]
+        self.receive_columns = [plan.stacks[move.item.stack].columns for move in self.receives]
+
+
+class _Job:
+    """Items that are orthogonalised together, as one rank sees them: its trips, and where its own items lie when all
+    matrices of a shape are stacked."""
+
+    def __init__(self, items, plan, rank):
+        self.inward = _Trip([move for item in items for move in plan.inward(item)], rank, plan)
+        self.outward = _Trip([move for item in items for move in plan.outward(item)], rank, plan)
+        self.rows, self.places = {}, {}  # {shape: rows in all}, {item: (shape, first row there, and in the parameter)}
+        for item in items:
+            if item.owner == rank:
+                stack = plan.stacks[item.stack]
+                start = self.rows.get(stack.shape, 0)
+                self.places[item] = (stack.shape, start, item.first * stack.rows)
+                self.rows[stack.shape] = start + item.count * stack.rows
+
+    def part(self, stacked, move):
+        """The rows of a move in {shape: stacked matrices}."""
+        shape, start, first = self.places[move.item]
+        return stacked[shape][start + move.low - first:start + move.high - first]
+
+
+def _from_all_ranks(value):
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @torch.no_grad()
 def qk_clip_(layers, max_logits_LH, tau):
     """Scale down the query and key weights of every head whose largest logit S exceeded tau, by gamma = tau / S, so
@@ -181,7 +335,8 @@ def qk_clip_(layers, max_logits_LH, tau):
     gamma_LH = torch.where(clipped_LH, tau / max_logits_LH, torch.ones_like(max_logits_LH))
     for layer, gamma_H in zip(layers, gamma_LH):
         for weight, row_factors in layer.self_attn.qk_clip_rows(gamma_H):
-            weight.mul_(row_factors.to(weight.dtype).unsqueeze(1))
+            part, first = local_rows(weight)
+            part.mul_(row_factors[first:first + len(part)].to(part.dtype).unsqueeze(1))
     return clipped_LH.sum()
 
 

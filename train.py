@@ -1,14 +1,15 @@
 """Train a model:  python train.py configs/debug.py [--key=value ...]     (--help lists every setting)
+                  torchrun --nproc_per_node=8 train.py configs/small.py
 
-The whole run in one function, top to bottom: settings, run folder, data, model, optimizer, resume, the loop. What it
-writes lies in out_dir: config.json, metrics.jsonl, samples.md, curves.png, tokenizer/, checkpoints/.
-The parts, in reading order: model.py, mla.py, moe.py, muon.py, data/loader.py, checkpoint.py, metrics.py.
+The whole run in one function, top to bottom: settings, data, run folder, model, optimizer, resume, the loop. Every rank
+runs all of it; one rank is the same story with nobody to talk to. What it writes lies in out_dir: config.json,
+metrics.jsonl, samples.md, curves.png, tokenizer/, checkpoints/.
+The parts, in reading order: model.py, mla.py, moe.py, muon.py, data/loader.py, parallel.py, checkpoint.py, metrics.py.
 """
 
 import dataclasses
 import json
 import math
-import os
 import platform
 import secrets
 import shutil
@@ -22,8 +23,8 @@ import torch
 
 import checkpoint
 import config as settings
-import errors
 import metrics
+import parallel
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet
 from data.shards import read_meta
@@ -31,7 +32,7 @@ from errors import UserError
 from generate import encode_prompt, stream_text
 from kernels.cross_entropy import IGNORE
 from model import ModelConfig, build, count_parameters, flops_per_token, pick_device
-from muon import Muon, qk_clip_, route_parameters, routing_table, schedule_factor
+from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, schedule_factor
 
 
 def main(argv=None):
@@ -41,11 +42,12 @@ def main(argv=None):
         print(settings.help_text())
         return None
 
-    # ------------------------------------------------------------------ settings and device
-    config, config_file = settings.load(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("this version trains in one process: start it with python, not torchrun")
+    # ------------------------------------------------------------------ ranks, settings, device
+    parallel.start()
+    config, config_file = parallel.once(settings.load, argv)
     device = pick_device(config.device)
+    layout = parallel.make_layout(config, device)
+    micro_batch_size, accumulation = parallel.split_batch(config)
     config.decay_steps = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
     tokens_per_step = config.global_batch_size * config.sequence_length
 
@@ -62,13 +64,15 @@ def main(argv=None):
     # ------------------------------------------------------------------ run folder
     run = Path(config.out_dir)
     source = find_source(run, config)  # the step folder to resume from, or None
+    parallel.once(refuse_to_mix, run, source, config)
     manifest = checkpoint.read_manifest(source) if source else {}
     if source:
         refuse_another_model(config, encoder, manifest, source)
 
     # ------------------------------------------------------------------ model and optimizer
-    model = build(config, device)
-    model.compute_dtype = getattr(torch, config.dtype)
+    compute_dtype = getattr(torch, config.dtype)
+    model = build(config, device, lambda model: parallel.distribute(model, layout, compute_dtype))
+    model.compute_dtype = compute_dtype
     for layer in model.layers:
         layer.recompute = config.activation_checkpointing
     heads = config.num_attention_heads if config.muon_per_head else 0
@@ -80,44 +84,40 @@ def main(argv=None):
                      config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients,
                      routes=routes)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    loss_scale, good_steps = 2.0**16 if config.dtype == "float16" else 1.0, 0  # float16 gradients would underflow
 
     # ------------------------------------------------------------------ resume
     start, best_loss = manifest.get("step", 0), manifest.get("best_loss")
     sequences, tokens = manifest.get("sequences", 0), manifest.get("tokens", 0)  # seen so far
     if source is None:
-        model.init_weights(config.seed)
+        model.init_weights(config.seed, local_rows)
     elif checkpoint.has_optimizer(source):
         checkpoint.load(source, checkpoint.named_tensors(model, optimizer))
         optimizer.steps = manifest["optimizer_steps"]
-        if manifest["scaler"]:  # empty if that run was not in float16
-            scaler.load_state_dict(manifest["scaler"])
+        if config.dtype == "float16" and manifest.get("loss_scale"):
+            loss_scale, good_steps = manifest["loss_scale"]
     else:
         checkpoint.load(source, checkpoint.named_tensors(model))
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
-    if config.overwrite and holds_run(run) and not is_within(source, run):
-        shutil.rmtree(run)  # now that everything which could be refused has been
-    run_id = provenance(run, config, config_file, argv)
-    if encoder:
-        tokenizer.save(encoder, run / "tokenizer")
-    log = metrics.RunLog(run, config, start, run_id)
+    run_id = parallel.once(open_run, run, source, start, config, config_file, argv, encoder)
+    log = metrics.RunLog(run, config, start, run_id, active=parallel.rank() == 0)
     if source:
-        checkpoint.drop_after(run / "checkpoints", start)
         changed = changed_stream(stream, manifest)
         log.write("event", start, event="resume", source=str(source), changed=changed)
         print(f"resumed from {source}", *changed, sep="\n  changed: ")
     if not checkpoint.pointed(run / "checkpoints", "best"):
         best_loss = None  # that of another folder or branch
+    saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
     if config.compile or (config.compile is None and device.type == "cuda"):
         for layer in model.layers:
-            layer.compile(dynamic=False)
+            layer.forward = torch.compile(layer.forward, dynamic=False)  # what shards a block stays outside
 
     # ------------------------------------------------------------------ what is about to happen
     total, active = count_parameters(config)
     flops = flops_per_token(config, config.sequence_length)
     epochs = stream.epochs(config.max_steps * config.global_batch_size)
     print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a "
-          f"token; {device}, {config.dtype}, torch {torch.__version__}")
+          f"token; {layout}, {device}, {config.dtype}, torch {torch.__version__}")
     print(f"{config.max_steps - start} steps of {tokens_per_step:,} tokens, {epochs:.2f} epochs in all; "
           f"writing to {run}/")
     if epochs > 4:
@@ -128,8 +128,8 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ the loop
     stop = catch_signals()
-    peak = metrics.peak_flops(device)
-    accumulation = config.global_batch_size // config.micro_batch_size
+    peak = (metrics.peak_flops(device) or 0) * parallel.ranks()
+    parameters = list(model.parameters())
     model.train()
     record, skipped = None, 0
     seconds, steps_timed = 0.0, 0  # spent training since the last record; validation and saving do not count
@@ -140,85 +140,86 @@ def main(argv=None):
         for group, peak_rate in zip(optimizer.param_groups, peak_rates):
             group["lr"] = peak_rate * factor
 
-        # Forward and backward: sums over micro-batches, divided by the global batch: accumulation changes nothing.
+        # Forward and backward: sums over micro-batches and ranks, divided by the global batch: how it is split changes
+        # nothing.
         model.reset_statistics()
         loss = balance = torch.zeros((), device=device)
         for micro in range(accumulation):
-            first = sequences + micro * config.micro_batch_size
-            inputs, targets = (place(t, device) for t in stream.batch(first, config.micro_batch_size))
+            first = sequences + (micro * parallel.ranks() + parallel.rank()) * micro_batch_size
+            inputs, targets = (place(t, device) for t in stream.batch(first, micro_batch_size))
+            parallel.last_micro_batch(model, micro == accumulation - 1)
             loss_sum, balance_sum = model(inputs, targets)
             micro_loss, micro_balance = loss_sum / tokens_per_step, balance_sum / config.global_batch_size
-            scaler.scale(micro_loss + config.aux_loss_alpha * micro_balance).backward()
+            ((micro_loss + config.aux_loss_alpha * micro_balance) * loss_scale).backward()
             loss, balance = loss + micro_loss.detach(), balance + micro_balance.detach()
 
-        # Clip, and leave everything untouched if a number is not finite: momentum would carry it on for ever.
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf")).item()
+        # What the ranks must agree on, in one small reduction a kind; the only wait for the device in a step.
+        squared_norm = parallel.squared_norm(parameters, layout)
+        agreed = parallel.add_up(torch.stack((loss, balance, squared_norm, loss.new_tensor(bool(stop.signal)))))
+        parallel.largest(model.max_logits)
+        parallel.add_up(model.expert_counts)
+        loss, balance, squared_norm, stop.agreed = agreed.tolist()
+        norm = math.sqrt(squared_norm) / loss_scale
+
+        # Clip and update, or leave everything untouched if a number is not finite: momentum would carry it on for ever.
         clipped = torch.zeros((), dtype=torch.int64)
-        if math.isfinite(norm) and math.isfinite(loss.item()):
-            scaler.step(optimizer)
+        if math.isfinite(norm) and math.isfinite(loss):
+            limit = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
+            parallel.scale_gradients(parameters, limit / loss_scale)
+            optimizer.step()
             if config.optimizer == "muonclip":
                 clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)
             model.update_router_biases(config.bias_update_rate)
-            skipped = 0
+            skipped, good_steps = 0, good_steps + 1
+            if config.dtype == "float16" and good_steps % 2000 == 0:
+                loss_scale *= 2
         else:
-            skipped += 1
-            log.write("event", step, event="skip", loss=loss.item(), grad_norm=norm)
-            print(f"step {step} skipped: loss {loss.item()}, gradient norm {norm} ({skipped} in a row)")
+            skipped, good_steps = skipped + 1, 0
+            loss_scale = max(loss_scale / 2, 1.0)
+            log.write("event", step, event="skip", loss=loss, grad_norm=norm)
+            print(f"step {step} skipped: loss {loss}, gradient norm {norm} ({skipped} in a row)")
             if skipped >= config.max_skipped_steps:
                 raise UserError(f"{skipped} non-finite steps in a row: lower the learning rates and --resume from the "
                                 f"last checkpoint in {run}/checkpoints")
-        scaler.update()
         optimizer.zero_grad()
         sequences, tokens = sequences + config.global_batch_size, tokens + tokens_per_step
         seconds, steps_timed = seconds + time.perf_counter() - step_started, steps_timed + 1
 
         # Record, validate, sample, save. A signal leaves out what is not the save.
         last = step == config.max_steps
-        if step % config.log_interval == 0 or step == start + 1 or last or stop.signal:
+        if step % config.log_interval == 0 or step == start + 1 or last or stop.agreed:
             speed = tokens_per_step * steps_timed / seconds
             routing = metrics.expert_statistics(model.expert_counts, model.router_biases())
             record = log.write(
-                "train", step, tokens=tokens, loss=loss.item(), aux_loss=balance.item(),
-                lr=optimizer.param_groups[0]["lr"], grad_norm=norm, tokens_per_second=speed,
-                mfu=flops * speed / peak if peak else None, step_ms=1000 * seconds / steps_timed,
-                memory_gib=metrics.memory_gib(device), max_attention_logit=model.max_logits.max().item(),
-                qk_clipped_heads=int(clipped), **routing)
+                "train", step, tokens=tokens, loss=loss, aux_loss=balance, lr=optimizer.param_groups[0]["lr"],
+                grad_norm=norm, tokens_per_second=speed, mfu=flops * speed / peak if peak else None,
+                step_ms=1000 * seconds / steps_timed, memory_gib=metrics.memory_gib(device),
+                max_attention_logit=model.max_logits.max().item(), qk_clipped_heads=int(clipped), **routing)
             eta = (config.max_steps - step) * seconds / steps_timed
             print(metrics.step_line(record, config.max_steps, eta), flush=True)
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0)
         validated = None
-        if config.eval_interval and (save_now or step % config.eval_interval == 0):
-            validated = evaluate(model, validation, config, device, stop)
+        if config.eval_interval and (save_now or step % config.eval_interval == 0) and not stop.agreed:
+            validated = evaluate(model, validation, micro_batch_size, device, stop)
         if validated:
             log.write("val", step, tokens=tokens, **validated)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
             print(f"step {step}: validation {shown}", flush=True)
-        if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not stop.signal:
+        if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not stop.agreed:
             for prompt in config.sample_prompts:
                 log.sample(step, prompt, sample(model, encoder, prompt, config, step))
-        stopping = stop.signal  # read once: a signal that comes during the save counts for the next step
-        if save_now or stopping:
-            best = bool(validated) and not validated["loss"] >= (best_loss or math.inf)
+        if save_now or stop.agreed:
+            report_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way
             about = {"sequences": sequences, "tokens": tokens, "optimizer_steps": optimizer.steps,
-                     "best_loss": validated["loss"] if best else best_loss, "stream": stream.identity(),
-                     "tokenizer": tokenizer.fingerprint(encoder) if encoder else None, "torch": torch.__version__,
-                     "scaler": scaler.state_dict(), "config": dataclasses.asdict(config)}
-            try:
-                saved = checkpoint.save(run / "checkpoints", step, checkpoint.named_tensors(model, optimizer), about,
-                                        config.keep_checkpoints, best)
-            except OSError as error:  # a full disk: what was saved before is still there, and training may go on
-                if last or stopping:
-                    raise UserError(f"{error}; free some space and --resume from the checkpoint before") from error
-                log.write("event", step, event="save_failed", error=str(error))
-                print(f"warning: {error}; going on", flush=True)
-            else:
-                best_loss = about["best_loss"]
-                log.write("event", step, event="save", path=str(saved))
-                metrics.draw_curves(run)
-        if stopping:
-            print(f"{stopping}: saved step {step}; continue with --resume")
+                     "stream": stream.identity(), "tokenizer": tokenizer.fingerprint(encoder) if encoder else None,
+                     "torch": torch.__version__, "loss_scale": [loss_scale, good_steps],
+                     "config": dataclasses.asdict(config)}
+            saver.start(step, checkpoint.named_tensors(model, optimizer), about, (validated or {}).get("loss"))
+        final = last or bool(stop.agreed)
+        report_save(saver.outcome(wait=final or not config.async_save), log, final)
+        if stop.agreed:
+            print(f"{stop.signal or 'a signal on another rank'}: saved step {step}; continue with --resume")
             break
     log.close()
     stop.release()
@@ -248,12 +249,17 @@ def open_tokenizer(config):
 
 
 def find_source(run, config):
-    """The step folder to resume from, None for a new run; refuses an out_dir that holds another run."""
-    source = checkpoint.find(run if config.resume is True else config.resume) if config.resume else None
-    if holds_run(run) and not is_within(source, run) and not config.overwrite:
+    """The step folder to resume from, None for a new run."""
+    if config.resume == "auto":
+        return checkpoint.find(run) if parallel.once(checkpoint.step_folders, run / "checkpoints") else None
+    return checkpoint.find(run if config.resume is True else config.resume) if config.resume else None
+
+
+def refuse_to_mix(run, source, config):
+    """An out_dir that holds a run is for going on with that run, unless told otherwise."""
+    if holds_run(run) and not is_within(source, run) and not config.overwrite and config.resume != "auto":
         raise UserError(f"{run} holds a run already: continue it with --resume, start anew with --overwrite, or choose "
                         "another --out_dir")
-    return source
 
 
 def holds_run(folder):
@@ -284,6 +290,19 @@ def changed_stream(stream, manifest):
     return [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
 
 
+def open_run(run, source, start, config, config_file, argv, encoder):
+    """Make the run folder, or clear away what a new or rewound run replaces; returns the run's id. Only now, when
+    everything that could be refused has been."""
+    if config.overwrite and holds_run(run) and not is_within(source, run):
+        shutil.rmtree(run)
+    run_id = provenance(run, config, config_file, argv)
+    if encoder:
+        tokenizer.save(encoder, run / "tokenizer")
+    if source:
+        checkpoint.drop_after(run / "checkpoints", start)
+    return run_id
+
+
 def provenance(run, config, config_file, argv):
     """Write config.json: settings, versions, commit and command. Returns the run's id, which a resumed run keeps."""
     run.mkdir(parents=True, exist_ok=True)
@@ -302,10 +321,11 @@ def provenance(run, config, config_file, argv):
 
 
 class catch_signals:
-    """Note SIGTERM, SIGINT and SIGUSR1, so that the loop can finish its step and save; a second one ends at once."""
+    """Note SIGTERM, SIGINT and SIGUSR1, so that the loop can finish its step and save; a second one ends at once. Ranks
+    act only on what they have agreed on: `agreed` counts those whose signal the last reduction carried."""
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.agreed = None, 0
         self.before = {number: signal.signal(number, self._note)
                        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
@@ -324,18 +344,20 @@ def place(tensor, device):
 
 
 @torch.no_grad()
-def evaluate(model, validation, config, device, stop):
-    """Cross-entropy over the validation set, always the same tokens; leaves no trace in the training. None if a signal
-    came before the end, or if the loss is not finite."""
+def evaluate(model, validation, batch_size, device, stop):
+    """Cross-entropy over the validation set, always the same tokens, shared among the ranks; leaves no trace in the
+    training. None if a signal came before the end, or if the loss is not finite."""
     model.eval()
     total, count = 0.0, 0
-    for inputs, targets in validation.batches(config.micro_batch_size):
-        if stop.signal:
-            break
+    for inputs, targets in validation.batches(batch_size, parallel.rank(), parallel.ranks()):
         loss_sum, _ = model(inputs.to(device), targets.to(device))
-        total, count = total + loss_sum.item(), count + int((targets != IGNORE).sum())
+        mine = torch.tensor([loss_sum.item(), int((targets != IGNORE).sum()), bool(stop.signal)], dtype=torch.float64)
+        loss_sum, targets_here, stop.agreed = parallel.add_up(mine).tolist()
+        if stop.agreed:
+            break
+        total, count = total + loss_sum, count + targets_here
     model.train()
-    if stop.signal or not math.isfinite(total):
+    if stop.agreed or not math.isfinite(total):
         return None
     loss, ratio = total / count, validation.bytes_per_token
     bits_per_byte = loss / math.log(2) / ratio if ratio else None
@@ -343,10 +365,27 @@ def evaluate(model, validation, config, device, stop):
 
 
 def sample(model, encoder, prompt, config, step):
-    """A continuation of the prompt as text, from its own random generator."""
+    """A continuation of the prompt as text, from its own random generator; a sharded model needs all ranks for it."""
     return "".join(stream_text(model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8,
-                               top_k=50, seed=config.seed + step))
+                               top_k=50, seed=config.seed + step, agree=parallel.same))
+
+
+def report_save(outcome, log, final):
+    """Record how a save ended. One that failed (a full disk) leaves what was saved before, and training goes on, unless
+    it was the last of the run."""
+    if outcome is None:
+        return
+    step, result = outcome
+    if not isinstance(result, OSError):
+        log.write("event", step, event="save", path=str(result))
+        if log.active:
+            metrics.draw_curves(log.folder)
+    elif final:
+        raise UserError(f"{result}; free some space and --resume from the checkpoint before") from result
+    else:
+        log.write("event", step, event="save_failed", error=str(result))
+        print(f"warning: {result}; going on", flush=True)
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    parallel.run(main)

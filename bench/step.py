@@ -14,6 +14,7 @@ import bench
 import config as settings
 import errors
 import metrics
+import parallel
 from model import build, flops_per_token, pick_device
 from muon import Muon, qk_clip_, route_parameters
 
@@ -41,7 +42,8 @@ def main(argv=None):
     optimizer = Muon(model.named_parameters(), config.muon_lr, routes=routes, ns_dtype=model.compute_dtype)
     if device.type == "cuda" and config.compile is not False:
         for layer in model.layers:
-            layer.compile(dynamic=False)
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    parameters = list(model.parameters())
     model.train()
     shape = (config.micro_batch_size, config.sequence_length + 1)
     tokens = torch.randint(0, config.vocab_size, shape, device=device)
@@ -63,7 +65,8 @@ def main(argv=None):
             (loss / n_tokens + config.aux_loss_alpha * balance / config.global_batch_size).backward()
 
     def update():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = parallel.squared_norm(parameters, parallel.Layout()).sqrt().item()
+        parallel.scale_gradients(parameters, min(1.0, config.grad_clip / (norm + 1e-6)))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -103,12 +103,17 @@ class ValidationSet:
         if None not in ratios:
             self.bytes_per_token = sum(ratio * n for ratio, n in zip(ratios, targets)) / sum(targets)
 
-    def batches(self, batch_size):
-        """Yields (inputs, targets) as (B, T) tensors, the last batch smaller if need be."""
-        rows = [self._row(source, start) for source in self.sources
-                for start in range(0, min(source.split.tokens - 1, self.sequences * self.T), self.T)]
-        for i in range(0, len(rows), batch_size):
-            inputs, targets = zip(*rows[i:i + batch_size])
+    def batches(self, batch_size, rank=0, ranks=1):
+        """Yields this rank's share as (inputs, targets), (B, T) tensors; the last batch is smaller if need be, and the
+        same number of batches of the same sizes comes on every rank, if need be with a row of IGNORE alone."""
+        places = [(source, start) for source in self.sources
+                  for start in range(0, min(source.split.tokens - 1, self.sequences * self.T), self.T)]
+        for i in range(0, len(places), batch_size * ranks):
+            round_ = places[i:i + batch_size * ranks]
+            size = -(-len(round_) // ranks)
+            rows = [self._row(*place) for place in round_[rank * size:(rank + 1) * size]]
+            rows += [(np.zeros(self.T, np.int64), np.full(self.T, IGNORE, np.int64))] * (size - len(rows))
+            inputs, targets = zip(*rows)
             yield torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
 
     def _row(self, source, start):

@@ -28,6 +28,24 @@ class PermuteRows(torch.autograd.Function):
         return grad_ND, None, None, None
 
 
+class WeightedSum(torch.autograd.Function):
+    """outputs_SD -> y_ND with y[token_S] += weights_S * outputs_SD, in fp32. For tokens of which only some choices are
+    here: a padded (N, K, D) would be mostly empty."""
+
+    @staticmethod
+    def forward(ctx, outputs_SD, weights_S, token_S, n_tokens):
+        ctx.save_for_backward(outputs_SD, weights_S, token_S)
+        y_ND = torch.zeros(n_tokens, outputs_SD.shape[1], device=outputs_SD.device)
+        return y_ND.index_add_(0, token_S, outputs_SD.float() * weights_S.unsqueeze(1)).to(outputs_SD.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        outputs_SD, weights_S, token_S = ctx.saved_tensors
+        grad_SD = grad_ND.float().index_select(0, token_S)
+        grad_outputs = (grad_SD * weights_S.unsqueeze(1)).to(outputs_SD.dtype)
+        return grad_outputs, (grad_SD * outputs_SD.float()).sum(1), None, None
+
+
 def swiglu(gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -52,11 +70,15 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
     """Weighted sum of the chosen experts' outputs for every token, accumulated in fp32.
 
     order, inverse, counts_E come from routing.sort_by_expert; gate_up_E2FD stacks gate over up (Hugging Face's order).
-    Returns y_ND in x's dtype.
+    inverse is None where some choices are experts of another rank; then order has the rest. Returns y_ND in x's dtype.
     """
     top_k = weights_NK.shape[1]
     gate_up_E2FD, down_EDF = gate_up_E2FD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
     mlp = mlp_grouped if _grouped_is_best(x_ND, gate_up_E2FD) else mlp_loop
+    if inverse is None:
+        token_S = order // top_k
+        outputs_SD = mlp(x_ND.index_select(0, token_S), counts_E, gate_up_E2FD, down_EDF)
+        return WeightedSum.apply(outputs_SD, weights_NK.flatten()[order], token_S, len(x_ND))
     rows_SD = PermuteRows.apply(x_ND, order, inverse, top_k)
     outputs_SD = mlp(rows_SD, counts_E, gate_up_E2FD, down_EDF)
     outputs_NKD = PermuteRows.apply(outputs_SD, inverse, order, 1).unflatten(0, (-1, top_k))

@@ -38,16 +38,25 @@ def _lowest_index_topk(values, k):
     return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def sort_by_expert(experts_NK, n_experts):
+def count_choices(experts_NK, n_experts):
+    """How often each expert was chosen, int64."""
+    flat = experts_NK.flatten()
+    return flat.new_zeros(n_experts).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def sort_by_expert(experts_NK, n_experts, n_choices=None):
     """Stable counting sort of the N*K (token, choice) rows by expert, without a host sync.
 
-    Returns order (sorted row -> flat row n*K+k), inverse (flat row -> sorted row), counts_E, all int64.
+    Returns order (sorted row -> flat row n*K+k), inverse (flat row -> sorted row), counts_E, all int64. With n_choices
+    only that many choices are of experts that exist; the others, marked n_experts, are left out of order and counts,
+    and inverse is None.
     """
     flat = experts_NK.flatten()
     order = flat.argsort(stable=True)
+    if n_choices is not None:
+        return order[:n_choices], None, count_choices(experts_NK, n_experts + 1)[:n_experts]
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    counts_E = flat.new_zeros(n_experts).scatter_add_(0, flat, torch.ones_like(flat))
-    return order, inverse, counts_E
+    return order, inverse, count_choices(experts_NK, n_experts)
 
 
 def sequence_balance(scores_NE, experts_NK, batch_size):

@@ -139,7 +139,7 @@ def test_batching_limit_changes_nothing(monkeypatch):
     weights, grads = torch.randn(5, 16, 16), torch.randn(5, 16, 16)
     results = []
     for limit in (1, 600, 2**27):
-        monkeypatch.setattr("muon.NS_BATCH_ELEMENTS", limit)
+        monkeypatch.setattr("owners.BATCH_ELEMENTS", limit)
         named = [(f"w{i}", torch.nn.Parameter(w.clone())) for i, w in enumerate(weights)]
         for (_, parameter), grad in zip(named, grads):
             parameter.grad = grad

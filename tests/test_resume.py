@@ -18,9 +18,9 @@ def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     options = ("--eval_interval=5", "--save_interval=10", "--sample_interval=10", "--decay_steps=4")
     run_train(config, f"--out_dir={whole}", *options)
-    with pytest.MonkeyPatch.context() as patch:  # a signal arrives in the middle of the tenth step
+    with pytest.MonkeyPatch.context() as patch:  # a signal arrives late in the ninth step: the tenth still counts
         original = Muon.step
-        stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 9 else None
+        stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 8 else None
         patch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
         run_train(config, f"--out_dir={halves}", *options)
     assert losses(halves)[-1][0] == 10
@@ -153,7 +153,7 @@ def test_a_changed_stream_is_said_and_precision_may_change(config, tmp_path, cap
 
 def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
     original = Muon.step
-    stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 4 else None
+    stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 3 else None
     monkeypatch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
     run_train(config, "--eval_interval=5", "--sample_interval=5")
     assert losses(tmp_path / "run")[-1][0] == 5 and not records(tmp_path / "run", "val")

@@ -285,12 +285,6 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, words, message
     assert not (tmp_path / "run").exists()
 
 
-def test_many_ranks_are_refused_rather_than_run_apart(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process"):
-        run_train(config)
-
-
 def test_help_needs_nothing(capsys):
     assert train.main(["--help"]) is None
     assert "--muon_lr=0.002" in capsys.readouterr().out

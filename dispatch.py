@@ -1,0 +1,126 @@
+"""Expert dispatch over ranks: token rows travel to the ranks of their experts and come back as weighted sums.
+
+It takes the place of moe.LocalDispatch when parallel.py spreads the experts of a layer over a group. A token is sent
+once to each rank that has any of its experts, however many, and each rank adds up what its experts make of it.
+
+Shapes: N tokens of this rank, K choices a token, D model width, P ranks of the group, E experts, L = E / P of them on a
+rank, S rows sent, M rows received.   Next: moe.py, parallel.py.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+class ExpertParallel:
+    """The dispatch seam over an expert group: rows go to the ranks of their experts and come back as weighted sums.
+
+    A token is sent once to each rank that has any of its experts, however many, with the choices and weights that
+    concern that rank; of K = 8 choices over 8 ranks that is 5.25 rows instead of 8. One host sync a layer: the sizes.
+    """
+
+    def __init__(self, group, n_experts):
+        self.group, self.ranks = group, dist.get_world_size(group)
+        self.here = n_experts // self.ranks
+
+    @torch.compiler.disable
+    def send(self, x_ND, weights_NK, experts_NK):
+        """Start sending; returns what receive and collect need."""
+        N, K = experts_NK.shape
+        rank_NK = experts_NK // self.here
+        sent_PN = torch.zeros(self.ranks, N, dtype=torch.bool, device=x_ND.device).scatter_(0, rank_NK.T, True)
+        choices_P = torch.zeros(self.ranks, dtype=torch.int64, device=x_ND.device)
+        choices_P.scatter_add_(0, rank_NK.flatten(), torch.ones_like(rank_NK.flatten()))
+        out_P2 = torch.stack((sent_PN.sum(1), choices_P), dim=1)
+        in_P2 = torch.empty_like(out_P2)
+        dist.all_to_all_single(in_P2, out_P2, group=self.group)
+        sizes = torch.stack((out_P2, in_P2)).tolist()  # the host sync
+        send_splits, receive_splits = ([rows for rows, _ in side] for side in sizes)
+        n_choices = sum(choices for _, choices in sizes[1])
+
+        flat_S = sent_PN.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:sum(send_splits)]
+        token_S, target_S = flat_S % N, flat_S // N
+        there_SK = rank_NK[token_S] == target_S.unsqueeze(1)
+        local_SK = torch.where(there_SK, experts_NK[token_S] % self.here, self.here)
+        about_S2K = torch.cat((weights_NK.float()[token_S], local_SK.float()), dim=1)  # small whole numbers are exact
+
+        rows = _Trip(self.group, send_splits, receive_splits)
+        about = _Trip(self.group, send_splits, receive_splits)
+        x_MD = _Depart.apply(x_ND.index_select(0, token_S), rows)
+        about_M2K = _Depart.apply(about_S2K, about)
+        position_PN = (sent_PN.flatten().cumsum(0) - 1).view_as(sent_PN)
+        return x_MD, about_M2K, rows, about, n_choices, sent_PN, position_PN
+
+    @torch.compiler.disable
+    def receive(self, handle):
+        """(rows, weights, local choices, number of choices) for Experts. A choice of another rank reads as expert L,
+        which is none."""
+        x_MD, about_M2K, rows, about, n_choices, _, _ = handle
+        x_MD, about_M2K = _Arrive.apply(x_MD, rows), _Arrive.apply(about_M2K, about)
+        weights_MK, local_MK = about_M2K.chunk(2, dim=1)
+        return x_MD, weights_MK, local_MK.detach().long(), n_choices
+
+    @torch.compiler.disable
+    def collect(self, y_MD, handle):
+        """Send the rows' results home and add them up per token, in fp32."""
+        _, about_M2K, rows, _, _, sent_PN, position_PN = handle
+        home = _Trip(self.group, rows.receive_splits, rows.send_splits)
+        y_SD = _Arrive.apply(_Depart.apply(y_MD, home), home)
+        # A token has at most min(P, K) rows: gather them into that many slots, the absent ones from a row of zeros.
+        slots = min(self.ranks, about_M2K.shape[1] // 2)
+        slot_PN = (sent_PN.cumsum(0) - 1).masked_fill(~sent_PN, slots)
+        from_NJ = torch.full((sent_PN.shape[1], slots + 1), len(y_SD), device=y_SD.device)
+        from_NJ.scatter_(1, slot_PN.T, position_PN.T)
+        padded = torch.cat((y_SD, y_SD.new_zeros(1, y_SD.shape[1])))
+        y_NJD = padded.index_select(0, from_NJ[:, :slots].flatten()).unflatten(0, (-1, slots))
+        return y_NJD.float().sum(1).to(y_MD.dtype)
+
+
+class _Trip:
+    """One exchange of rows over a group: how many go where, and the work that is under way."""
+
+    def __init__(self, group, send_splits, receive_splits):
+        self.group, self.send_splits, self.receive_splits = group, send_splits, receive_splits
+
+    def go(self, x_SD, back=False):
+        send, receive = self.send_splits, self.receive_splits
+        if back:
+            send, receive = receive, send
+        x_SD = x_SD.contiguous()
+        out = x_SD.new_empty(sum(receive), x_SD.shape[1])
+        self.work = dist.all_to_all_single(out, x_SD, receive, send, group=self.group, async_op=True)
+        self.out, self.keep = out, x_SD  # until the work is done
+        return out
+
+    def wait(self):
+        self.work.wait()
+        out, self.out, self.keep = self.out, None, None
+        return out
+
+
+class _Depart(torch.autograd.Function):
+    """Start a trip. What is computed before _Arrive overlaps with it, in the backward too: there _Arrive starts the way
+    back and _Depart waits for it, and autograd runs in between what the forward ran in between."""
+
+    @staticmethod
+    def forward(ctx, x, trip):
+        ctx.trip = trip
+        return trip.go(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.trip.wait(), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Wait for a trip."""
+
+    @staticmethod
+    def forward(ctx, x, trip):
+        ctx.trip = trip
+        trip.wait()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.trip.go(grad, back=True)
+        return grad, None  # only its shape counts: _Depart returns what comes back

@@ -1,0 +1,262 @@
+"""Many ranks: process groups, the device meshes, what shards the model, expert dispatch, and agreement among ranks.
+
+Everything here is applied to a finished model from outside: FSDP2 shards every block, the experts go to the ranks of
+their expert-parallel group, and moe.dispatch becomes an exchange of rows (dispatch.py). Without torchrun there is no
+process group, and every function here does what one rank would. Collectives of the optimizer are in muon.py.
+
+    ranks = dp_replicate x dp_shard              parameters of every block, HSDP: sharded inside a replica
+    dp_shard = efsdp x ep                        experts: E / ep of them on a rank, these sharded over efsdp
+
+Next: dispatch.py (the exchange of rows), muon.py and owners.py (the optimizer over ranks), checkpoint.py.
+"""
+
+import datetime
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+import errors
+from dispatch import ExpertParallel
+from errors import UserError
+from moe import MoE
+from muon import local_rows
+
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: a rank that hangs ends the others after this
+
+
+# ----------------------------------------------------------------------------- start and end
+
+def start():
+    """Join the process group that torchrun describes in the environment, if it does and that has not been done."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # one voice; errors still come from every rank
+
+
+def run(main):
+    """errors.run for a script that may be one of many ranks. A rank that fails leaves at once, so that the others end
+    too instead of waiting for it; and gloo's threads survive no orderly interpreter exit, so a rank never makes one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        errors.run(main)
+        return
+    status = 0
+    try:
+        errors.run(main)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# ----------------------------------------------------------------------------- agreement
+
+def once(function, *args, **options):
+    """Call a function on rank 0 only; every rank gets its result, or ends with its error."""
+    if ranks() == 1:
+        return function(*args, **options)
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome = [function(*args, **options), None]
+        except (UserError, OSError) as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def from_all(value, group=None):
+    """The values of all ranks, in order."""
+    if ranks() == 1:
+        return [value]
+    values = [None] * ranks()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def add_up(tensor):
+    """The sum over ranks, in place."""
+    if ranks() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(tensor):
+    """The maximum over ranks, in place."""
+    if ranks() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def same(tensor):
+    """Rank 0's values on every rank, in place."""
+    if ranks() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def second_group():
+    """A group of all ranks for a thread of its own: two threads in one group would mix up their collectives."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if ranks() > 1 else None
+
+
+# ----------------------------------------------------------------------------- layout
+
+@dataclass
+class Layout:
+    """How ranks share the work. dense: the mesh of all parameters but the experts; expert: theirs, under expert
+    parallelism; both None in a run of one rank."""
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    ep: int = 1
+    dense: object = None
+    expert: object = None
+
+    def __str__(self):
+        parts = [f"{self.dp_replicate} replicas"] * (self.dp_replicate > 1) + \
+            [f"parameters sharded over {self.dp_shard}"] * (self.dp_shard > 1) + \
+            [f"experts over {self.ep}"] * (self.ep > 1)
+        return f"{ranks()} rank{'s' * (ranks() > 1)}" + "".join(f", {part}" for part in parts)
+
+
+def make_layout(config, device):
+    """The layout of config.strategy, dp_replicate, dp_shard and ep on the ranks that are there."""
+    layout = Layout(*check_layout(config, ranks()))
+    if ranks() > 1:
+        layout.dense = init_device_mesh(device.type, (layout.dp_replicate, layout.dp_shard),
+                                        mesh_dim_names=("dp_replicate", "dp_shard"))
+    if layout.ep > 1:
+        shape = (layout.dp_replicate, layout.dp_shard // layout.ep, layout.ep)
+        layout.expert = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "efsdp", "ep"))
+    return layout
+
+
+def check_layout(config, n):
+    """(dp_replicate, dp_shard, ep) on n ranks, or a UserError that says what would be valid."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    if config.strategy == "ddp":
+        if config.dp_replicate not in (1, n) or config.dp_shard not in (None, 1) or config.ep > 1:
+            raise UserError(f"strategy='ddp' replicates everything on {n} ranks: leave dp_replicate, dp_shard and ep "
+                            "alone, or use strategy='fsdp'")
+        replicate, shard = n, 1
+    else:
+        replicate = config.dp_replicate
+        shard = config.dp_shard if config.dp_shard is not None else max(n // replicate, 1)
+        if replicate * shard != n:
+            raise UserError(f"dp_replicate={replicate} x dp_shard={config.dp_shard} does not make {n} ranks; valid: "
+                            + ", ".join(f"{d} x {n // d}" for d in divisors))
+    E = config.n_routed_experts
+    valid = [d for d in range(1, shard + 1) if shard % d == 0 and E and E % d == 0] or [1]
+    if config.ep not in valid:
+        raise UserError(f"ep={config.ep} must divide dp_shard={shard} and n_routed_experts={E}; valid: "
+                        + ", ".join(map(str, valid)))
+    if config.global_batch_size % n:
+        raise UserError(f"global_batch_size={config.global_batch_size} must be a multiple of the {n} ranks")
+    return replicate, shard, config.ep
+
+
+def split_batch(config):
+    """(sequences of this rank per forward, forwards per step): micro_batch_size, or less if the rank's share of the
+    global batch is smaller."""
+    share = config.global_batch_size // ranks()
+    micro = min(config.micro_batch_size, share)
+    if share % micro:
+        raise UserError(f"micro_batch_size={config.micro_batch_size} must divide global_batch_size / ranks = {share}")
+    return micro, share // micro
+
+
+# ----------------------------------------------------------------------------- the model over ranks
+
+def distribute(model, layout, dtype):
+    """Shard a model on the meta device in place: experts over ep, then every block and the rest with FSDP2.
+
+    Gradients are summed, never averaged: the loss is divided by the global number of tokens, and then experts, whose
+    group is smaller, need no other factor than the rest. Reductions are in fp32.
+    """
+    if layout.dense is None:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = layout.dense if layout.dp_replicate > 1 else layout.dense["dp_shard"]
+    for layer in model.layers:
+        if layout.ep > 1 and isinstance(layer.mlp, MoE):
+            _distribute_experts(layer.mlp, layout, policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # a factor of 1 is otherwise an operation that gloo lacks
+    _prefetch(list(model.layers))
+
+
+def _distribute_experts(moe, layout, policy):
+    """Give this rank its experts of a layer, sharded further over the ranks that hold the same ones."""
+    group_mesh = layout.expert["ep"]
+    for name, p in list(moe.experts.named_parameters()):
+        part = p.new_empty(p.shape[0] // layout.ep, *p.shape[1:])
+        whole = DTensor.from_local(part, group_mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
+        setattr(moe.experts, name, nn.Parameter(whole))
+    moe.experts.held = DTensor.to_local
+    moe.dispatch = ExpertParallel(group_mesh.get_group(), moe.gate.weight.shape[0])
+    names = ("dp_replicate", "efsdp") if layout.dp_replicate > 1 else ("efsdp",)
+    fully_shard(moe.experts, mesh=layout.expert[names], mp_policy=policy)
+
+
+def _prefetch(layers):
+    """Gather the next block while this one computes. FSDP2 would guess the same order, but only as long as the host
+    runs ahead, and expert dispatch makes it wait in every layer."""
+    units = [[layer] + [m for m in layer.modules() if isinstance(m, FSDPModule) and m is not layer] for layer in layers]
+    for layer, after in zip(layers, units[1:]):
+        layer.set_modules_to_forward_prefetch(after)
+    for layer, before in zip(layers[1:], units):
+        layer.set_modules_to_backward_prefetch(before)
+
+
+def last_micro_batch(model, last):
+    """Replicas need to add up their gradients only once a step, after the last micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+
+
+# ----------------------------------------------------------------------------- gradients
+
+@torch.no_grad()
+def squared_norm(parameters, layout):
+    """This rank's part of the squared global gradient norm: the parts of all ranks add up to it."""
+    grads = [local_rows(p.grad)[0] for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
+    return torch.stack(norms).square().sum() / layout.dp_replicate  # replicas hold the same gradients
+
+
+@torch.no_grad()
+def scale_gradients(parameters, factor):
+    """Multiply this rank's gradients by a number."""
+    if factor != 1.0:
+        torch._foreach_mul_([local_rows(p.grad)[0] for p in parameters if p.grad is not None], factor)

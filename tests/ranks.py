@@ -1,0 +1,69 @@
+"""Ranks for the tests: four processes that are started once and then run any function as any number of gloo ranks.
+
+    pool.run(2, function, *args)      # function(*args) on ranks 0 and 1; returns what each returned
+"""
+
+import datetime
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+import uuid
+
+WORLD = 4
+TIMEOUT = datetime.timedelta(seconds=90)
+
+
+class Pool:
+    def __init__(self):
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.mkdtemp()
+        self.pipes, self.processes = [], []
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, n, function, *args, **options):
+        """function(*args, **options) on n ranks at once; the first error of any rank is raised here with its
+        traceback."""
+        meeting = f"{self.folder}/{uuid.uuid4()}"
+        for pipe in self.pipes[:n]:
+            pipe.send((n, meeting, function, args, options))
+        answers = [pipe.recv() for pipe in self.pipes[:n]]
+        failures = [f"rank {rank}: {answer}" for rank, (failed, answer) in enumerate(answers) if failed]
+        assert not failures, "\n".join(failures)
+        return [answer for _, answer in answers]
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+
+
+def _serve(rank, pipe):
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")
+    while True:
+        n, meeting, function, args, options = pipe.recv()
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
+        try:
+            if n > 1:
+                dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=n, timeout=TIMEOUT)
+            else:
+                del os.environ["RANK"]
+            answer = False, function(*args, **options)
+        except BaseException as error:  # SystemExit too: the test decides
+            answer = True, f"{error!r}\n{traceback.format_exc()}"
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        try:
+            pipe.send(answer)
+        except Exception as error:  # an answer that cannot be pickled
+            pipe.send((True, repr(error)))
