@@ -106,8 +106,6 @@ class Config(ModelConfig):
                 if getattr(self, name) < floor:
                     raise UserError(f"{name}={getattr(self, name)} must be at least {floor}")
         for ok, message in (
-                (self.global_batch_size % self.micro_batch_size == 0,
-                 f"micro_batch_size={self.micro_batch_size} must divide global_batch_size={self.global_batch_size}"),
                 (self.sequence_length <= self.max_position_embeddings,
                  f"sequence_length={self.sequence_length} exceeds "
                  f"max_position_embeddings={self.max_position_embeddings}"),

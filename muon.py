@@ -17,6 +17,7 @@ Next: owners.py, kernels/newton_schulz.py.
 
 import collections
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -150,11 +151,9 @@ class Muon(torch.optim.Optimizer):
         if sharded and len(set(_from_all_ranks(self.plan.digest()))) > 1:
             raise RuntimeError("the ranks disagree about the parameters: do all run the same code and settings?")
         local = [_Job(batch, self.plan, self.rank) for batch in self.plan.local_batches(self.rank)]
-        travelling = [_Job(bucket, self.plan, self.rank) for bucket in self.plan.buckets]
-        self.jobs = []  # taking turns, so that there is something to compute while a bucket travels
-        while local or travelling:
-            self.jobs += local[:1] + travelling[:1]
-            local, travelling = local[1:], travelling[1:]
+        self.buckets = [_Job(bucket, self.plan, self.rank) for bucket in self.plan.buckets]
+        turns = itertools.zip_longest(local, self.buckets)  # something to compute while a bucket travels
+        self.jobs = [job for turn in turns for job in turn if job is not None]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -198,13 +197,14 @@ class Muon(torch.optim.Optimizer):
             for move, update_rows in zip(moves, rows):
                 update(move.low, move.high, move.item.stack, update_rows)
 
-        under_way, last = collections.deque(), None
-        for number, job in enumerate(self.jobs):
-            for ahead in self.jobs[number + len(under_way):number + 3]:  # this job and the next two
-                under_way.append(self._depart(ahead.inward, direction))
+        # Local jobs differ from rank to rank, so only those that travel may decide about the order of departures.
+        coming, under_way, last = collections.deque(self.buckets), collections.deque(), None
+        for job in self.jobs:
+            while coming and len(under_way) < 2:
+                under_way.append(self._depart(coming.popleft().inward, direction))
             matrices = {shape: torch.empty(rows, shape[1], dtype=self.wire_dtype, device=params[0].device)
                         for shape, rows in job.rows.items()}
-            arrived = under_way.popleft()()
+            arrived = under_way.popleft()() if job in self.buckets else []
             sources = [direction(move) for move in job.inward.stays] + arrived
             if sources:
                 torch._foreach_copy_([job.part(matrices, move) for move in job.inward.stays + job.inward.receives],

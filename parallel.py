@@ -22,12 +22,18 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 import errors
 from dispatch import ExpertParallel
 from errors import UserError
 from moe import MoE
 from muon import local_rows
+
+# Selective recompute insists that the same operations come again, but FSDP2's hooks inside a block, those of the
+# experts, mark other profiler ranges in the recomputation than in the forward.
+SAC_IGNORED_OPS.update((torch.ops.profiler._record_function_enter_new.default,
+                        torch.ops.profiler._record_function_exit._RecordFunction))
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: a rank that hangs ends the others after this
 

@@ -10,6 +10,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests.helpers import make_config, make_data  # noqa: E402
+from tests.ranks import Pool  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data") / "synthetic")
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Four processes that run functions as 1 to 4 gloo ranks; started by the first test that wants them."""
+    ranks = Pool()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture

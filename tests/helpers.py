@@ -33,6 +33,22 @@ TINY = dict(
 )
 
 
+DEBUG_SIZE = dict(  # configs/debug.py's model, with the vocabulary of bytes
+    hidden_size=128,
+    intermediate_size=384,
+    moe_intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_shared_experts=2,
+)
+
+
 def tiny_config(**changes):
     config = ModelConfig(**TINY | changes)
     config.check_model()

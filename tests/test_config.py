@@ -84,7 +84,6 @@ def test_wrong_flags_say_what_would_be_valid(word, message):
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("--global_batch_size=10", "micro_batch_size=16 must divide"),
         ("--n_group=3", "n_group=3 must divide"),
         ("--num_experts_per_tok=99", "at most n_routed_experts"),
         ("--topk_group=2", "at most n_group"),

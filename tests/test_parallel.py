@@ -1,0 +1,304 @@
+"""Training on 2 to 4 gloo ranks against one process: the same losses and the same weights on every layout."""
+
+import json
+import math
+import shutil
+import signal
+
+import pytest
+import torch
+
+import checkpoint
+import config as settings
+import export
+import parallel
+import train
+from errors import UserError
+from muon import Muon
+from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records
+
+STEPS = 20
+LAYOUTS = {  # name: (ranks, settings)
+    "accumulation 4": (1, ["--micro_batch_size=6"]),
+    "ddp 2": (2, ["--strategy=ddp"]),
+    "ddp 2, accumulation 4": (2, ["--strategy=ddp", "--micro_batch_size=3"]),
+    "fsdp 2": (2, []),
+    "fsdp 4": (4, []),
+    "fsdp 4, accumulation 2": (4, ["--micro_batch_size=3"]),
+    "fsdp 3": (3, []),
+    "hsdp 2 x 2": (4, ["--dp_replicate=2"]),
+    "hsdp 2 x 2, accumulation 2": (4, ["--dp_replicate=2", "--micro_batch_size=3"]),
+    "ep 2": (2, ["--ep=2"]),
+    "fsdp 4, ep 2": (4, ["--ep=2"]),
+    "fsdp 4, ep 4": (4, ["--ep=4"]),
+    "hsdp 2 x 2, ep 2": (4, ["--dp_replicate=2", "--ep=2"]),
+    "ep 2, selective recompute": (2, ["--ep=2", "--activation_checkpointing=selective"]),
+    "fsdp 4, ep 2, full recompute": (4, ["--ep=2", "--activation_checkpointing=full"]),
+}
+
+
+def run(*words):
+    return train.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, data, pool):
+    """A config of the debug model, and the run of one process that the others are compared with."""
+    folder = tmp_path_factory.mktemp("layouts")
+    config = make_config(
+        folder / "debug.py",
+        **DEBUG_SIZE
+        | dict(data=str(data), global_batch_size=24, micro_batch_size=24, max_steps=STEPS, save_interval=10),
+        eval_interval=10,
+        warmup_steps=STEPS,
+        qk_clip_tau=0.2,  # low enough that heads are clipped all the time
+    )
+    pool.run(1, run, config, f"--out_dir={folder / 'one'}")
+    return folder, config
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_changes_nothing(base, pool, name):
+    folder, config = base
+    out = folder / name.replace(" ", "_").replace(",", "")
+    n, words = LAYOUTS[name]
+    returned = pool.run(n, run, config, f"--out_dir={out}", *words)
+    assert len({json.dumps(record["loss"]) for record in returned}) == 1  # every rank has the global numbers
+    one = folder / "one"
+    assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
+    for mine, reference in zip(records(out), records(one)):
+        assert mine["loss"] == pytest.approx(reference["loss"], abs=1e-5)
+        assert mine["aux_loss"] == pytest.approx(reference["aux_loss"], abs=1e-4)
+        assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+        assert mine["max_attention_logit"] == pytest.approx(reference["max_attention_logit"], rel=1e-4)
+        for exact in ("qk_clipped_heads", "expert_load_max", "expert_load_min", "dead_experts", "router_bias_std"):
+            assert mine[exact] == reference[exact], exact
+    assert [r["loss"] for r in records(out, "val")] == pytest.approx([r["loss"] for r in records(one, "val")], abs=1e-5)
+    mine, reference = final_tensors(out), final_tensors(one)
+    assert mine.keys() == reference.keys()
+    for tensor_name, tensor in mine.items():
+        torch.testing.assert_close(tensor, reference[tensor_name], rtol=0, atol=1e-5, msg=tensor_name)
+        if tensor_name.endswith("e_score_correction_bias"):
+            assert torch.equal(tensor, reference[tensor_name])
+    assert sum(record["qk_clipped_heads"] for record in records(one)) > 20
+    assert len([event for event in records(out, "event") if event["event"] == "save"]) == 2
+
+
+@pytest.mark.parametrize("n, words", [(2, []), (2, ["--ep=2"])], ids=["fsdp", "ep"])
+def test_samples_are_the_same_text(base, pool, tmp_path, n, words):
+    options = ["--max_steps=1", "--sample_interval=1", "--sample_prompts=['abc']", "--eval_interval=0"]
+    pool.run(1, run, base[1], f"--out_dir={tmp_path / 'one'}", *options)
+    pool.run(n, run, base[1], f"--out_dir={tmp_path / 'many'}", *options, *words)
+    assert (tmp_path / "many/samples.md").read_text() == (tmp_path / "one/samples.md").read_text()
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def halfway(base, pool):
+    """The step 10 of a run on fsdp 4 with ep 2, as a run folder to continue."""
+    folder, config = base
+    source = folder / "halfway"
+    pool.run(4, run, config, f"--out_dir={source}", "--ep=2", "--max_steps=10", "--decay_steps=4", "--no-compile")
+    return source
+
+
+@pytest.mark.parametrize(
+    "n, words", [(1, []), (2, ["--strategy=ddp"]), (2, ["--ep=2"]), (3, []), (4, ["--ep=2"])], ids=str
+)
+def test_a_sharded_checkpoint_resumes_on_any_layout(base, halfway, pool, tmp_path, n, words):
+    folder, config = base
+    out = tmp_path / "run"
+    shutil.copytree(halfway, out)
+    pool.run(n, run, config, f"--out_dir={out}", "--resume", *words)
+    expected = losses(folder / "one")
+    assert len(losses(out)) == STEPS
+    for (step, loss), (_, reference) in zip(losses(out), expected):
+        assert loss == pytest.approx(reference, abs=1e-5), step
+    mine, reference = final_tensors(out), final_tensors(folder / "one")
+    assert all(torch.allclose(mine[name], reference[name], rtol=0, atol=1e-5) for name in reference)
+    one, other = tmp_path / "hf", tmp_path / "hf_one"
+    export.export(out, one)
+    export.export(folder / "one", other)
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in other.iterdir())
+    for file in one.glob("*.json"):
+        assert file.read_text() == (other / file.name).read_text(), file.name
+
+
+def load_and_save(words, source, target):
+    """Load a step on this layout and save it again: DCP must put every row back where it was."""
+    config, _ = settings.load(words)
+    layout = parallel.make_layout(config, torch.device("cpu"))
+    model = train.build(config, torch.device("cpu"), lambda m: parallel.distribute(m, layout, torch.float32))
+    optimizer = Muon(model.named_parameters())
+    tensors = checkpoint.named_tensors(model, optimizer)
+    checkpoint.load(source, tensors)
+    checkpoint.save(target, 10, tensors, {}, keep=1)
+
+
+@pytest.mark.parametrize("n, words", [(1, []), (2, ["--strategy=ddp"]), (3, []), (4, ["--dp_replicate=2", "--ep=2"])])
+def test_loading_and_saving_on_another_layout_is_bitwise(base, halfway, pool, tmp_path, n, words):
+    source = checkpoint.find(halfway)
+    pool.run(n, load_and_save, [base[1], *words], source, tmp_path / "checkpoints")
+    before, after = final_tensors(source), final_tensors(tmp_path)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_saving_beside_the_training_gives_the_same_run(base, pool, tmp_path):
+    folder, config = base
+    pool.run(2, run, config, f"--out_dir={tmp_path / 'run'}", "--async_save", "--save_interval=4")
+    assert [e["step"] for e in records(tmp_path / "run", "event") if e["event"] == "save"][-1] == STEPS
+    assert sorted(e["path"][-2:] for e in records(tmp_path / "run", "event")) == ["04", "08", "12", "16", "20"]
+    for (_, mine), (_, reference) in zip(losses(tmp_path / "run"), losses(folder / "one")):
+        assert mine == pytest.approx(reference, abs=1e-5)
+    assert final_tensors(tmp_path / "run").keys() == final_tensors(folder / "one").keys()
+    assert not list((tmp_path / "run/checkpoints").glob(".tmp*"))
+
+
+def full_disk_on_rank_1(*words):
+    original = checkpoint._write_synced
+    write = checkpoint.dcp.FileSystemWriter.write_data
+
+    def fail(self, *args, **options):
+        if parallel.rank() == 1 and not fail.done:
+            fail.done = True
+            raise OSError(28, "No space left on device")
+        return write(self, *args, **options)
+
+    fail.done = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.dcp.FileSystemWriter, "write_data", fail)
+        run(*words)
+    assert checkpoint._write_synced is original
+
+
+@pytest.mark.parametrize("words", [[], ["--async_save"]], ids=["at once", "beside"])
+def test_a_full_disk_on_one_rank_costs_one_checkpoint(base, pool, tmp_path, words):
+    out = tmp_path / "run"
+    pool.run(2, full_disk_on_rank_1, base[1], f"--out_dir={out}", "--max_steps=6", "--save_interval=3", *words)
+    events = [(e["event"], e["step"]) for e in records(out, "event")]
+    assert [name for name, _ in events] == ["save_failed", "save"]
+    assert "No space left" in records(out, "event")[0]["error"]
+    assert checkpoint.find(out).name == "step_00000006"
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["best", "latest", "step_00000006"]
+
+
+# ---------------------------------------------------------------------- agreement
+
+
+def nan_on_rank_1(*words):
+    original, calls = train.TrainStream.batch, []
+
+    def poisoned(self, first, size):
+        inputs, targets = original(self, first, size)
+        calls.append(first)
+        return inputs, targets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.TrainStream, "batch", poisoned)
+        norm = parallel.squared_norm
+        turn = iter(range(100))
+        patch.setattr(
+            parallel, "squared_norm", lambda *a: norm(*a) * (math.nan if next(turn) == 2 and parallel.rank() else 1)
+        )
+        run(*words)
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(base, pool, tmp_path):
+    out = tmp_path / "run"
+    pool.run(2, nan_on_rank_1, base[1], f"--out_dir={out}", "--max_steps=6", "--strategy=ddp")
+    assert [(e["event"], e["step"]) for e in records(out, "event")] == [("skip", 3), ("save", 6)]
+    assert all(math.isfinite(loss) for _, loss in losses(out))
+    assert checkpoint.read_manifest(checkpoint.find(out))["optimizer_steps"] == 5
+
+
+def signal_on_rank_1(*words):
+    original = Muon.step
+
+    def step(self, *args):
+        if parallel.rank() == 1 and self.steps == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Muon, "step", step)
+        run(*words)
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(base, pool, tmp_path):
+    out = tmp_path / "run"
+    pool.run(2, signal_on_rank_1, base[1], f"--out_dir={out}")
+    assert losses(out)[-1][0] == 4 and checkpoint.find(out).name == "step_00000004"
+    pool.run(2, run, base[1], f"--out_dir={out}", "--resume=auto", "--max_steps=6")
+    assert [step for step, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def expect_refusal(words, message):
+    with pytest.raises(UserError, match=message):
+        run(*words)
+
+
+@pytest.mark.parametrize(
+    "n, words, message",
+    [
+        (4, ["--dp_replicate=3"], "valid: 1 x 4, 2 x 2, 4 x 1"),
+        (2, ["--dp_shard=3"], "does not make 2 ranks"),
+        (4, ["--ep=3"], "valid: 1, 2, 4"),
+        (2, ["--ep=2", "--n_routed_experts=0"], "valid: 1"),
+        (2, ["--strategy=ddp", "--ep=2"], "use strategy='fsdp'"),
+        (1, ["--ep=2"], "must divide dp_shard=1"),
+        (3, ["--global_batch_size=25"], "multiple of the 3 ranks"),
+        (2, ["--micro_batch_size=5"], "must divide global_batch_size / ranks = 12"),
+        (2, ["--nonsense=1"], "unknown setting"),
+        (2, ["--resume"], "no complete checkpoint"),
+    ],
+)
+def test_a_wrong_combination_is_refused_on_every_rank(base, pool, tmp_path, n, words, message):
+    pool.run(n, expect_refusal, [base[1], f"--out_dir={tmp_path / 'run'}", *words], message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_is_refused_on_every_rank(base, pool):
+    pool.run(2, expect_refusal, [base[1], f"--out_dir={base[0] / 'one'}"], "holds a run already")
+
+
+def test_a_share_smaller_than_the_micro_batch_is_taken_whole(base, pool, monkeypatch):
+    config, _ = settings.load([base[1], "--micro_batch_size=24"])
+    monkeypatch.setattr(parallel, "ranks", lambda: 4)
+    assert parallel.split_batch(config) == (6, 1)
+    config.micro_batch_size = 2
+    assert parallel.split_batch(config) == (2, 3)
+
+
+# ---------------------------------------------------------------------- model variants
+
+
+@pytest.mark.parametrize(
+    "n, words",
+    [
+        (2, ["--tie_word_embeddings"]),
+        (2, ["--n_routed_experts=0"]),
+        (2, ["--attention=mha", "--muon_per_head"]),
+        (4, ["--q_lora_rank=24", "--muon_per_head", "--ep=2", "--n_group=4", "--topk_group=2"]),
+        (3, ["--optimizer=adamw", "--n_routed_experts=10", "--n_shared_experts=0"]),
+    ],
+    ids=["tied", "dense", "mha per head", "query compression", "adamw uneven"],
+)
+def test_model_variants(base, pool, tmp_path, n, words):
+    options = ["--max_steps=5", "--save_interval=0", "--eval_interval=0", *words]
+    pool.run(n, run, base[1], f"--out_dir={tmp_path / 'many'}", *options)
+    pool.run(1, run, base[1], f"--out_dir={tmp_path / 'one'}", *[w for w in options if not w.startswith("--ep")])
+    assert [loss for _, loss in losses(tmp_path / "many")] == pytest.approx(
+        [loss for _, loss in losses(tmp_path / "one")], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("words", [["--dtype=bfloat16"], ["--dtype=float16", "--ep=2"]], ids=" ".join)
+def test_low_precision_learns_over_ranks(base, pool, tmp_path, words):
+    options = ["--max_steps=12", "--save_interval=0", "--eval_interval=0", *words]
+    pool.run(2, run, base[1], f"--out_dir={tmp_path / 'many'}", *options)
+    pool.run(1, run, base[1], f"--out_dir={tmp_path / 'one'}", *[w for w in options if not w.startswith("--ep")])
+    many, one = losses(tmp_path / "many"), losses(tmp_path / "one")
+    assert many[-1][1] < many[0][1] - 0.3
+    assert [loss for _, loss in many] == pytest.approx([loss for _, loss in one], abs=0.03)
