@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import errors
 from errors import UserError
 from model import ModelConfig, setting
 
@@ -225,3 +226,7 @@ def help_text():
             kinds = " | ".join(map(_kind_name, _kinds(name)))
             lines.append(f"  --{name}={field.default!r}  ({kinds})\n        {field.metadata['why']}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":  # for launch/multinode.sh: check the settings and say where the run will lie
+    errors.run(lambda argv: print(load(argv)[0].out_dir))

@@ -3,19 +3,24 @@
 Everything else that goes wrong is a bug and keeps its traceback. Next: config.py, where most of these are raised.
 """
 
+import signal
 import sys
+import time
 
 
 class UserError(ValueError):
     """Wrong input: a bad setting, a damaged file, a missing folder. The message names the cause and what to do next."""
 
 
-def run(main):
+def run(main, pause=0.0):
     """Call main(argv) for a script. A UserError, and what the system refuses (a full disk, a folder without
-    permission), becomes one line on stderr and exit status 2; Ctrl-C exit status 130."""
+    permission), becomes one line on stderr and exit status 2; Ctrl-C exit status 130. pause: seconds to wait before
+    saying it, for one of many ranks that make the same mistake: the first to speak ends the others."""
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(pause)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

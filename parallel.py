@@ -59,7 +59,7 @@ def run(main):
         return
     status = 0
     try:
-        errors.run(main)
+        errors.run(main, pause=3.0 if int(os.environ["LOCAL_RANK"]) else 0.0)
         if dist.is_initialized():
             dist.destroy_process_group()
     except SystemExit as end:

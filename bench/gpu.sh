@@ -2,7 +2,7 @@
 # On a machine with a GPU and torch: the gpu-marked tests, then the benches; JSON goes to $OUT or bench/results/.
 #   bash bench/gpu.sh
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 PYTHON="${PYTHON:-python3}"
 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
 tests=$?

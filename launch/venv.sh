@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes .venv once and installs a requirements file into it when that has changed.
 # PYTHON names the interpreter (3.11 or newer); VENV the folder.
 set -euo pipefail

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Train on all GPUs of this node, and go on by itself after a failure:
+#   bash launch/multinode.sh configs/small.py [--key=value ...]
+# On several nodes run the same line on each, over a shared file system for out_dir and the same data everywhere:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash launch/multinode.sh configs/small.py      # NODE_RANK=1 on the other
+#
+# Every attempt is a new torchrun that continues from the newest complete checkpoint. torchrun's own --max-restarts is
+# left alone: with gloo it meets stale addresses of dead ranks (pytorch issue 135712). TERM, INT or USR1 lets the ranks
+# finish their step and save, and then ends with status 75. Three failures without a new checkpoint in between end with
+# status 1, a mistake in the settings with 2.
+#   NPROC_PER_NODE  ranks here (auto: one a GPU)   MASTER_PORT  29500   PYTHON  python   MAX_FAILURES  3
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+: "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${NPROC_PER_NODE:=auto}"
+: "${PYTHON:=python}" "${MAX_FAILURES:=3}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+
+# Refuses mistakes in the settings before any rank starts, and knows where the run will lie.
+out="$("$PYTHON" -m config "$@")" || exit 2
+latest() { cat "$out/checkpoints/latest" 2>/dev/null; }
+
+child="" stopping=""
+# shellcheck disable=SC2329  # a trap calls it
+stop() {
+    stopping=yes
+    if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; fi
+}
+trap stop TERM INT USR1
+
+again=()
+for word in "$@"; do  # a restart continues; what the first attempt was told about starting is spent
+    case "$word" in --overwrite | --resume | --resume=*) ;; *) again+=("$word") ;; esac
+done
+words=("$@")
+[ ${#again[@]} -eq $# ] && words+=("--resume=auto")
+
+failures=0
+while [ -z "$stopping" ]; do
+    before="$(latest)"
+    "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC_PER_NODE" \
+        --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --max_restarts=0 train.py "${words[@]}" &
+    child=$!
+    wait "$child"
+    status=$?
+    while kill -0 "$child" 2>/dev/null; do  # a trap interrupts wait
+        wait "$child"
+        status=$?
+    done
+    [ "$status" -eq 0 ] && [ -z "$stopping" ] && exit 0
+    [ "$(latest)" != "$before" ] && failures=0
+    failures=$((failures + 1))
+    [ -n "$stopping" ] && break
+    if [ "$failures" -ge "$MAX_FAILURES" ]; then
+        echo "multinode.sh: $failures failures without a new checkpoint in $out: giving up" >&2
+        exit 1
+    fi
+    echo "multinode.sh: torchrun ended with status $status; continuing from ${before:+the newest checkpoint of }$out" >&2
+    words=("${again[@]}" "--resume=auto")
+    sleep 1
+done
+exit 75

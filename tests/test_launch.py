@@ -1,0 +1,226 @@
+"""The launch files as far as they can be checked without a cluster, and restarts under real torchrun and real kills."""
+
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import config as settings
+from tests.helpers import ROOT, assert_equal_runs, final_tensors, losses, make_config, run_script
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def multinode(*words, **environment):
+    """launch/multinode.sh in a process group of its own."""
+    return subprocess.Popen(
+        ["bash", "launch/multinode.sh", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, "MASTER_PORT": free_port(), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process, seconds=240):
+    """(status, output); a process that takes longer is killed with all that it started."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"took longer than {seconds} s:\n{output}") from None
+
+
+def workers(out):
+    """The pids of the ranks that train into `out`."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "train.py" in words and f"--out_dir={out}" in words and "torch.distributed.run" not in words:
+            pids.append(int(path.parent.name))
+    return pids
+
+
+def wait_for_step(process, out, step, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        if (Path(out) / "metrics.jsonl").exists() and any(done >= step for done, _ in losses(out)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came: {finished(process, 5)}")
+
+
+@pytest.fixture
+def slow_config(tmp_path, data):
+    """Steps long enough to be hit in the middle."""
+    return make_config(tmp_path / "tiny.py", data=str(data), global_batch_size=48, micro_batch_size=4, max_steps=24,
+                       save_interval=3, keep_checkpoints=2)
+
+
+KILLS = int(os.environ.get("KILLS", 2))
+
+
+@pytest.mark.slow
+def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path):
+    """A random rank gets SIGKILL at random moments; the job goes on by itself and ends bitwise as if undisturbed."""
+    out, rng = tmp_path / "killed", random.Random(0)
+    process = multinode(slow_config, f"--out_dir={out}", "--max_steps=36")
+    restarts = []
+    for kill in range(KILLS):
+        done = max((step for step, _ in losses(out)), default=0) if (out / "metrics.jsonl").exists() else 0
+        wait_for_step(process, out, max(done, 3 * kill) + 1 + rng.randrange(3))
+        time.sleep(rng.random() * 0.3)
+        if victims := workers(out):
+            killed = time.monotonic()
+            os.kill(rng.choice(victims), signal.SIGKILL)
+            while set(victims) & set(workers(out)):
+                time.sleep(0.05)
+                assert time.monotonic() - killed < 60, "the other rank did not end"
+            restarts.append(time.monotonic() - killed)
+    status, output = finished(process)
+    assert status == 0, output
+    assert output.count("multinode.sh: torchrun ended") == KILLS, output
+    print(f"{KILLS} kills; the other ranks ended within {max(restarts):.1f} s")
+    assert [step for step, _ in losses(out)] == list(range(1, 37))
+    status, output = finished(multinode(slow_config, f"--out_dir={tmp_path / 'whole'}", "--max_steps=36"))
+    assert status == 0, output
+    assert_equal_runs(out, tmp_path / "whole")
+    assert not workers(out)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_and_the_next_start_continues(slow_config, tmp_path):
+    out = tmp_path / "run"
+    process = multinode(slow_config, f"--out_dir={out}", "--save_interval=0", "--max_steps=500")
+    wait_for_step(process, out, 3)
+    process.send_signal(signal.SIGUSR1)
+    status, output = finished(process)
+    assert status == 75 and "saved step" in output, output
+    step = losses(out)[-1][0]
+    assert (out / "checkpoints/latest").read_text().strip() == f"step_{step:08d}"
+    status, output = finished(multinode(slow_config, f"--out_dir={out}", f"--max_steps={step + 2}"))
+    assert status == 0 and losses(out)[-1][0] == step + 2, output
+    assert final_tensors(out)
+
+
+def test_a_mistake_is_refused_once_before_any_rank_starts(slow_config):
+    status, output = finished(multinode(slow_config, "--max_stepz=3"), 60)
+    assert status == 2 and output.count("did you mean 'max_steps'") == 1 and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_failures_without_progress_end_the_loop(slow_config, tmp_path):
+    words = (slow_config, f"--out_dir={tmp_path / 'run'}", "--data=no/such/folder")
+    status, output = finished(multinode(*words, MAX_FAILURES="1"), 120)
+    assert status == 1 and "giving up" in output
+    assert output.count("error: no data folder no/such/folder") == 1 and "Traceback" not in output.split("torch/")[0]
+
+
+def test_the_readme_command_runs_under_torchrun(slow_config, tmp_path):
+    """torchrun itself, as the README writes it, with an end that leaves nothing behind."""
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", slow_config,
+                      f"--out_dir={tmp_path / 'run'}", "--max_steps=3", check=0, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.stdout.count("step 3/3") == 1 and "2 ranks, parameters sharded over 2" in done.stdout
+    assert not workers(tmp_path / "run")
+
+
+# ---------------------------------------------------------------------- files for clusters
+
+
+def train_words(text):
+    """The arguments of multinode.sh in a script."""
+    line = next(line for line in text.splitlines() if "launch/multinode.sh " in line and not line.startswith("#"))
+    return shlex.split(line.split("launch/multinode.sh ")[1])
+
+
+def test_slurm_file():
+    text = (ROOT / "launch/slurm.sbatch").read_text()
+    subprocess.run(["bash", "-n", ROOT / "launch/slurm.sbatch"], check=True)
+    options = dict(line[len("#SBATCH --"):].split("=", 1) if "=" in line else (line[len("#SBATCH --"):], "")
+                   for line in text.splitlines() if line.startswith("#SBATCH"))
+    assert options["ntasks-per-node"] == "1" and "requeue" in options and options["open-mode"] == "append"
+    assert options["signal"].startswith("B:USR1@") and int(options["signal"].split("@")[1]) >= 300
+    assert "trap requeue USR1" in text and "scontrol requeue" in text
+
+
+def test_slurm_file_requeues_with_fake_slurm(tmp_path):
+    """The batch script against stand-ins for srun and scontrol: environment, words, USR1, requeue."""
+    log = tmp_path / "log"
+    (tmp_path / "srun").write_text(
+        f"""#!/usr/bin/env bash
+trap 'echo saved >> {log}; exit 0' USR1
+echo "srun $NNODES $MASTER_ADDR $MASTER_PORT ${{@: -2}}" >> {log}
+while true; do sleep 0.05; done
+"""
+    )
+    (tmp_path / "scontrol").write_text(
+        f"""#!/usr/bin/env bash
+if [ "$1" = show ]; then printf 'node7\\nnode8\\n'; else echo "$@" >> {log}; fi
+"""
+    )
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    environment = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[7-8]",
+                   "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen(["bash", ROOT / "launch/slurm.sbatch", "configs/small.py", "--max_steps=5"],
+                               env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    assert log.read_text().splitlines() == [
+        "srun 2 node7 22345 configs/small.py --max_steps=5", "saved", "requeue 12345"]
+
+
+def test_kubernetes_file():
+    jobset = yaml.safe_load((ROOT / "launch/k8s.yaml").read_text())
+    assert jobset["apiVersion"].startswith("jobset.x-k8s.io/") and jobset["kind"] == "JobSet"
+    (group,) = jobset["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {entry["name"]: entry for entry in container["env"]}
+    assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"]
+    assert int(environment["NNODES"]["value"]) == job["parallelism"]
+    name = jobset["metadata"]["name"]
+    assert environment["MASTER_ADDR"]["value"] == f"{name}-{group['name']}-0-0.{name}"
+    assert "job-completion-index" in environment["NODE_RANK"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert int(environment["NPROC_PER_NODE"]["value"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert pod["terminationGracePeriodSeconds"] >= 300
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert container["command"] == ["bash", "launch/multinode.sh"]
+    settings.load([str(ROOT / container["args"][0]), *container["args"][1:]])
+
+
+def test_sky_file():
+    task = yaml.safe_load((ROOT / "launch/sky.yaml").read_text())
+    assert task["num_nodes"] == 2 and task["resources"]["accelerators"] == "H100:8"
+    for script in (task["setup"], task["run"]):
+        subprocess.run(["bash", "-n", "-c", script], check=True)
+    for name in ("SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS"):
+        assert name in task["run"]
+    words = train_words(task["run"])
+    settings.load([str(ROOT / words[0]), *words[1:]])
