@@ -22,7 +22,6 @@ class ExpertParallel:
         self.group, self.ranks = group, dist.get_world_size(group)
         self.here = n_experts // self.ranks
 
-    @torch.compiler.disable
     def send(self, x_ND, weights_NK, experts_NK):
         """Start sending; returns what receive and collect need."""
         N, K = experts_NK.shape
@@ -50,7 +49,6 @@ class ExpertParallel:
         position_PN = (sent_PN.flatten().cumsum(0) - 1).view_as(sent_PN)
         return x_MD, about_M2K, rows, about, n_choices, sent_PN, position_PN
 
-    @torch.compiler.disable
     def receive(self, handle):
         """(rows, weights, local choices, number of choices) for Experts. A choice of another rank reads as expert L,
         which is none."""
@@ -59,7 +57,6 @@ class ExpertParallel:
         weights_MK, local_MK = about_M2K.chunk(2, dim=1)
         return x_MD, weights_MK, local_MK.detach().long(), n_choices
 
-    @torch.compiler.disable
     def collect(self, y_MD, handle):
         """Send the rows' results home and add them up per token, in fp32."""
         _, about_M2K, rows, _, _, sent_PN, position_PN = handle

@@ -101,9 +101,12 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         weights_NK, experts_NK, scores_NE = self.gate(x_ND)
         counts_E = routing.count_choices(experts_NK, scores_NE.shape[1])
-        handle = self.dispatch.send(x_ND, weights_NK, experts_NK)
-        shared_BTD = self.shared_experts(x_BTD) if self.shared_experts is not None else None  # while rows are in flight
-        y_ND = self.experts(*self.dispatch.receive(handle))
-        y_BTD = self.dispatch.collect(y_ND, handle).view_as(x_BTD)
         balance = routing.sequence_balance(scores_NE, experts_NK, x_BTD.shape[0])
-        return (y_BTD if shared_BTD is None else y_BTD + shared_BTD), balance, counts_E
+        return self.compute(x_ND, weights_NK, experts_NK).view_as(x_BTD), balance, counts_E
+
+    def compute(self, x_ND, weights_NK, experts_NK):
+        """The experts' part, between the router's choice and the result."""
+        handle = self.dispatch.send(x_ND, weights_NK, experts_NK)
+        shared_ND = self.shared_experts(x_ND) if self.shared_experts is not None else None  # while rows are in flight
+        y_ND = self.dispatch.collect(self.experts(*self.dispatch.receive(handle)), handle)
+        return y_ND if shared_ND is None else y_ND + shared_ND

@@ -245,6 +245,17 @@ def _prefetch(layers):
         layer.set_modules_to_backward_prefetch(before)
 
 
+def compile_blocks(model):
+    """torch.compile every block, inside of what shards it. How many rows come from other ranks changes with every step,
+    so what lies between sending and collecting them stays out, but for the shared expert."""
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+        if isinstance(layer.mlp, MoE) and isinstance(layer.mlp.dispatch, ExpertParallel):
+            layer.mlp.compute = torch.compiler.disable(layer.mlp.compute)
+            if layer.mlp.shared_experts is not None:
+                layer.mlp.shared_experts.forward = torch.compile(layer.mlp.shared_experts.forward, dynamic=False)
+
+
 def last_micro_batch(model, last):
     """Replicas need to add up their gradients only once a step, after the last micro-batch."""
     if isinstance(model, FSDPModule):

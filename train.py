@@ -109,8 +109,7 @@ def main(argv=None):
         best_loss = None  # that of another folder or branch
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
     if config.compile or (config.compile is None and device.type == "cuda"):
-        for layer in model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=False)  # what shards a block stays outside
+        parallel.compile_blocks(model)
 
     # ------------------------------------------------------------------ what is about to happen
     total, active = count_parameters(config)

@@ -41,8 +41,7 @@ def main(argv=None):
     routes = route_parameters(model.named_parameters(), config.optimizer)
     optimizer = Muon(model.named_parameters(), config.muon_lr, routes=routes, ns_dtype=model.compute_dtype)
     if device.type == "cuda" and config.compile is not False:
-        for layer in model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=False)
+        parallel.compile_blocks(model)
     parameters = list(model.parameters())
     model.train()
     shape = (config.micro_batch_size, config.sequence_length + 1)

@@ -302,3 +302,25 @@ def test_low_precision_learns_over_ranks(base, pool, tmp_path, words):
     many, one = losses(tmp_path / "many"), losses(tmp_path / "one")
     assert many[-1][1] < many[0][1] - 0.3
     assert [loss for _, loss in many] == pytest.approx([loss for _, loss in one], abs=0.03)
+
+
+def compiled(*words):
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    reset()
+    counters.clear()
+    run(*words)
+    reset()
+    return dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+def test_blocks_compile_inside_of_what_shards_them(base, pool, tmp_path):
+    options = ["--max_steps=4", "--save_interval=0", "--eval_interval=0", "--dtype=bfloat16", "--compile"]
+    breaks, graphs = pool.run(2, compiled, base[1], f"--out_dir={tmp_path / 'fsdp'}", *options)[0]
+    assert not breaks and graphs == 2  # one for the dense block, one for all others: nothing is compiled again
+    breaks, graphs = pool.run(2, compiled, base[1], f"--out_dir={tmp_path / 'ep'}", *options, "--ep=2")[0]
+    assert sum(breaks.values()) == 3 and graphs <= 7  # one break in each MoE block, around what travels
+    for one, other in zip(losses(tmp_path / "fsdp"), losses(tmp_path / "ep")):
+        assert one[1] == pytest.approx(other[1], abs=0.02)
