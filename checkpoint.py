@@ -23,6 +23,7 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -73,10 +74,13 @@ def save(folder, step, tensors, about, keep, best=False, group=None):
             os.rename(final, folder / f".trash_{step:08d}")
         os.rename(temporary, final)
         _sync_folder(folder)
-        point(folder, "latest", final)
-        if best:
-            point(folder, "best", final)
-        _retain(folder, keep)
+        try:
+            point(folder, "latest", final)
+            if best:
+                point(folder, "best", final)
+            _retain(folder, keep)
+        except OSError as error:  # the step is safe all the same
+            print(f"warning: {final} is saved, but: {error}")
 
     try:
         _together(prepare if first else None, group)
@@ -108,7 +112,9 @@ class Saver:
 
     def __init__(self, folder, keep, best_loss, background):
         self.folder, self.keep, self.best_loss = folder, keep, best_loss
-        self.thread = ThreadPoolExecutor(1) if background else None
+        on_device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} \
+            if torch.cuda.is_available() else {}  # else the thread would open a context on the first GPU
+        self.thread = ThreadPoolExecutor(1, **on_device) if background else None
         self.group = parallel.second_group() if background else None
         self.under_way = None
 
@@ -154,11 +160,17 @@ def point(folder, name, step_folder):
     os.replace(folder / f".{name}", folder / name)
 
 
-def drop_after(folder, step):
-    """Delete the checkpoints beyond `step`: a run that was rewound continues on another branch."""
+def drop_after(folder, step, rewound=True):
+    """Clear away the checkpoints beyond `step`: a run that was rewound continues on another branch. If it was not, they
+    were passed over as damaged: somebody may still want to look, so they are kept as damaged_step_..."""
     for path in step_folders(folder):
-        if _step_of(path) > step:
+        if _step_of(path) > step and rewound:
             _delete(path)
+        elif _step_of(path) > step:
+            aside = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+            print(f"{path} is kept as {aside.name}")
     if left := step_folders(folder):
         point(folder, "latest", left[-1])
 
@@ -202,11 +214,11 @@ def find(path, which="latest"):
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if which == "best":
-        best = pointed(folder, "best")
+        best = parallel.once(pointed, folder, "best")
         if best is None:
             raise UserError(f"{path} has no best checkpoint: none was saved together with a validation")
         return find(best)
-    for candidate in reversed(step_folders(folder)):
+    for candidate in reversed(parallel.once(step_folders, folder)):  # one view of a shared file system
         reason = damage(candidate)
         if not reason:
             return candidate

@@ -10,6 +10,8 @@ rank, S rows sent, M rows received.   Next: moe.py, parallel.py.
 import torch
 import torch.distributed as dist
 
+from kernels.experts import SumRows, TakeRows
+
 
 class ExpertParallel:
     """The dispatch seam over an expert group: rows go to the ranks of their experts and come back as weighted sums.
@@ -42,12 +44,18 @@ class ExpertParallel:
         local_SK = torch.where(there_SK, experts_NK[token_S] % self.here, self.here)
         about_S2K = torch.cat((weights_NK.float()[token_S], local_SK.float()), dim=1)  # small whole numbers are exact
 
+        # Where the rows of each token are, of which there are at most min(P, K): an absent one lies beyond the end.
+        position_PN = (sent_PN.flatten().cumsum(0) - 1).view_as(sent_PN)
+        slots = min(self.ranks, K)
+        slot_PN = (sent_PN.cumsum(0) - 1).masked_fill(~sent_PN, slots)
+        from_NJ = torch.full((N, slots + 1), len(token_S), device=x_ND.device)
+        from_NJ = from_NJ.scatter_(1, slot_PN.T, position_PN.T)[:, :slots]
+
         rows = _Trip(self.group, send_splits, receive_splits)
         about = _Trip(self.group, send_splits, receive_splits)
-        x_MD = _Depart.apply(x_ND.index_select(0, token_S), rows)
+        x_MD = _Depart.apply(TakeRows.apply(x_ND, token_S, from_NJ), rows)
         about_M2K = _Depart.apply(about_S2K, about)
-        position_PN = (sent_PN.flatten().cumsum(0) - 1).view_as(sent_PN)
-        return x_MD, about_M2K, rows, about, n_choices, sent_PN, position_PN
+        return x_MD, about_M2K, rows, about, n_choices, token_S, from_NJ
 
     def receive(self, handle):
         """(rows, weights, local choices, number of choices) for Experts. A choice of another rank reads as expert L,
@@ -59,17 +67,9 @@ class ExpertParallel:
 
     def collect(self, y_MD, handle):
         """Send the rows' results home and add them up per token, in fp32."""
-        _, about_M2K, rows, _, _, sent_PN, position_PN = handle
+        _, _, rows, _, _, token_S, from_NJ = handle
         home = _Trip(self.group, rows.receive_splits, rows.send_splits)
-        y_SD = _Arrive.apply(_Depart.apply(y_MD, home), home)
-        # A token has at most min(P, K) rows: gather them into that many slots, the absent ones from a row of zeros.
-        slots = min(self.ranks, about_M2K.shape[1] // 2)
-        slot_PN = (sent_PN.cumsum(0) - 1).masked_fill(~sent_PN, slots)
-        from_NJ = torch.full((sent_PN.shape[1], slots + 1), len(y_SD), device=y_SD.device)
-        from_NJ.scatter_(1, slot_PN.T, position_PN.T)
-        padded = torch.cat((y_SD, y_SD.new_zeros(1, y_SD.shape[1])))
-        y_NJD = padded.index_select(0, from_NJ[:, :slots].flatten()).unflatten(0, (-1, slots))
-        return y_NJD.float().sum(1).to(y_MD.dtype)
+        return SumRows.apply(_Arrive.apply(_Depart.apply(y_MD, home), home), token_S, from_NJ)
 
 
 class _Trip:

@@ -71,10 +71,21 @@ class RunLog:
         fields = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in fields.items()}
         record = {"kind": kind, "step": step, **fields}
-        self.file.write(json.dumps(record) + "\n")
+        self._try(lambda: self.file.write(json.dumps(record) + "\n"))
         numbers = {f"{kind}/{key}": v for key, v in fields.items() if isinstance(v, (int, float))}
         self._to_wandb(lambda run: run.log(numbers, step=step))
         return record
+
+    def _try(self, action):
+        """A full disk must not cost the run more than some lines of its log."""
+        try:
+            action()
+        except OSError as error:
+            print(f"warning: the log is incomplete: {error}", flush=True)
+
+    def draw(self):
+        if self.active:
+            self._try(lambda: draw_curves(self.folder))
 
     def _to_wandb(self, action):
         if self.wandb is None:
@@ -89,13 +100,14 @@ class RunLog:
         if not self.active:
             return
         path = self.folder / "samples.md"
-        if not path.exists():
-            path.write_text("# Samples\n")
-        with open(path, "a") as file:
-            file.write(SAMPLE.format(step, f"{prompt}{text}\n~~~\n"))
+
+        def append():
+            with open(path, "a") as file:
+                file.write(("" if file.tell() else "# Samples\n") + SAMPLE.format(step, f"{prompt}{text}\n~~~\n"))
+        self._try(append)
 
     def close(self):
-        self.file.close()
+        self._try(self.file.close)
         self._to_wandb(lambda run: run.finish())
 
 
@@ -146,16 +158,23 @@ def expert_statistics(counts_LE, biases_LE):
 
 # ----------------------------------------------------------------------------- W&B
 
+def require_wandb(config):
+    """Refuse a setting that needs W&B where it is not installed, before anything begins."""
+    if config.wandb in ("online", "offline"):
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"wandb={config.wandb!r} needs the package: pip install wandb, or --wandb=off") from error
+
+
 def start_wandb(config, folder, run_id):
     """A W&B run, or None. auto never prompts: it asks only whether the package and a login are there."""
     if config.wandb == "off":
         return None
     try:
         import wandb
-    except ImportError as error:
-        if config.wandb == "auto":
-            return None
-        raise UserError(f"wandb={config.wandb!r} needs the package: pip install wandb, or --wandb=off") from error
+    except ImportError:
+        return None
     mode = config.wandb
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "off")

@@ -173,8 +173,8 @@ class Muon(torch.optim.Optimizer):
     def _muon(self, group, params, grads):
         momenta = [local_rows(self.state[p]["momentum"])[0] for p in group["params"]]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
-        directions = torch._foreach_lerp(grads, momenta, self.momentum) if self.nesterov else momenta
-        directions = [d.to(self.wire_dtype).reshape(-1, d.shape[-1]) for d in directions]
+        directions = [(torch.lerp(grad, momentum, self.momentum) if self.nesterov else momentum).to(self.wire_dtype)
+                      .view(-1, grad.shape[-1]) for grad, momentum in zip(grads, momenta)]
         params = [p.view(-1, p.shape[-1]) for p in params]
 
         def update(low, high, stack, rows):  # rows low..high of a parameter, where `rows` is their orthogonal direction

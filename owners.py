@@ -11,9 +11,10 @@ which executes it.
 
 import hashlib
 import heapq
+import itertools
 from dataclasses import dataclass, field
 
-BUCKET_ELEMENTS = 2**25  # matrix elements exchanged at once, over all ranks: 64 MiB in bf16
+BUCKET_ELEMENTS = 2**24  # what an owner gets and computes in one exchange: 32 MiB in bf16
 BATCH_ELEMENTS = 2**27   # what stays is orthogonalised in batches of at most this size: 512 MiB in fp32
 ROOM = 1.1               # a rank keeps its own matrices until it has this multiple of the mean work
 
@@ -123,49 +124,34 @@ def make_plan(stacks, held, bucket_elements=BUCKET_ELEMENTS):
     """Choose an owner for every matrix. held[rank][i] is the row range (low, high) of stack i on that rank, of all its
     count * rows rows.
 
-    Buckets go through the parameters backwards; in each the costliest matrices choose first, and the rank with the
-    least work so far gets the next (longest processing time first). Then come the matrices that a single rank holds
-    whole: they stay unless their rank has more than its share, pinned ones always.
+    The costliest matrices choose first, and the rank with the least work so far gets the next (longest processing time
+    first). A matrix that one rank alone holds whole stays there unless that rank has more than its share; a pinned one
+    always stays with one of those that hold it. Then every owner's travelling matrices are cut into buckets, so that in
+    each exchange all owners have work.
     """
     ranks = len(held)
     pieces = [_pieces([ranges[i] for ranges in held]) for i in range(len(stacks))]
     plan = Plan(stacks, pieces, ranks)
-    loads = _Loads(ranks)
-    alone, shared = [], []  # (stack, matrix, its only rank) and (stack, matrix, ranks with all of it)
-    for i, stack in enumerate(stacks):
-        for matrix, whole in enumerate(_whole_on(stack, pieces[i])):
-            if len(whole) == 1:
-                alone.append((i, matrix, whole[0]))
-            else:
-                shared.append((i, matrix, whole))
-    owners = {}
-    for i, matrix, rank in alone:
-        if stacks[i].pinned:
-            owners[i, matrix] = rank
-            loads.add(rank, stacks[i].cost)
     room = ROOM * sum(stack.count * stack.cost for stack in stacks) / ranks
-
-    size = lambda entry: stacks[entry[0]].size
-    shared.sort(key=lambda entry: (-entry[0], entry[1]))
-    for bucket in _cut(shared, size, bucket_elements):
-        assigned = []
-        for i, matrix, whole in sorted(bucket, key=lambda entry: -stacks[entry[0]].cost):
-            owner = loads.least(among=whole) if stacks[i].pinned else loads.least()
-            loads.add(owner, stacks[i].cost)
-            assigned.append((i, matrix, owner))
-        plan.buckets.append(_items(assigned, stacks, bucket_elements))
-
-    moved = []
-    for i, matrix, rank in sorted(alone, key=lambda entry: -stacks[entry[0]].cost):
-        if stacks[i].pinned:
-            continue
-        stays = ranks == 1 or loads[rank] + stacks[i].cost <= room
-        owners[i, matrix] = rank if stays else loads.least()
-        loads.add(owners[i, matrix], stacks[i].cost)
-        if owners[i, matrix] != rank:
-            moved.append((i, matrix, owners.pop((i, matrix))))
-    plan.buckets += [_items(bucket, stacks, bucket_elements) for bucket in _cut(moved, size, bucket_elements)]
-    plan.local = _items([(i, matrix, owner) for (i, matrix), owner in owners.items()], stacks, BATCH_ELEMENTS)
+    matrices = [(i, matrix, whole) for i, stack in enumerate(stacks)
+                for matrix, whole in enumerate(_whole_on(stack, pieces[i]))]
+    loads, stay, travel = _Loads(ranks), [], [[] for _ in range(ranks)]
+    # What has no choice first, then what travels anyway, then what may stay; each by falling cost.
+    rank_of_kind = lambda i, whole: 0 if stacks[i].pinned and whole else 2 if len(whole) == 1 else 1
+    for i, matrix, whole in sorted(matrices, key=lambda m: (rank_of_kind(m[0], m[2]), -stacks[m[0]].cost)):
+        stack = stacks[i]
+        if stack.pinned and whole:
+            owner = loads.least(among=whole)
+        elif len(whole) == 1 and (ranks == 1 or loads[whole[0]] + stack.cost <= room):
+            owner = whole[0]
+        else:
+            owner = loads.least()
+        loads.add(owner, stack.cost)
+        (stay if whole == (owner,) else travel[owner]).append((i, matrix, owner))
+    plan.local = _items(stay, stacks, BATCH_ELEMENTS)
+    shares = [_cut(_items(mine, stacks, bucket_elements), lambda item: item.count * stacks[item.stack].size,
+                   bucket_elements) for mine in travel]
+    plan.buckets = [list(itertools.chain(*turn)) for turn in itertools.zip_longest(*shares, fillvalue=())]
     return plan
 
 

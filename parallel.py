@@ -36,19 +36,25 @@ SAC_IGNORED_OPS.update((torch.ops.profiler._record_function_enter_new.default,
                         torch.ops.profiler._record_function_exit._RecordFunction))
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: a rank that hangs ends the others after this
+PATIENCE = datetime.timedelta(hours=2)    # where ranks wait for files: a slow disk is no hanging rank
 
 
 # ----------------------------------------------------------------------------- start and end
+
+_patient = None  # the group of once and from_all; None: the default group
+
 
 def start():
     """Join the process group that torchrun describes in the environment, if it does and that has not been done."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # one voice; errors still come from every rank
+    global _patient
+    _patient = second_group()
 
 
 def run(main):
@@ -92,7 +98,7 @@ def once(function, *args, **options):
             outcome = [function(*args, **options), None]
         except (UserError, OSError) as error:
             outcome = [None, error]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=_patient)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -103,7 +109,7 @@ def from_all(value, group=None):
     if ranks() == 1:
         return [value]
     values = [None] * ranks()
-    dist.all_gather_object(values, value, group=group)
+    dist.all_gather_object(values, value, group=group or _patient)
     return values
 
 
@@ -130,7 +136,7 @@ def same(tensor):
 
 def second_group():
     """A group of all ranks for a thread of its own: two threads in one group would mix up their collectives."""
-    return dist.new_group(backend="gloo", timeout=TIMEOUT) if ranks() > 1 else None
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if ranks() > 1 else None
 
 
 # ----------------------------------------------------------------------------- layout
@@ -154,6 +160,10 @@ class Layout:
 
 def make_layout(config, device):
     """The layout of config.strategy, dp_replicate, dp_shard and ep on the ranks that are there."""
+    if ranks() > 1 and (device.type == "mps" or device.type == "cuda"
+                        and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()):
+        raise UserError(f"more ranks on this machine than {device.type} devices: start fewer (--nproc_per_node), or "
+                        "train on the CPU with --device=cpu")
     layout = Layout(*check_layout(config, ranks()))
     if ranks() > 1:
         layout.dense = init_device_mesh(device.type, (layout.dp_replicate, layout.dp_shard),
@@ -236,13 +246,14 @@ def _distribute_experts(moe, layout, policy):
 
 
 def _prefetch(layers):
-    """Gather the next block while this one computes. FSDP2 would guess the same order, but only as long as the host
-    runs ahead, and expert dispatch makes it wait in every layer."""
-    units = [[layer] + [m for m in layer.modules() if isinstance(m, FSDPModule) and m is not layer] for layer in layers]
-    for layer, after in zip(layers, units[1:]):
-        layer.set_modules_to_forward_prefetch(after)
-    for layer, before in zip(layers[1:], units):
-        layer.set_modules_to_backward_prefetch(before)
+    """Gather a block's experts and the next block while this one computes. FSDP2 would guess the order, but only as
+    long as the host runs ahead, and dispatch makes it wait in every layer. A block asks for its own experts too:
+    gathered within a recomputation they would be taken for a part of it."""
+    inner = [[m for m in layer.modules() if isinstance(m, FSDPModule) and m is not layer] for layer in layers]
+    for i, layer in enumerate(layers):
+        after, before = range(len(layers))[i + 1:i + 2], range(len(layers))[max(i - 1, 0):i]
+        layer.set_modules_to_forward_prefetch(inner[i] + [m for j in after for m in (layers[j], *inner[j])])
+        layer.set_modules_to_backward_prefetch(inner[i] + [m for j in before for m in (layers[j], *inner[j])])
 
 
 def compile_blocks(model):
@@ -268,8 +279,8 @@ def last_micro_batch(model, last):
 def squared_norm(parameters, layout):
     """This rank's part of the squared global gradient norm: the parts of all ranks add up to it."""
     grads = [local_rows(p.grad)[0] for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
-    return torch.stack(norms).square().sum() / layout.dp_replicate  # replicas hold the same gradients
+    grads = [grad for grad in grads if grad.numel()] or [grads[0].new_zeros(1)]
+    return torch.stack(torch._foreach_norm(grads)).square().sum() / layout.dp_replicate  # replicas hold the same ones
 
 
 @torch.no_grad()

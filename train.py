@@ -65,7 +65,8 @@ def main(argv=None):
     run = Path(config.out_dir)
     source = find_source(run, config)  # the step folder to resume from, or None
     parallel.once(refuse_to_mix, run, source, config)
-    manifest = checkpoint.read_manifest(source) if source else {}
+    parallel.once(metrics.require_wandb, config)
+    manifest = parallel.once(checkpoint.read_manifest, source) if source else {}
     if source:
         refuse_another_model(config, encoder, manifest, source)
 
@@ -105,7 +106,7 @@ def main(argv=None):
         changed = changed_stream(stream, manifest)
         log.write("event", start, event="resume", source=str(source), changed=changed)
         print(f"resumed from {source}", *changed, sep="\n  changed: ")
-    if not checkpoint.pointed(run / "checkpoints", "best"):
+    if not parallel.once(checkpoint.pointed, run / "checkpoints", "best"):
         best_loss = None  # that of another folder or branch
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
     if config.compile or (config.compile is None and device.type == "cuda"):
@@ -298,7 +299,8 @@ def open_run(run, source, start, config, config_file, argv, encoder):
     if encoder:
         tokenizer.save(encoder, run / "tokenizer")
     if source:
-        checkpoint.drop_after(run / "checkpoints", start)
+        rewound = type(config.resume) is str and checkpoint.STEP.search(config.resume.rstrip("/")) is not None
+        checkpoint.drop_after(run / "checkpoints", start, rewound)
     return run_id
 
 
@@ -320,18 +322,22 @@ def provenance(run, config, config_file, argv):
 
 
 class catch_signals:
-    """Note SIGTERM, SIGINT and SIGUSR1, so that the loop can finish its step and save; a second one ends at once. Ranks
-    act only on what they have agreed on: `agreed` counts those whose signal the last reduction carried."""
+    """Note SIGTERM, SIGINT and SIGUSR1, so that the loop can finish its step and save; a second one ends at once, but
+    not its echo: some launchers deliver a signal to the ranks twice. Ranks act only on what they have agreed on:
+    `agreed` counts those whose signal the last reduction carried."""
 
     def __init__(self):
-        self.signal, self.agreed = None, 0
+        self.signal, self.agreed, self.noted = None, 0, 0.0
         self.before = {number: signal.signal(number, self._note)
                        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def _note(self, number, frame):
-        self.release()
-        self.signal = signal.Signals(number).name
-        print(f"{self.signal}: finishing the step, then saving; once more to stop at once", flush=True)
+        if self.signal is None:
+            self.signal, self.noted = signal.Signals(number).name, time.monotonic()
+            print(f"{self.signal}: finishing the step, then saving; once more to stop at once", flush=True)
+        elif number == signal.SIGINT or time.monotonic() > self.noted + 5:
+            self.release()
+            signal.raise_signal(number)
 
     def release(self):
         for number, handler in self.before.items():
@@ -377,8 +383,7 @@ def report_save(outcome, log, final):
     step, result = outcome
     if not isinstance(result, OSError):
         log.write("event", step, event="save", path=str(result))
-        if log.active:
-            metrics.draw_curves(log.folder)
+        log.draw()
     elif final:
         raise UserError(f"{result}; free some space and --resume from the checkpoint before") from result
     else:

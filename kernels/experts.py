@@ -28,22 +28,53 @@ class PermuteRows(torch.autograd.Function):
         return grad_ND, None, None, None
 
 
-class WeightedSum(torch.autograd.Function):
-    """outputs_SD -> y_ND with y[token_S] += weights_S * outputs_SD, in fp32. For tokens of which only some choices are
-    here: a padded (N, K, D) would be mostly empty."""
+def sum_rows(rows_SD, from_NJ, weights_NJ=None):
+    """y_ND = sum over j of weights_NJ * rows_SD[from_NJ] in fp32, always in the same order; a place at or beyond the
+    end of the rows adds nothing."""
+    total_ND = torch.zeros(len(from_NJ), rows_SD.shape[1], device=rows_SD.device)
+    if len(rows_SD) == 0:
+        return total_ND
+    factor_NJ = (from_NJ < len(rows_SD)).float()
+    if weights_NJ is not None:
+        factor_NJ = factor_NJ * weights_NJ
+    for from_N, factor_N in zip(from_NJ.clamp(max=len(rows_SD) - 1).unbind(1), factor_NJ.unbind(1)):
+        total_ND.addcmul_(rows_SD.index_select(0, from_N).float(), factor_N.unsqueeze(1))
+    return total_ND
+
+
+class TakeRows(torch.autograd.Function):
+    """x_ND -> rows x[token_S]; from_NJ has the places of each token's rows, for a backward without atomics."""
 
     @staticmethod
-    def forward(ctx, outputs_SD, weights_S, token_S, n_tokens):
-        ctx.save_for_backward(outputs_SD, weights_S, token_S)
-        y_ND = torch.zeros(n_tokens, outputs_SD.shape[1], device=outputs_SD.device)
-        return y_ND.index_add_(0, token_S, outputs_SD.float() * weights_S.unsqueeze(1)).to(outputs_SD.dtype)
+    def forward(ctx, x_ND, token_S, from_NJ):
+        ctx.save_for_backward(from_NJ)
+        return x_ND.index_select(0, token_S)
+
+    @staticmethod
+    def backward(ctx, grad_SD):
+        (from_NJ,) = ctx.saved_tensors
+        return sum_rows(grad_SD, from_NJ).to(grad_SD.dtype), None, None
+
+
+class SumRows(torch.autograd.Function):
+    """rows_SD -> y_ND, the way back of TakeRows: every token's rows added up in fp32, weighted by weights_NK if there
+    are any; then the rows' places in weights_NK.flatten() are order_S."""
+
+    @staticmethod
+    def forward(ctx, rows_SD, token_S, from_NJ, weights_NJ=None, order_S=None):
+        ctx.save_for_backward(rows_SD if weights_NJ is not None else None, token_S, weights_NJ, order_S)
+        return sum_rows(rows_SD, from_NJ, weights_NJ).to(rows_SD.dtype)
 
     @staticmethod
     def backward(ctx, grad_ND):
-        outputs_SD, weights_S, token_S = ctx.saved_tensors
-        grad_SD = grad_ND.float().index_select(0, token_S)
-        grad_outputs = (grad_SD * weights_S.unsqueeze(1)).to(outputs_SD.dtype)
-        return grad_outputs, (grad_SD * outputs_SD.float()).sum(1), None, None
+        rows_SD, token_S, weights_NJ, order_S = ctx.saved_tensors
+        grad_SD = grad_ND.index_select(0, token_S)
+        if weights_NJ is None:
+            return grad_SD, None, None, None, None
+        products_S = (grad_SD.float() * rows_SD.float()).sum(1)
+        grad_weights = torch.zeros_like(weights_NJ).flatten().index_copy(0, order_S, products_S).view_as(weights_NJ)
+        weights_S = weights_NJ.flatten()[order_S].unsqueeze(1)
+        return (grad_SD.float() * weights_S).to(rows_SD.dtype), None, None, grad_weights, None
 
 
 def swiglu(gate_up):
@@ -70,15 +101,15 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
     """Weighted sum of the chosen experts' outputs for every token, accumulated in fp32.
 
     order, inverse, counts_E come from routing.sort_by_expert; gate_up_E2FD stacks gate over up (Hugging Face's order).
-    inverse is None where some choices are experts of another rank; then order has the rest. Returns y_ND in x's dtype.
+    Where some choices are experts of another rank, order is shorter and has the rest. Returns y_ND in x's dtype.
     """
     top_k = weights_NK.shape[1]
     gate_up_E2FD, down_EDF = gate_up_E2FD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
     mlp = mlp_grouped if _grouped_is_best(x_ND, gate_up_E2FD) else mlp_loop
-    if inverse is None:
-        token_S = order // top_k
-        outputs_SD = mlp(x_ND.index_select(0, token_S), counts_E, gate_up_E2FD, down_EDF)
-        return WeightedSum.apply(outputs_SD, weights_NK.flatten()[order], token_S, len(x_ND))
+    if len(order) < len(inverse):  # a padded (N, K, D) would be mostly empty
+        token_S, from_NK = order // top_k, inverse.view_as(weights_NK)
+        outputs_SD = mlp(TakeRows.apply(x_ND, token_S, from_NK), counts_E, gate_up_E2FD, down_EDF)
+        return SumRows.apply(outputs_SD, token_S, from_NK, weights_NK, order)
     rows_SD = PermuteRows.apply(x_ND, order, inverse, top_k)
     outputs_SD = mlp(rows_SD, counts_E, gate_up_E2FD, down_EDF)
     outputs_NKD = PermuteRows.apply(outputs_SD, inverse, order, 1).unflatten(0, (-1, top_k))

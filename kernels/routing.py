@@ -49,13 +49,13 @@ def sort_by_expert(experts_NK, n_experts, n_choices=None):
 
     Returns order (sorted row -> flat row n*K+k), inverse (flat row -> sorted row), counts_E, all int64. With n_choices
     only that many choices are of experts that exist; the others, marked n_experts, are left out of order and counts,
-    and inverse is None.
+    and inverse places them beyond the end of order.
     """
     flat = experts_NK.flatten()
     order = flat.argsort(stable=True)
-    if n_choices is not None:
-        return order[:n_choices], None, count_choices(experts_NK, n_experts + 1)[:n_experts]
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    if n_choices is not None:
+        return order[:n_choices], inverse, count_choices(experts_NK, n_experts + 1)[:n_experts]
     return order, inverse, count_choices(experts_NK, n_experts)
 
 

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,27 +28,30 @@ def free_port():
 
 
 def multinode(*words, **environment):
-    """launch/multinode.sh in a process group of its own."""
-    return subprocess.Popen(
+    """launch/multinode.sh in a process group of its own; it writes to a file, as nobody reads a pipe meanwhile."""
+    output = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
         ["bash", "launch/multinode.sh", *map(str, words)],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT, "MASTER_PORT": free_port(), **environment},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
     )
+    process.output = output
+    return process
 
 
 def finished(process, seconds=240):
     """(status, output); a process that takes longer is killed with all that it started."""
     try:
-        output, _ = process.communicate(timeout=seconds)
-        return process.returncode, output
+        process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"took longer than {seconds} s:\n{output}") from None
+        process.output.seek(0)
+        raise AssertionError(f"took longer than {seconds} s:\n{process.output.read()}") from None
+    process.output.seek(0)
+    return process.returncode, process.output.read()
 
 
 def workers(out):
@@ -90,7 +94,7 @@ def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path):
     restarts = []
     for kill in range(KILLS):
         done = max((step for step, _ in losses(out)), default=0) if (out / "metrics.jsonl").exists() else 0
-        wait_for_step(process, out, max(done, 3 * kill) + 1 + rng.randrange(3))
+        wait_for_step(process, out, min(max(done, 3 * kill) + 1 + rng.randrange(3), 35))
         time.sleep(rng.random() * 0.3)
         if victims := workers(out):
             killed = time.monotonic()

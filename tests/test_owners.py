@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import config as run_settings
 from model import K2
 from muon import route_parameters
-from owners import Stack, make_plan
+from owners import BUCKET_ELEMENTS, Stack, make_plan
 from tests.helpers import ROOT
 
 
@@ -66,6 +66,23 @@ def test_loads_are_even_on_small(ranks):
     loads = plan.loads()
     assert max(loads) / (sum(loads) / ranks) <= 1.15
     assert sum(loads) == sum(stack.count * stack.cost for stack in stacks)
+
+
+@pytest.mark.parametrize("ranks, replicas, ep", [(8, 1, 1), (8, 8, 1), (64, 8, 8), (64, 2, 8)], ids=str)
+def test_every_exchange_gives_all_owners_work(ranks, replicas, ep):
+    """Owners wait for each other in every bucket: the sum of the slowest must stay near the even share."""
+    stacks, shapes = stacks_of("configs/moonlight.py", ep=ep)
+    one = fsdp_rows(stacks, shapes, ranks // replicas, ep)
+    plan = make_plan(stacks, one * replicas)
+    work = [[0] * ranks for _ in [*plan.buckets, plan.local]]
+    for bucket, items in zip(work, [*plan.buckets, plan.local]):
+        for item in items:
+            bucket[item.owner] += item.count * stacks[item.stack].cost
+    even = sum(stack.count * stack.cost for stack in stacks) / ranks
+    assert sum(max(bucket) for bucket in work) <= 1.5 * even
+    biggest = max(sum(item.count * stacks[item.stack].size for item in bucket if item.owner == 0)
+                  for bucket in plan.buckets)
+    assert biggest <= max(BUCKET_ELEMENTS, max(stack.size for stack in stacks))
 
 
 def test_experts_send_nothing_under_expert_parallelism():
