@@ -144,7 +144,7 @@ def second_group():
 @dataclass
 class Layout:
     """How ranks share the work. dense: the mesh of all parameters but the experts; expert: theirs, under expert
-    parallelism; both None in a run of one rank."""
+    parallelism; both None without torchrun."""
     dp_replicate: int = 1
     dp_shard: int = 1
     ep: int = 1
@@ -165,7 +165,7 @@ def make_layout(config, device):
         raise UserError(f"more ranks on this machine than {device.type} devices: start fewer (--nproc_per_node), or "
                         "train on the CPU with --device=cpu")
     layout = Layout(*check_layout(config, ranks()))
-    if ranks() > 1:
+    if dist.is_initialized():
         layout.dense = init_device_mesh(device.type, (layout.dp_replicate, layout.dp_shard),
                                         mesh_dim_names=("dp_replicate", "dp_shard"))
     if layout.ep > 1:

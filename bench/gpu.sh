@@ -10,5 +10,7 @@ tests=$?
 "$PYTHON" -m bench.step configs/small.py
 "$PYTHON" -m bench.step configs/small.py --no-compile
 "$PYTHON" -m bench.step configs/gpt.py
+"$PYTHON" -m bench.ranks configs/small.py --global_batch_size=64  # plain, then one rank of FSDP2 over NCCL
+"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=1 -m bench.ranks configs/small.py --global_batch_size=64
 echo "gpu tests exited with $tests"
 exit $tests

@@ -2,6 +2,7 @@
 without packing and overlap, and the stall of a checkpoint.
 
     torchrun --standalone --nproc_per_node=2 -m bench.ranks configs/debug.py [--ep=2] [--key=value ...]
+    python -m bench.ranks configs/debug.py      # the plain run to compare torchrun --nproc_per_node=1 with
 
 "Waiting" is the time that this rank's main thread spends inside collectives and waits, a slower peer included. Arms:
 gathered: Muon by its all-gather twin, matrix by matrix; packed: owners and buckets, every exchange waited for at once;
@@ -84,6 +85,8 @@ def main(argv=None):
     model.init_weights(0, local_rows).compute_dtype = dtype
     routes = route_parameters(model.named_parameters(), config.optimizer)
     optimizer = Muon(model.named_parameters(), config.muon_lr, routes=routes, ns_dtype=dtype)
+    if device.type == "cuda" and config.compile is not False:
+        parallel.compile_blocks(model)
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(parallel.rank())
     tokens = torch.randint(0, config.vocab_size, (micro, config.sequence_length + 1), generator=generator).to(device)
@@ -143,6 +146,7 @@ def main(argv=None):
     print(f"  Muon: {expected} a step by the plan; owner load max / mean {max(loads) * len(loads) / sum(loads):.3f}")
     if parallel.rank() == 0:
         name = f"ranks-{Path(path).stem}-{layout.dp_replicate}x{layout.dp_shard}-ep{layout.ep}-{device.type}"
+        name += "" if dist.is_initialized() else "-plain"
         bench.save(name, {"command": argv, "layout": str(layout), "arms": results, "save_stall": stalls,
                           "muon_traffic": expected})
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import parallel
+from dispatch import ExpertParallel
 from kernels import attention, experts
-from tests.helpers import losses, make_config, run_train, tiny_model, tokens
+from tests.helpers import losses, make_config, run_script, run_train, tiny_model, tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -63,3 +65,42 @@ def test_a_run_on_cuda_learns_and_samples(tmp_path, data, words):
     assert found[-1][1] < 0.9 * found[0][1]
     run_train(config, *words, "--max_steps=25", "--resume")
     assert losses(tmp_path / "run")[-1][0] == 25
+
+
+def test_one_rank_over_nccl_equals_the_plain_run(tmp_path, data):
+    """torchrun with FSDP2, its collectives and compile, against no process group at all."""
+    config = make_config(tmp_path / "tiny.py", data=str(data), device="cuda", dtype="bfloat16", max_steps=10)
+    run_train(config, f"--out_dir={tmp_path / 'plain'}", "--compile")
+    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py", config, "--compile",
+               f"--out_dir={tmp_path / 'nccl'}", "--async_save", "--save_interval=5", check=0)
+    for (_, one), (_, other) in zip(losses(tmp_path / "plain"), losses(tmp_path / "nccl")):
+        assert one == pytest.approx(other, abs=0.02)
+
+
+def test_dispatch_over_nccl_equals_local_dispatch_with_one_sync(monkeypatch):
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29517}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    parallel.start()
+    try:
+        moe = tiny_model().layers[1].mlp.cuda()
+        x = torch.randn(4, 24, 32, device="cuda", requires_grad=True)
+        results = []
+        for dispatch in (moe.dispatch, ExpertParallel(torch.distributed.group.WORLD, 8)):
+            moe.dispatch = dispatch
+            y = moe(x)[0]
+            results.append((y, *torch.autograd.grad(y.square().sum(), [x, *moe.parameters()])))
+        for one, other in zip(*results):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        weights, chosen, _ = moe.gate(x.flatten(0, 1))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        with pytest.warns(UserWarning) as warned:
+            handle = moe.dispatch.send(x.flatten(0, 1), weights, chosen)
+            rows = moe.dispatch.receive(handle)
+            moe.dispatch.collect(rows[0], handle)
+        torch.cuda.set_sync_debug_mode("default")
+        assert len([w for w in warned if "synchronizing" in str(w.message)]) == 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.distributed.destroy_process_group()

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+import socket
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, record
 STEPS = 20
 LAYOUTS = {  # name: (ranks, settings)
     "accumulation 4": (1, ["--micro_batch_size=6"]),
+    "one rank under torchrun": (1, ["group"]),
     "ddp 2": (2, ["--strategy=ddp"]),
     "ddp 2, accumulation 4": (2, ["--strategy=ddp", "--micro_batch_size=3"]),
     "fsdp 2": (2, []),
@@ -40,6 +42,21 @@ LAYOUTS = {  # name: (ranks, settings)
 
 def run(*words):
     return train.main([str(word) for word in words])
+
+
+def run_in_group(*words):
+    """One rank, but with a process group and FSDP2, as torchrun --nproc_per_node=1 makes it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in place.items():
+            patch.setenv(name, str(value))
+        record = run(*words)
+        assert torch.distributed.is_initialized()
+        torch.distributed.destroy_process_group()
+    return record
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +80,8 @@ def test_the_layout_changes_nothing(base, pool, name):
     folder, config = base
     out = folder / name.replace(" ", "_").replace(",", "")
     n, words = LAYOUTS[name]
-    returned = pool.run(n, run, config, f"--out_dir={out}", *words)
+    start, words = (run_in_group, []) if words == ["group"] else (run, words)
+    returned = pool.run(n, start, config, f"--out_dir={out}", *words)
     assert len({json.dumps(record["loss"]) for record in returned}) == 1  # every rank has the global numbers
     one = folder / "one"
     assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
