@@ -16,8 +16,8 @@ from tests.helpers import ROOT
 # A file imports only from lines above its own.
 ORDER = [
     ["errors", "sampling"],
-    ["kernels", "data.shards", "data.tokenizer", "owners", "dispatch"],
-    ["mla", "moe", "data.loader", "data.prepare"],
+    ["kernels", "data.shards", "data.tokenizer", "owners"],
+    ["mla", "moe", "dispatch", "data.loader", "data.prepare"],
     ["model"],
     ["muon", "config"],
     ["parallel"],
@@ -120,9 +120,11 @@ def test_readme_commands_parse(command):
     while re.fullmatch(r"\w+=.*", words[0]):  # environment settings
         words.pop(0)
     if words[0].startswith("torchrun"):
-        words = ["python", *[word for word in words[1:] if not word.startswith("--n")]]
+        words = ["python", *[word for word in words[1:] if not word.startswith(("--n", "--standalone"))]]
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
+        if words[2:]:
+            settings.load(words[2:])
     elif words[:2] == ["python", "train.py"]:
         if "--help" not in words:
             settings.load(words[2:]) if words[2].startswith("configs/") else settings.read_flags(words[3:])
