@@ -150,6 +150,7 @@ class Layout:
     ep: int = 1
     dense: object = None
     expert: object = None
+    rows: object = None  # the group that expert rows travel in
 
     def __str__(self):
         parts = [f"{self.dp_replicate} replicas"] * (self.dp_replicate > 1) + \
@@ -171,6 +172,8 @@ def make_layout(config, device):
     if layout.ep > 1:
         shape = (layout.dp_replicate, layout.dp_shard // layout.ep, layout.ep)
         layout.expert = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "efsdp", "ep"))
+        # If ep takes all ranks, its mesh group is the default group, where rows would queue behind FSDP's prefetches.
+        layout.rows = layout.expert["ep"].get_group() if layout.ep < ranks() else dist.new_group(timeout=TIMEOUT)
     return layout
 
 
@@ -240,7 +243,7 @@ def _distribute_experts(moe, layout, policy):
         whole = DTensor.from_local(part, group_mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
         setattr(moe.experts, name, nn.Parameter(whole))
     moe.experts.held = DTensor.to_local
-    moe.dispatch = ExpertParallel(group_mesh.get_group(), moe.gate.weight.shape[0])
+    moe.dispatch = ExpertParallel(layout.rows, moe.gate.weight.shape[0])
     names = ("dp_replicate", "efsdp") if layout.dp_replicate > 1 else ("efsdp",)
     fully_shard(moe.experts, mesh=layout.expert[names], mp_policy=policy)
 

@@ -53,9 +53,10 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ data
     encoder = open_tokenizer(config)
-    stream = TrainStream(config.data, config.sequence_length, config.seed, config.verify_data)
+    share = parallel.rank(), parallel.ranks()  # ranks share the reading of checksums
+    stream = TrainStream(config.data, config.sequence_length, config.seed, config.verify_data, share)
     validation = ValidationSet(config.data, config.sequence_length, config.eval_batches * config.global_batch_size,
-                               config.verify_data)
+                               config.verify_data, share)
     largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
     if largest >= config.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its "

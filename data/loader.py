@@ -23,8 +23,8 @@ class Windows:
     """The non-overlapping windows of T+1 tokens of one split of one folder; neighbours share one token, so that every
     token but the first is a target exactly once."""
 
-    def __init__(self, folder, split, sequence_length, verify=True):
-        self.split, self.T = open_split(folder, split, verify), sequence_length
+    def __init__(self, folder, split, sequence_length, verify=True, share=(0, 1)):
+        self.split, self.T = open_split(folder, split, verify, share), sequence_length
         self.starts = np.cumsum([0] + [len(array) for array in self.split.arrays])
         self.count = (self.split.tokens - 1) // sequence_length
 
@@ -44,12 +44,12 @@ class Windows:
 
 
 class TrainStream:
-    """Sequence i of a run, for any i >= 0. data is a folder or {folder: weight}."""
+    """Sequence i of a run, for any i >= 0. data is a folder or {folder: weight}; share: open_split's."""
 
-    def __init__(self, data, sequence_length, seed, verify=True):
+    def __init__(self, data, sequence_length, seed, verify=True, share=(0, 1)):
         weights = data if isinstance(data, dict) else {data: 1.0}
         self.seed, self.T, self.folders = seed, sequence_length, list(weights)
-        self.sources = [Windows(folder, "train", sequence_length, verify) for folder in weights]
+        self.sources = [Windows(folder, "train", sequence_length, verify, share) for folder in weights]
         for folder, source in zip(weights, self.sources):
             if source.count < 1:
                 raise UserError(f"{folder}: {source.split.tokens} training tokens are fewer than one sequence of "
@@ -93,9 +93,9 @@ class ValidationSet:
     """The first `sequences` windows of the val split of every folder, the last one padded with IGNORE targets, so
     that a split shorter than one sequence is evaluated too."""
 
-    def __init__(self, data, sequence_length, sequences, verify=True):
+    def __init__(self, data, sequence_length, sequences, verify=True, share=(0, 1)):
         folders = data if isinstance(data, dict) else {data: 1.0}
-        self.sources = [Windows(folder, "val", sequence_length, verify) for folder in folders]
+        self.sources = [Windows(folder, "val", sequence_length, verify, share) for folder in folders]
         self.T, self.sequences = sequence_length, max(sequences // len(self.sources), 1)
         ratios = [source.split.bytes_per_token for source in self.sources]
         targets = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
