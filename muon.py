@@ -176,26 +176,34 @@ class Muon(torch.optim.Optimizer):
         directions = [(torch.lerp(grad, momentum, self.momentum) if self.nesterov else momentum).to(self.wire_dtype)
                       .view(-1, grad.shape[-1]) for grad, momentum in zip(grads, momenta)]
         params = [p.view(-1, p.shape[-1]) for p in params]
+        (self._by_owners if self.exchange == "owners" else self._by_all)(group, params, directions)
 
-        def update(low, high, stack, rows):  # rows low..high of a parameter, where `rows` is their orthogonal direction
-            first, scale = self.first_rows[stack], 0.2 * math.sqrt(max(self.stacks[stack].shape))
-            params[stack][low - first:high - first].add_(rows, alpha=-group["lr"] * scale)
+    def _update(self, group, params, stack, low, high, rows):
+        """Move rows low..high of a parameter along `rows`, their part of the orthogonal direction."""
+        first, scale = self.first_rows[stack], 0.2 * math.sqrt(max(self.stacks[stack].shape))
+        params[stack][low - first:high - first].add_(rows, alpha=-group["lr"] * scale)
 
-        if self.exchange == "all_gather":
-            for stack, p in enumerate(group["params"]):
-                whole = self._gather_whole(p, directions[stack]).view(-1, *self.stacks[stack].shape)
-                whole = newton_schulz(whole, **self.ns_options).reshape(-1, p.shape[-1])
-                low, high = self.first_rows[stack], self.first_rows[stack] + len(params[stack])
-                update(low, high, stack, whole[low:high])
-            return
+    def _by_all(self, group, params, directions):
+        """The slow twin: every rank gathers and orthogonalises everything, parameter by parameter."""
+        for stack, p in enumerate(group["params"]):
+            whole = directions[stack]
+            if isinstance(p, DTensor):
+                part = whole.view(p.to_local().shape)
+                whole = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                whole = whole.full_tensor()
+            whole = newton_schulz(whole.view(-1, *self.stacks[stack].shape), **self.ns_options)
+            low, high = self.first_rows[stack], self.first_rows[stack] + len(params[stack])
+            self._update(group, params, stack, low, high, whole.reshape(-1, p.shape[-1])[low:high])
 
+    def _by_owners(self, group, params, directions):
+        """Bring the rows of every matrix to its owner, orthogonalise there, bring the update back."""
         def direction(move):
             first = self.first_rows[move.item.stack]
             return directions[move.item.stack][move.low - first:move.high - first]
 
         def finish(moves, rows):
             for move, update_rows in zip(moves, rows):
-                update(move.low, move.high, move.item.stack, update_rows)
+                self._update(group, params, move.item.stack, move.low, move.high, update_rows)
 
         # Local jobs differ from rank to rank, so only those that travel may decide about the order of departures.
         coming, under_way, last = collections.deque(self.buckets), collections.deque(), None
@@ -204,7 +212,7 @@ class Muon(torch.optim.Optimizer):
                 under_way.append(self._depart(coming.popleft().inward, direction))
             matrices = {shape: torch.empty(rows, shape[1], dtype=self.wire_dtype, device=params[0].device)
                         for shape, rows in job.rows.items()}
-            arrived = under_way.popleft()() if job in self.buckets else []
+            arrived = under_way.popleft()() if job.travels else []
             sources = [direction(move) for move in job.inward.stays] + arrived
             if sources:
                 torch._foreach_copy_([job.part(matrices, move) for move in job.inward.stays + job.inward.receives],
@@ -236,13 +244,6 @@ class Muon(torch.optim.Optimizer):
             return [rows.view(-1, columns) for rows, columns in
                     zip(received.split(trip.receive_sizes), trip.receive_columns)]
         return arrive
-
-    def _gather_whole(self, p, direction):
-        """All rows of a direction, of which `direction` has this rank's."""
-        if not isinstance(p, DTensor):
-            return direction
-        part = direction.view(p.to_local().shape)
-        return DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
 
     def _adamw(self, group, params, grads):
         beta1, beta2 = self.betas
@@ -303,6 +304,7 @@ class _Job:
     def __init__(self, items, plan, rank):
         self.inward = _Trip([move for item in items for move in plan.inward(item)], rank, plan)
         self.outward = _Trip([move for item in items for move in plan.outward(item)], rank, plan)
+        self.travels = self.inward.collective or self.outward.collective
         self.rows, self.places = {}, {}  # {shape: rows in all}, {item: (shape, first row there, and in the parameter)}
         for item in items:
             if item.owner == rank:
