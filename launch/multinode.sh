@@ -9,11 +9,13 @@
 # finish their step and save, and then ends with status 75. Three failures without a new checkpoint in between end with
 # status 1, a mistake in the settings with 2.
 #   NPROC_PER_NODE  ranks here (auto: one a GPU)   MASTER_PORT  29500   PYTHON  python   MAX_FAILURES  3
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  180: seconds to finish a step and save after a signal; also how long a GPU rank may
+#                                   hang in a collective after another has died, before it is killed
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${NPROC_PER_NODE:=auto}"
 : "${PYTHON:=python}" "${MAX_FAILURES:=3}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
 
 # Refuses mistakes in the settings before any rank starts, and knows where the run will lie.
 out="$("$PYTHON" -m config "$@")" || exit 2

@@ -67,6 +67,18 @@ def workers(out):
     return pids
 
 
+def workers_of(launcher, out):
+    """Those of workers(out) that a launcher's process group or its children started."""
+    parents = lambda pid: int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+
+    def belongs(pid):
+        while pid > 1 and pid != launcher.pid:
+            pid = parents(pid)
+        return pid == launcher.pid
+
+    return [pid for pid in workers(out) if belongs(pid)]
+
+
 def wait_for_step(process, out, step, seconds=120):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
@@ -127,6 +139,20 @@ def test_a_signal_to_the_launcher_saves_and_the_next_start_continues(slow_config
     status, output = finished(multinode(slow_config, f"--out_dir={out}", f"--max_steps={step + 2}"))
     assert status == 0 and losses(out)[-1][0] == step + 2, output
     assert final_tensors(out)
+
+
+@pytest.mark.slow
+def test_two_nodes_survive_the_loss_of_a_rank(slow_config, tmp_path):
+    """Two launchers as on two nodes, one rank each; a killed rank on the second makes both start again and finish."""
+    out, port = tmp_path / "run", free_port()
+    nodes = [multinode(slow_config, f"--out_dir={out}", NNODES="2", NODE_RANK=rank, MASTER_PORT=port,
+                       NPROC_PER_NODE="1") for rank in "01"]
+    wait_for_step(nodes[0], out, 4)
+    os.kill(workers_of(nodes[1], out)[0], signal.SIGKILL)
+    for node in nodes:
+        status, output = finished(node)
+        assert status == 0 and output.count("multinode.sh: torchrun ended") == 1, output
+    assert [step for step, _ in losses(out)] == list(range(1, 25)) and not workers(out)
 
 
 def test_a_mistake_is_refused_once_before_any_rank_starts(slow_config):
