@@ -49,7 +49,7 @@ def start():
     if "RANK" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # one voice; errors still come from every rank
@@ -65,7 +65,7 @@ def run(main):
         return
     status = 0
     try:
-        errors.run(main, pause=3.0 if int(os.environ["LOCAL_RANK"]) else 0.0)
+        errors.run(main, pause=3.0 if local_rank() else 0.0)
         if dist.is_initialized():
             dist.destroy_process_group()
     except SystemExit as end:
@@ -76,6 +76,11 @@ def run(main):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def local_rank():
+    """This rank's number on its machine; some launchers start one rank a machine and do not say it."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def rank():
@@ -162,7 +167,7 @@ class Layout:
 def make_layout(config, device):
     """The layout of config.strategy, dp_replicate, dp_shard and ep on the ranks that are there."""
     if ranks() > 1 and (device.type == "mps" or device.type == "cuda"
-                        and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()):
+                        and local_rank() >= torch.cuda.device_count()):
         raise UserError(f"more ranks on this machine than {device.type} devices: start fewer (--nproc_per_node), or "
                         "train on the CPU with --device=cpu")
     layout = Layout(*check_layout(config, ranks()))
