@@ -175,7 +175,10 @@ def make_layout(config, device):
         layout.dense = init_device_mesh(device.type, (layout.dp_replicate, layout.dp_shard),
                                         mesh_dim_names=("dp_replicate", "dp_shard"))
     if layout.ep > 1:
-        shape = (layout.dp_replicate, layout.dp_shard // layout.ep, layout.ep)
+        here, efsdp = config.n_routed_experts // layout.ep, layout.dp_shard // layout.ep
+        if here % efsdp:
+            print(f"warning: {here} experts of a layer over {efsdp} ranks: the last hold fewer than the others")
+        shape = (layout.dp_replicate, efsdp, layout.ep)
         layout.expert = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "efsdp", "ep"))
         # If ep takes all ranks, its mesh group is the default group, where rows would queue behind FSDP's prefetches.
         layout.rows = layout.expert["ep"].get_group() if layout.ep < ranks() else dist.new_group(timeout=TIMEOUT)

@@ -1,11 +1,12 @@
 """Kimi K2 (arXiv 2507.20534): 61 layers x 7168, 384 experts of width 2048, 8 + 1 shared active, MuonClip.
 
-    train.py configs/k2.py --data=...               # more ranks than one: a coming version
+    NNODES=32 NODE_RANK=... MASTER_ADDR=... bash launch/multinode.sh configs/k2.py --ep=64 --data=...
 
-Hardware: 256 x 141 GB GPUs or more. Time: not measured. The published run is 15.5T tokens at 205 GFLOPs each, 3.2e24
-FLOPs. Memory: 1.026T parameters x 12 bytes (fp32 weight, gradient, momentum) = 11.2 TiB over all ranks, and
-activations. Expect: not measured. Sizes are checked: 1.026T in all, 32.9B active, both embeddings included; published
-as 1.04T / 32.6B.
+Hardware: 256 x 141 GB GPUs or more (384 experts are no multiple of 256: some ranks hold one more than others).
+Time: not measured. The published run is 15.5T tokens at 205 GFLOPs each, 3.2e24 FLOPs.
+Memory: 1.026T parameters x 12 bytes (fp32 weight, gradient, momentum) = 11.2 TiB over all ranks, and activations.
+Expect: not measured. Sizes are checked: 1.026T in all, 32.9B active, both embeddings included; published as 1.04T /
+32.6B.
 
 Pre-training is at 4,096 tokens without YaRN; the published config.json adds YaRN (factor 32) for 128k afterwards.
 """

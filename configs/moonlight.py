@@ -1,6 +1,6 @@
 """Moonlight-16B-A3B (arXiv 2502.16982): 27 layers x 2048, 64 experts of width 1408, 6 + 2 shared active, Muon.
 
-    train.py configs/moonlight.py --data=...        # more ranks than one: a coming version
+    torchrun --standalone --nproc_per_node=8 train.py configs/moonlight.py --data=...      # or with --ep=8
 
 Hardware: at least 8 x 80 GB GPUs, sharded.
 Time: not measured. The published run is 5.7T tokens.
