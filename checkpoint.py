@@ -20,6 +20,7 @@ import pickle
 import re
 import shutil
 import warnings
+from collections import ChainMap
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,8 +86,7 @@ def save(folder, step, tensors, about, keep, best=False, group=None):
     try:
         _together(prepare if first else None, group)
         written = _together(write, group)
-        _together((lambda: commit({name: about for files in written for name, about in files.items()})) if first
-                  else None, group)
+        _together((lambda: commit(dict(ChainMap(*written)))) if first else None, group)
     except OSError as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -140,7 +140,8 @@ def same(tensor):
 
 
 def second_group():
-    """A group of all ranks for a thread of its own: two threads in one group would mix up their collectives."""
+    """Another group of all ranks, for what waits long or runs in a thread of its own: two threads in one group would
+    mix up their collectives."""
     return dist.new_group(backend="gloo", timeout=PATIENCE) if ranks() > 1 else None
 
 
@@ -260,11 +261,10 @@ def _prefetch(layers):
     """Gather a block's experts and the next block while this one computes. FSDP2 would guess the order, but only as
     long as the host runs ahead, and dispatch makes it wait in every layer. A block asks for its own experts too:
     gathered within a recomputation they would be taken for a part of it."""
-    inner = [[m for m in layer.modules() if isinstance(m, FSDPModule) and m is not layer] for layer in layers]
-    for i, layer in enumerate(layers):
-        after, before = range(len(layers))[i + 1:i + 2], range(len(layers))[max(i - 1, 0):i]
-        layer.set_modules_to_forward_prefetch(inner[i] + [m for j in after for m in (layers[j], *inner[j])])
-        layer.set_modules_to_backward_prefetch(inner[i] + [m for j in before for m in (layers[j], *inner[j])])
+    units = [[m for m in layer.modules() if isinstance(m, FSDPModule)] for layer in layers]  # the block, its experts
+    for before, (layer, *inner), after in zip([[], *units], units, [*units[1:], []]):
+        layer.set_modules_to_forward_prefetch(inner + after)
+        layer.set_modules_to_backward_prefetch(inner + before)
 
 
 def compile_blocks(model):

@@ -99,7 +99,7 @@ def test_a_token_travels_once_to_each_rank(pool):
         assert sizes == [(4, 2), (distinct, D), (distinct, 2 * K)] and distinct < N * K
 
 
-def order_of_events(recompute):
+def order_of_events():
     """When the shared expert runs between the start and the end of the rows' trips."""
     moe, x = layer()
     spread(moe, 2, dist.get_rank())
@@ -136,7 +136,7 @@ def order_of_events(recompute):
 
 
 def test_the_shared_expert_runs_while_rows_are_under_way(pool):
-    for events in pool.run(2, order_of_events, False):
+    for events in pool.run(2, order_of_events):
         forward = ["sizes", "start", "start", "shared", "wait", "wait", "start", "wait"]
         assert events[: len(forward)] == forward
         backward = events[len(forward) :]

@@ -14,7 +14,7 @@ from config import Config
 from model import build
 from muon import Muon, Route, local_rows, qk_clip_, route_parameters
 from owners import make_plan
-from tests.helpers import TINY, tiny_model
+from tests.helpers import TINY
 
 # name, shape, rows of one logical matrix: whole, in row blocks, stacks of experts, and fewer rows than ranks
 SHAPES = [
@@ -111,7 +111,7 @@ def test_the_plan_predicts_what_is_sent(pool):
 
 
 def expert_traffic(words):
-    """Names of the parameters that travel in a K2 under expert parallelism, and the layout's load."""
+    """Names of the parameters that travel in a K2 under expert parallelism."""
     config = Config(**TINY, dtype="float32", ep=2, global_batch_size=4, **words)
     layout = parallel.make_layout(config, torch.device("cpu"))
     model = build(config, "cpu", lambda m: parallel.distribute(m, layout, torch.float32))
@@ -119,9 +119,8 @@ def expert_traffic(words):
     optimizer = Muon(model.named_parameters())
     plan = optimizer.plan
     travelling = {plan.stacks[item.stack].name for bucket in plan.buckets for item in bucket}
-    held = [(low, low + len(local_rows(p)[0])) for p in model.parameters() for low in [local_rows(p)[1]]]
     assert plan.digest() == make_plan(plan.stacks, all_held(optimizer)).digest()
-    return travelling, held
+    return travelling
 
 
 def all_held(optimizer):
@@ -132,7 +131,7 @@ def all_held(optimizer):
 
 
 def test_no_bytes_for_experts_under_expert_parallelism(pool):
-    for travelling, _ in pool.run(4, expert_traffic, {}):
+    for travelling in pool.run(4, expert_traffic, {}):
         assert travelling and not [name for name in travelling if ".experts." in name and "shared" not in name]
 
 
@@ -157,13 +156,6 @@ def test_initial_weights_and_qk_clip_are_bitwise_the_same_on_every_layout(pool):
                      (2, {"strategy": "ddp"})):
         assert set(pool.run(n, initial, words)) == set(one), (n, words)
     assert one[0][1] == 9
-
-
-def large_blocks(n_rows):
-    """init_weights of one large matrix, of which this rank asks for a slice that starts inside a block."""
-    model = tiny_model(vocab_size=n_rows)
-    whole = model.model.embed_tokens.weight.detach().clone()
-    return whole
 
 
 def test_a_slice_of_the_initial_weights_may_start_inside_a_block():
