@@ -60,7 +60,8 @@ class Config(ModelConfig):
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", "compute type; parameters stay float32", "machine")
     compile: bool | None = setting(None, "torch.compile every block; None: on CUDA only", "machine")
-    kernels: Literal["auto", "triton", "torch"] = setting("auto", "which kernels; today all are torch", "machine")
+    kernels: Literal["auto", "triton", "torch"] = setting(
+        "auto", "auto: Triton on CUDA if it passes a short check, else torch; triton on a CPU: interpreted", "machine")
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "recompute in the backward: nothing, all but matmuls, or whole blocks", "machine")
     seed: int = setting(0, "initial weights and data order", "machine")
@@ -101,7 +102,7 @@ class Config(ModelConfig):
         positive = ("sequence_length", "global_batch_size", "micro_batch_size", "max_steps", "ns_steps", "log_interval",
                     "keep_checkpoints", "max_skipped_steps", "dp_replicate", "ep", "eval_batches")
         not_negative = ("warmup_steps", "eval_interval", "save_interval", "sample_interval", "seed", "muon_lr",
-                        "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio")
+                        "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio", "z_loss")
         for names, floor in ((positive, 1), (not_negative, 0)):
             for name in names:
                 if getattr(self, name) < floor:
@@ -121,8 +122,7 @@ class Config(ModelConfig):
                 (self.adamw_lr is None or self.adamw_lr >= 0, f"adamw_lr={self.adamw_lr} must be at least 0"),
                 (all(math.isfinite(v) for v in vars(self).values() if type(v) is float), "settings must be finite"),
                 (self.dp_shard is None or self.dp_shard >= 1, f"dp_shard={self.dp_shard} must be None or at least 1"),
-                (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder"),
-                (self.kernels != "triton", "kernels='triton' is not part of this version; use torch or auto")):
+                (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder")):
             if not ok:
                 raise UserError(message)
         return self

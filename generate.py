@@ -20,6 +20,7 @@ import errors
 import hf
 from data import tokenizer as tokenizers
 from errors import UserError
+from kernels import backend
 from model import ModelConfig, build, pick_device
 
 
@@ -40,6 +41,7 @@ def load(path, device="auto", dtype="float32", which="latest"):
         checkpoint.load(step_folder, checkpoint.named_tensors(model))
         tokenizer_folder = step_folder.parent.parent / "tokenizer"
     model.compute_dtype = getattr(torch, dtype)
+    backend.use("auto", device, model.compute_dtype)
     return model.eval(), tokenizers.load(tokenizer_folder) if tokenizer_folder.is_dir() else None
 
 

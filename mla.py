@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.attention import causal_attention
+from kernels.attention import causal_attention, latent_decode
 
 # ----------------------------------------------------------------------------- position
 
@@ -119,6 +119,10 @@ class MLA(nn.Module):
             latent_BSR, k_rope_BSP = cache_BSW[:, :end].split((self.R, self.P), dim=-1)
             weight_HXR = self.kv_b_proj.weight.to(x_BTD.dtype).unflatten(0, (self.H, -1))
             up_HNR, value_HUR = weight_HXR.split((self.N, self.U), dim=1)
+            if x_BTD.shape[1] == 1:
+                q_BHW = torch.cat((torch.einsum("bthn,hnr->bhr", q_nope, up_HNR), q_rope.squeeze(1)), dim=-1)
+                latent_BHR = latent_decode(q_BHW, cache_BSW[:, :end], self.scale, self.R)
+                return self.o_proj(torch.einsum("bhr,hur->bhu", latent_BHR, value_HUR).flatten(1).unsqueeze(1)), None
             scores = torch.einsum("bthn,hnr,bsr->bhts", q_nope, up_HNR, latent_BSR)
             scores = (scores + torch.einsum("bthp,bsp->bhts", q_rope, k_rope_BSP)) * self.scale
             weights = cached_attention(scores, start).to(x_BTD.dtype)

@@ -60,6 +60,7 @@ class ModelConfig:
     tie_word_embeddings: bool = setting(False, "one matrix for embedding and head")
     initializer_range: float = setting(0.02, "standard deviation of the initial weights")
     aux_loss_alpha: float = setting(1e-4, "weight of the sequence-wise balance loss")
+    z_loss: float = setting(0.0, "weight of the logits' squared log-sum-exp, in the gradient only; 0: none, as K2")
 
     def __post_init__(self):
         if self.routed_scaling_factor is None and 0 < self.num_experts_per_tok <= self.n_routed_experts:
@@ -122,9 +123,10 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-aten = torch.ops.aten
+aten, ours = torch.ops.aten, torch.ops.nanok2
 KEEP_MATMULS = functools.partial(checkpoint.create_selective_checkpoint_contexts, [
-    aten.mm.default, aten.bmm.default, aten.addmm.default, aten._grouped_mm.default, aten.sort.stable])
+    aten.mm.default, aten.bmm.default, aten.addmm.default, aten._grouped_mm.default, aten.sort.stable,
+    ours.causal_attention.default, ours.route.default, ours.sort_by_expert.default, ours.experts.default])
 
 
 class Block(nn.Module):
@@ -219,7 +221,8 @@ class K2(nn.Module):
                 self.max_logits.copy_(torch.maximum(self.max_logits, torch.stack(maxima)))
                 if counts:
                     self.expert_counts += torch.stack(counts)
-        loss_sum = linear_cross_entropy(x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
+        z_loss = self.config.z_loss
+        loss_sum = linear_cross_entropy(x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), z_loss)
         return loss_sum, sum(balances, torch.zeros_like(loss_sum))
 
     def rope(self, start, length):

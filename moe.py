@@ -37,10 +37,11 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(n_routed_experts, dtype=torch.float32))
         self.options = (num_experts_per_tok, n_group, topk_group, norm_topk_prob, routed_scaling_factor)
 
-    def forward(self, x_ND):
+    def forward(self, x_ND, batch_size=1):
+        """weights_NK, experts_NK, the balance loss summed over batch_size sequences, counts_E: see routing.route."""
         # Rounded like every other weight, so that it is the same wherever it was gathered from; the rest is in fp32.
         logits_NE = F.linear(x_ND.float(), self.weight.to(x_ND.dtype).float())
-        return routing.route(logits_NE, self.e_score_correction_bias, *self.options)
+        return routing.route(logits_NE, self.e_score_correction_bias, batch_size, *self.options)
 
     @torch.no_grad()
     def update_bias_(self, counts_E, rate):
@@ -99,9 +100,7 @@ class MoE(nn.Module):
         The counts are returned, not accumulated here, so that recomputing a block cannot count a token twice.
         """
         x_ND = x_BTD.flatten(0, 1)
-        weights_NK, experts_NK, scores_NE = self.gate(x_ND)
-        counts_E = routing.count_choices(experts_NK, scores_NE.shape[1])
-        balance = routing.sequence_balance(scores_NE, experts_NK, x_BTD.shape[0])
+        weights_NK, experts_NK, balance, counts_E = self.gate(x_ND, x_BTD.shape[0])
         return self.compute(x_ND, weights_NK, experts_NK).view_as(x_BTD), balance, counts_E
 
     def compute(self, x_ND, weights_NK, experts_NK):

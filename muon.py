@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from errors import UserError
-from kernels.newton_schulz import newton_schulz
+from kernels.newton_schulz import newton_schulz, newton_schulz_replayed
 from owners import BUCKET_ELEMENTS, Stack, make_plan
 
 # name ending -> (optimizer, how a parameter splits into logical matrices along its rows)
@@ -217,7 +217,7 @@ class Muon(torch.optim.Optimizer):
             if sources:
                 torch._foreach_copy_([job.part(matrices, move) for move in job.inward.stays + job.inward.receives],
                                      sources)
-            updates = {shape: newton_schulz(stacked.view(-1, *shape), **self.ns_options).to(self.wire_dtype)
+            updates = {shape: newton_schulz_replayed(stacked.view(-1, *shape), **self.ns_options).to(self.wire_dtype)
                        .reshape(-1, shape[1]) for shape, stacked in matrices.items()}
             going = self._depart(job.outward, lambda move, job=job, updates=updates: job.part(updates, move))
             finish(job.outward.stays, [job.part(updates, move) for move in job.outward.stays])

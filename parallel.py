@@ -27,6 +27,7 @@ from torch.utils.checkpoint import SAC_IGNORED_OPS
 import errors
 from dispatch import ExpertParallel
 from errors import UserError
+from kernels import backend, selfcheck
 from moe import MoE
 from muon import local_rows
 
@@ -137,6 +138,19 @@ def same(tensor):
     if ranks() > 1:
         dist.broadcast(tensor, src=0)
     return tensor
+
+
+def choose_kernels(config, device):
+    """Decide which kernels compute, the same on every rank; returns the decision in words."""
+    dtype = getattr(torch, config.dtype)
+    on = backend.use(config.kernels, device, dtype)
+    if not all(from_all(on)):  # one rank's check failed
+        on = backend.use("torch", device, dtype)
+    if device.type == "cuda":
+        lines, choices = once(selfcheck.fastest, config, split_batch(config)[0], device)
+        selfcheck.adopt(choices)
+        print(*lines, sep="\n")
+    return ("Triton, interpreted" if backend.INTERPRETED else "Triton") if on else "PyTorch"
 
 
 def second_group():

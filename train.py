@@ -47,6 +47,7 @@ def main(argv=None):
     config, config_file = parallel.once(settings.load, argv)
     device = pick_device(config.device)
     layout = parallel.make_layout(config, device)
+    kernels = parallel.choose_kernels(config, device)
     micro_batch_size, accumulation = parallel.split_batch(config)
     config.decay_steps = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
     tokens_per_step = config.global_batch_size * config.sequence_length
@@ -118,7 +119,7 @@ def main(argv=None):
     flops = flops_per_token(config, config.sequence_length)
     epochs = stream.epochs(config.max_steps * config.global_batch_size)
     print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a "
-          f"token; {layout}, {device}, {config.dtype}, torch {torch.__version__}")
+          f"token; {layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}")
     print(f"{config.max_steps - start} steps of {tokens_per_step:,} tokens, {epochs:.2f} epochs in all; "
           f"writing to {run}/")
     if epochs > 4:
@@ -280,7 +281,7 @@ def refuse_another_model(config, encoder, manifest, source):
     differing = [f"{field.name}: {stored[field.name]} there, {getattr(config, field.name)} here"
                  for field in dataclasses.fields(ModelConfig)
                  if field.name in stored and stored[field.name] != getattr(config, field.name)
-                 and field.name not in ("aux_loss_alpha", "initializer_range", "max_position_embeddings")]
+                 and field.name not in ("aux_loss_alpha", "z_loss", "initializer_range", "max_position_embeddings")]
     if differing:
         raise UserError(f"{source} holds another model: " + "; ".join(differing))
 

@@ -14,13 +14,18 @@ from pathlib import Path
 
 import torch
 
+from kernels.backend import synchronize
+
 
 def machine():
     """What a result has to say about where it came from."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git here
+        commit = os.environ.get("COMMIT")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {"date": datetime.date.today().isoformat(), "commit": git.stdout.strip() or None, "device": name,
+    return {"date": datetime.date.today().isoformat(), "commit": commit or None, "device": name,
             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -39,11 +44,6 @@ def save(name, result):
     path = folder / f"{datetime.date.today().isoformat()}-{name}.json"
     path.write_text(json.dumps({**machine(), **result}, indent=1) + "\n")
     print(f"wrote {path}")
-
-
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def interleaved(arms, rounds=9, warmup=3):

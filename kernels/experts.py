@@ -1,13 +1,17 @@
 """The routed experts: gather rows into expert order, a SwiGLU MLP per expert, weighted sum back into token order.
 
 Two twins compute the MLPs: a Python loop over experts (clear, and level with the other in fp32 on a CPU) and
-F.grouped_mm (one call for all experts). Everything around them is shared. Next: ../moe.py, which calls `experts`.
+F.grouped_mm (one call for all experts). Everything around them is shared. triton_experts.py does all of it in six
+launches. Next: ../moe.py, which calls `experts`.
 
 Shapes: N tokens, K choices per token, D model width, F expert width, E experts; S = N*K sorted rows.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import backend
 
 
 class PermuteRows(torch.autograd.Function):
@@ -30,16 +34,19 @@ class PermuteRows(torch.autograd.Function):
 
 def sum_rows(rows_SD, from_NJ, weights_NJ=None):
     """y_ND = sum over j of weights_NJ * rows_SD[from_NJ] in fp32, always in the same order; a place at or beyond the
-    end of the rows adds nothing."""
+    end of the rows adds nothing. Returned in the rows' dtype."""
+    if backend.triton_runs(rows_SD):
+        from kernels import triton_experts
+        return triton_experts.combine(rows_SD, from_NJ, weights_NJ)
     total_ND = torch.zeros(len(from_NJ), rows_SD.shape[1], device=rows_SD.device)
     if len(rows_SD) == 0:
-        return total_ND
+        return total_ND.to(rows_SD.dtype)
     factor_NJ = (from_NJ < len(rows_SD)).float()
     if weights_NJ is not None:
         factor_NJ = factor_NJ * weights_NJ
     for from_N, factor_N in zip(from_NJ.clamp(max=len(rows_SD) - 1).unbind(1), factor_NJ.unbind(1)):
         total_ND.addcmul_(rows_SD.index_select(0, from_N).float(), factor_N.unsqueeze(1))
-    return total_ND
+    return total_ND.to(rows_SD.dtype)
 
 
 class TakeRows(torch.autograd.Function):
@@ -53,7 +60,7 @@ class TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_SD):
         (from_NJ,) = ctx.saved_tensors
-        return sum_rows(grad_SD, from_NJ).to(grad_SD.dtype), None, None
+        return sum_rows(grad_SD, from_NJ), None, None
 
 
 class SumRows(torch.autograd.Function):
@@ -63,7 +70,7 @@ class SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_SD, token_S, from_NJ, weights_NJ=None, order_S=None):
         ctx.save_for_backward(rows_SD if weights_NJ is not None else None, token_S, weights_NJ, order_S)
-        return sum_rows(rows_SD, from_NJ, weights_NJ).to(rows_SD.dtype)
+        return sum_rows(rows_SD, from_NJ, weights_NJ)
 
     @staticmethod
     def backward(ctx, grad_ND):
@@ -105,6 +112,8 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
     """
     top_k = weights_NK.shape[1]
     gate_up_E2FD, down_EDF = gate_up_E2FD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
+    if backend.triton_runs(x_ND):
+        return _experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF)[0]
     mlp = mlp_grouped if _grouped_is_best(x_ND, gate_up_E2FD) else mlp_loop
     if len(order) < len(inverse):  # a padded (N, K, D) would be mostly empty
         token_S, from_NK = order // top_k, inverse.view_as(weights_NK)
@@ -113,7 +122,7 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
     rows_SD = PermuteRows.apply(x_ND, order, inverse, top_k)
     outputs_SD = mlp(rows_SD, counts_E, gate_up_E2FD, down_EDF)
     outputs_NKD = PermuteRows.apply(outputs_SD, inverse, order, 1).unflatten(0, (-1, top_k))
-    return torch.bmm(weights_NK.unsqueeze(1), outputs_NKD.float()).squeeze(1).to(x_ND.dtype)
+    return torch.bmm(weights_NK.unsqueeze(1), outputs_NKD.to(weights_NK.dtype)).squeeze(1).to(x_ND.dtype)
 
 
 def _grouped_is_best(x_ND, gate_up_E2FD):
@@ -121,3 +130,47 @@ def _grouped_is_best(x_ND, gate_up_E2FD):
     # nothing else. It wants strides that are multiples of 16 bytes, and does not exist on MPS.
     aligned = x_ND.shape[1] % 8 == 0 and gate_up_E2FD.shape[1] % 16 == 0
     return aligned and x_ND.dtype == torch.bfloat16 and x_ND.device.type in ("cpu", "cuda")
+
+
+# ----------------------------------------------------------------------------- the Triton kernels as an operator
+
+@torch.library.custom_op("nanok2::experts", mutates_args=())
+def _experts(x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor,
+             down_EDF: Tensor) -> tuple[Tensor, Tensor]:
+    from kernels import triton_experts
+    return triton_experts.forward(x_ND.contiguous(), weights_NK.contiguous(), order, inverse, counts_E,
+                                  gate_up_E2FD.contiguous(), down_EDF.contiguous())
+
+
+@_experts.register_fake
+def _(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(len(order), gate_up_E2FD.shape[1])
+
+
+@torch.library.custom_op("nanok2::experts_backward", mutates_args=())
+def _experts_backward(grad_ND: Tensor, x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor,
+                      counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, z_S2F: Tensor
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from kernels import triton_experts
+    return triton_experts.backward(grad_ND.contiguous(), x_ND.contiguous(), weights_NK.contiguous(), order, inverse,
+                                   counts_E, gate_up_E2FD.contiguous(), down_EDF.contiguous(), z_S2F)
+
+
+@_experts_backward.register_fake
+def _(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x_ND, weights_NK, gate_up_E2FD, down_EDF))
+
+
+def _keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)  # z has no gradient
+
+
+def _backward(ctx, grad_ND, _):
+    if grad_ND is None:
+        return (None,) * 7
+    grad_x, grad_weights, grad_gate_up, grad_down = _experts_backward(grad_ND, *ctx.saved_tensors)
+    return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down
+
+
+_experts.register_autograd(_backward, setup_context=_keep_for_backward)

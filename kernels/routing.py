@@ -1,14 +1,33 @@
 """Token routing: scores to chosen experts and weights, and the sort that puts rows in expert order.
 
-DeepSeek-V3's sigmoid router with a selection bias (arXiv 2412.19437, section 2.1.2). Next: experts.py.
+DeepSeek-V3's sigmoid router with a selection bias (arXiv 2412.19437, section 2.1.2). `route` and `sort_by_expert` run
+either the code here or the kernels of triton_routing.py. Next: experts.py.
 
-Shapes: N tokens, E experts, K experts per token, G groups.
+Shapes: N tokens, E experts, K experts per token, G groups, B sequences.
 """
 
 import torch
+from torch import Tensor
+
+from kernels import backend
 
 
-def route(logits_NE, bias_E, top_k, n_group=1, topk_group=1, normalise=True, scale=1.0):
+def route(logits_NE, bias_E, batch_size, top_k, n_group=1, topk_group=1, normalise=True, scale=1.0):
+    """The router, from the logits of batch_size sequences to all that is wanted of it: weights_NK (fp32), experts_NK
+    (int64), the balance loss summed over the sequences, and counts_E (int64). The parts say more: choose,
+    sequence_balance, count_choices."""
+    options = (top_k, n_group, topk_group, normalise, scale)
+    if not backend.triton_runs(logits_NE):
+        weights_NK, experts_NK, scores_NE = choose(logits_NE, bias_E, *options)
+        balance = sequence_balance(scores_NE, experts_NK, batch_size)
+        return weights_NK, experts_NK, balance, count_choices(experts_NK, logits_NE.shape[1])
+    weights_NK, experts_NK, counts_BE, shares_BE = _route(logits_NE.float(), bias_E, batch_size, *options)
+    E, T = logits_NE.shape[1], max(len(logits_NE) // batch_size, 1)
+    balance = (counts_BE * (E / (top_k * T)) * (shares_BE / T)).sum()
+    return weights_NK, experts_NK, balance, counts_BE.sum(0)
+
+
+def choose(logits_NE, bias_E, top_k, n_group=1, topk_group=1, normalise=True, scale=1.0):
     """Choose top_k experts for every token; everything in fp32, ties go to the lowest expert index.
 
     The bias steers the selection only; the weights are the unbiased scores, so the router's gradient flows through
@@ -45,12 +64,15 @@ def count_choices(experts_NK, n_experts):
 
 
 def sort_by_expert(experts_NK, n_experts, n_choices=None):
-    """Stable counting sort of the N*K (token, choice) rows by expert, without a host sync.
+    """Stable sort of the N*K (token, choice) rows by expert, without a host sync.
 
     Returns order (sorted row -> flat row n*K+k), inverse (flat row -> sorted row), counts_E, all int64. With n_choices
     only that many choices are of experts that exist; the others, marked n_experts, are left out of order and counts,
     and inverse places them beyond the end of order.
     """
+    if backend.triton_runs(experts_NK):
+        order, inverse, counts = _sort_by_expert(experts_NK, n_experts + (n_choices is not None))
+        return order[:n_choices], inverse, counts[:n_experts]
     flat = experts_NK.flatten()
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
@@ -74,3 +96,57 @@ def sequence_balance(scores_NE, experts_NK, batch_size):
     counts_BE.scatter_add_(1, chosen_BTK.flatten(1), torch.ones_like(chosen_BTK.flatten(1), dtype=torch.float32))
     fraction_BE = counts_BE * (n_experts / (top_k * shares_BTE.shape[1]))
     return (fraction_BE * shares_BTE.mean(1)).sum()
+
+
+# ----------------------------------------------------------------------------- the Triton kernels as operators
+
+@torch.library.custom_op("nanok2::route", mutates_args=())
+def _route(logits_NE: Tensor, bias_E: Tensor, batch_size: int, top_k: int, n_group: int, topk_group: int,
+           normalise: bool, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from kernels import triton_routing
+    return triton_routing.route(logits_NE.contiguous(), bias_E, batch_size, top_k, n_group, topk_group, normalise,
+                                scale)
+
+
+@_route.register_fake
+def _(logits_NE, bias_E, batch_size, top_k, n_group, topk_group, normalise, scale):
+    N, E = logits_NE.shape
+    return (logits_NE.new_empty(N, top_k), logits_NE.new_empty(N, top_k, dtype=torch.int64),
+            logits_NE.new_empty(batch_size, E, dtype=torch.int64), logits_NE.new_empty(batch_size, E))
+
+
+@torch.library.custom_op("nanok2::route_backward", mutates_args=())
+def _route_backward(logits_NE: Tensor, experts_NK: Tensor, grad_weights_NK: Tensor, grad_shares_BE: Tensor,
+                    normalise: bool, scale: float) -> Tensor:
+    from kernels import triton_routing
+    return triton_routing.route_backward(logits_NE.contiguous(), experts_NK, grad_weights_NK, grad_shares_BE, normalise,
+                                         scale)
+
+
+@_route_backward.register_fake
+def _(logits_NE, experts_NK, grad_weights_NK, grad_shares_BE, normalise, scale):
+    return torch.empty_like(logits_NE, memory_format=torch.contiguous_format)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.options = inputs[-2:]
+
+
+def _backward(ctx, grad_weights_NK, _, __, grad_shares_BE):
+    return _route_backward(*ctx.saved_tensors, grad_weights_NK, grad_shares_BE, *ctx.options), *[None] * 7
+
+
+_route.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op("nanok2::sort_by_expert", mutates_args=())
+def _sort_by_expert(experts_NK: Tensor, n_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    from kernels import triton_routing
+    return triton_routing.sort_by_expert(experts_NK, n_keys)
+
+
+@_sort_by_expert.register_fake
+def _(experts_NK, n_keys):
+    flat = experts_NK.new_empty(experts_NK.numel())
+    return flat, torch.empty_like(flat), experts_NK.new_empty(n_keys)

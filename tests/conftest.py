@@ -1,5 +1,6 @@
 """Fixtures shared by the tests; one thread a process and no network, whatever the machine."""
 
+import importlib.util
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: bitwise comparisons want one thread count
@@ -8,6 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before ours are imported
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_triton_*.py", "test_kernel_choice.py"]
 
 from tests.helpers import make_config, make_data  # noqa: E402
 from tests.ranks import Pool  # noqa: E402

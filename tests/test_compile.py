@@ -1,10 +1,18 @@
-"""torch.compile of single blocks: no graph break in bf16, the same numbers, recomputation included."""
+"""torch.compile of single blocks: no graph break, the same numbers, recomputation and Triton's kernels included."""
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from model import build
-from tests.helpers import tiny_config, tokens
+import config as settings
+from kernels import backend
+from model import ModelConfig, build
+from tests.helpers import ROOT, tiny_config, tokens
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow
@@ -25,3 +33,42 @@ def test_compiled_blocks_have_no_graph_break_and_equal_eager_ones(recompute):
     (loss, counts, norms), (loss2, counts2, norms2) = results
     assert loss2 == pytest.approx(loss, rel=1e-2) and counts == counts2 == 4 * 32 * 2
     assert torch.allclose(torch.stack(norms), torch.stack(norms2), rtol=0.1, atol=1e-2)
+
+
+@pytest.mark.skipif(not backend.INTERPRETED, reason="the GPU run compiles them in test_gpu.py")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_blocks_with_triton_kernels_compile_once_and_equal_eager_ones(recompute):
+    config = tiny_config(num_hidden_layers=1, first_k_dense_replace=0)
+    results, counter = [], CompileCounterWithBackend("aot_eager")
+    with backend.running(True):
+        for compiled in (False, True):
+            model = build(config, "cpu").init_weights(0)
+            for layer in model.layers:
+                layer.recompute = recompute
+                if compiled:
+                    layer.forward = torch.compile(layer.forward, backend=counter, dynamic=False, fullgraph=True)
+            for seed in range(2):  # other tokens, other counts: nothing may be compiled again
+                x = tokens(2, 17, seed=seed)
+                model.zero_grad()
+                loss, balance = model(x[:, :-1], x[:, 1:])
+                (loss / 32 + balance).backward()
+            results.append((loss.item(), [p.grad.norm() for p in model.parameters()]))
+    assert counter.frame_count == 1
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert torch.allclose(torch.stack(results[0][1]), torch.stack(results[1][1]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not backend.INTERPRETED, reason="shows on a CPU what a GPU would compile")
+def test_a_block_of_small_is_one_graph():
+    small, _ = settings.load([str(ROOT / "configs/small.py")])
+    fields = {name: getattr(small, name) for name in ModelConfig.__dataclass_fields__}
+    config = ModelConfig(**fields | dict(num_hidden_layers=2, vocab_size=128))
+    model = build(config, "cpu").init_weights(0)
+    hidden, rope = torch.randn(1, 16, config.hidden_size, requires_grad=True), model.rope(0, 16)
+    with backend.running(True):
+        for layer in model.layers:
+            explained = torch._dynamo.explain(layer)(hidden, rope)
+            assert explained.graph_count == 1 and explained.graph_break_count == 0, explained.break_reasons
+        called = {str(node.target) for graph in explained.graphs for node in graph.graph.nodes}
+    assert {f"nanok2.{op}.default" for op in ("route", "sort_by_expert", "experts", "causal_attention")} <= {
+        name.removesuffix("_default") for name in called} | called

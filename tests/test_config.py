@@ -93,7 +93,6 @@ def test_wrong_flags_say_what_would_be_valid(word, message):
         ("--muon_lr=-1", "must be at least 0"),
         ("--hidden_size=0", "must be at least 1"),
         ("--rope_scaling={'type': 'linear'}", "must be None or a dict of type"),
-        ("--kernels=triton", "not part of this version"),
         ("--dp_shard=0", "at least 1"),
         ("--data={'a': -1}", "weights above 0"),
         ("--momentum=1", "momentum"),

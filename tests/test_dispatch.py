@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from dispatch import ExpertParallel
+from kernels import backend, routing
 from kernels import experts as expert_kernels
-from kernels import routing
 from moe import LocalDispatch
 from tests.helpers import tiny_model
 
@@ -76,11 +76,21 @@ def test_experts_over_ranks_equal_experts_on_one(pool, kind, ranks):
     pool.run(ranks, against_one_device, kind, ranks)
 
 
+def with_triton(function, *args):
+    with backend.running(True):
+        function(*args)
+
+
+@pytest.mark.skipif(not backend.INTERPRETED, reason="test_gpu.py has it on a GPU")
+def test_experts_over_ranks_by_triton(pool):
+    pool.run(2, with_triton, against_one_device, "random", 2)
+
+
 def rows_sent():
     """Rows that one dispatch sends, and the number that a row for every choice would be."""
     moe, x = layer()
     spread(moe, 4, dist.get_rank())
-    weights, chosen, _ = moe.gate(x[dist.get_rank()])
+    weights, chosen, *_ = moe.gate(x[dist.get_rank()])
     sizes, original = [], dist.all_to_all_single
 
     def counting(output, input, *splits, **options):

@@ -5,10 +5,19 @@ import torch
 
 import parallel
 from dispatch import ExpertParallel
-from kernels import attention, experts
+from kernels import attention, backend, experts, triton_experts
 from tests.helpers import losses, make_config, run_script, run_train, tiny_model, tokens
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_process_of_its_own():
+    torch._dynamo.reset()
+    with backend.running(False):
+        yield
+    attention.ARM.clear()
+    triton_experts.LIBRARY.clear()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
@@ -77,7 +86,9 @@ def test_one_rank_over_nccl_equals_the_plain_run(tmp_path, data):
         assert one == pytest.approx(other, abs=0.02)
 
 
-def test_dispatch_over_nccl_equals_local_dispatch_with_one_sync(monkeypatch):
+@pytest.mark.parametrize("triton", [True, False])
+def test_dispatch_over_nccl_equals_local_dispatch_with_one_sync(monkeypatch, triton):
+    monkeypatch.setattr(backend, "_on", triton)
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29517}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
@@ -92,7 +103,7 @@ def test_dispatch_over_nccl_equals_local_dispatch_with_one_sync(monkeypatch):
             results.append((y, *torch.autograd.grad(y.square().sum(), [x, *moe.parameters()])))
         for one, other in zip(*results):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        weights, chosen, _ = moe.gate(x.flatten(0, 1))
+        weights, chosen, *_ = moe.gate(x.flatten(0, 1))
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
         with pytest.warns(UserWarning) as warned:

@@ -39,7 +39,7 @@ def test_route_equals_the_literal_reference(shape, data):
     logits, bias = torch.randn(9, n_experts, generator=generator), torch.randn(n_experts, generator=generator) * 0.3
     if ties:
         logits, bias = logits.round(), torch.zeros(n_experts)
-    weights, chosen, _ = routing.route(logits, bias, top_k, n_group, topk_group, normalise, 1.5)
+    weights, chosen, _ = routing.choose(logits, bias, top_k, n_group, topk_group, normalise, 1.5)
     for t in range(9):
         expected, expected_weights = reference_route(logits[t], bias, top_k, n_group, topk_group, normalise, 1.5)
         assert chosen[t].tolist() == expected
@@ -48,14 +48,14 @@ def test_route_equals_the_literal_reference(shape, data):
 
 def test_bias_selects_but_does_not_weigh():
     logits = torch.randn(20, 6)
-    weights, chosen, _ = routing.route(logits, torch.tensor([0, 0, 0, 9.0, 9.0, 0]), 2)
+    weights, chosen, _ = routing.choose(logits, torch.tensor([0, 0, 0, 9.0, 9.0, 0]), 2)
     assert (chosen.sort(-1).values == torch.tensor([3, 4])).all()
     assert torch.allclose(weights.sum(-1), torch.ones(20))
     assert torch.allclose(weights[:, 0], logits.sigmoid().gather(1, chosen)[:, 0] / logits.sigmoid()[:, 3:5].sum(-1))
 
 
 def test_all_negative_biased_scores_still_choose_inside_the_groups():
-    _, chosen, _ = routing.route(torch.randn(50, 8), torch.full((8,), -5.0), 3, 4, 2)
+    _, chosen, _ = routing.choose(torch.randn(50, 8), torch.full((8,), -5.0), 3, 4, 2)
     groups = (chosen // 2).tolist()
     assert all(len(set(row)) <= 2 for row in groups) and all(len(set(row)) == 3 for row in chosen.tolist())
 
@@ -80,7 +80,7 @@ def make_moe(n_experts=6, top_k=2, shared=None):
 
 def double_loop(moe, x_ND):
     """Every token, every chosen expert, one matrix-vector product at a time."""
-    weights, chosen, _ = moe.gate(x_ND)
+    weights, chosen, *_ = moe.gate(x_ND)
     rows = []
     for t, x in enumerate(x_ND):
         row = torch.zeros_like(x)
@@ -152,7 +152,7 @@ def test_grouped_matmul_and_loop_agree_in_bf16():
 
 def test_balance_loss_by_hand_and_its_gradient_balances():
     logits = torch.randn(2 * 8, 4, requires_grad=True)
-    _, chosen, scores = routing.route(logits, torch.zeros(4), 2)
+    _, chosen, scores = routing.choose(logits, torch.zeros(4), 2)
     expected = 0.0
     for sequence in range(2):
         rows = slice(sequence * 8, sequence * 8 + 8)
@@ -164,7 +164,7 @@ def test_balance_loss_by_hand_and_its_gradient_balances():
     assert torch.allclose(loss, expected)
     skewed = torch.zeros(8, 4)
     skewed[:, 0], skewed.requires_grad = 3.0, True
-    _, chosen, scores = routing.route(skewed, torch.zeros(4), 1)
+    _, chosen, scores = routing.choose(skewed, torch.zeros(4), 1)
     loss = routing.sequence_balance(scores, chosen, 1)
     loss.backward()
     assert loss > 1.5 and (skewed.grad[:, 0] > 0).all() and (skewed.grad[:, 1:] < 0).all()

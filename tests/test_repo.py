@@ -36,6 +36,7 @@ ONLY_IN = {
     "transformers": set(),
     "tokenizers": set(),
     "tiktoken": {"data/tokenizer.py"},
+    "triton": {path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/triton_*.py")},
 }
 SOURCES = [p for p in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py")) + sorted(ROOT.glob("data/*.py"))]
 README = (ROOT / "README.md").read_text()
@@ -84,7 +85,15 @@ def test_files_are_short_and_the_whole_is_small():
     tracked = tracked or [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if ".venv" not in p.parts]
     lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked if (ROOT / name).exists()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
-    assert sum(n for name, n in lengths.items() if not name.startswith(("tests/", "bench/"))) <= 5000
+    total = lambda *folders: sum(n for name, n in lengths.items() if name.startswith(folders))
+    assert sum(lengths.values()) - total("tests/", "bench/", "kernels/") <= 5000 and total("kernels/") <= 2500
+
+
+def test_triton_is_imported_only_when_a_kernel_runs():
+    for path in SOURCES:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = [alias.name for node in top for alias in node.names] + [getattr(node, "module", "") for node in top]
+        assert path.name.startswith("triton_") or not any("triton" in (name or "") for name in names), path
 
 
 def test_every_module_says_what_it_is():

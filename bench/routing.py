@@ -1,0 +1,63 @@
+"""The router (forward and backward) and the sort into expert order: Triton's kernels against their twins, eager and
+compiled. Both are bound by memory: the share of 4.3 TB/s says how well.
+
+    python -m bench.routing
+"""
+
+import torch
+
+import bench
+from kernels import backend, routing
+
+# sequences, their length, E, K, groups, groups used
+SHAPES = {"cuda": {"small": (32, 1024, 64, 7, 1, 1), "k2": (2, 4096, 384, 8, 1, 1), "v3": (2, 4096, 256, 8, 8, 4)},
+          "cpu": {"debug": (16, 256, 16, 4, 1, 1)}}
+BANDWIDTH = 4.3e12  # of an H200, measured by a copy
+
+
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result, ratios = {}, {}
+    for name, (B, T, E, K, groups, used) in SHAPES[device].items():
+        logits = torch.randn(B * T, E, device=device, requires_grad=True)
+        bias, grad = torch.zeros(E, device=device), torch.randn(B * T, K, device=device)
+
+        def route(logits, B=B, K=K, groups=groups, used=used, bias=bias):
+            return routing.route(logits, bias, B, K, groups, used)[:3]
+
+        def arm(function, on, logits=logits, grad=grad):
+            def run():
+                with backend.running(on):
+                    weights, _, balance = function(logits)
+                    torch.autograd.backward((weights, balance), (grad, torch.ones_like(balance)))
+                logits.grad = None
+            return run
+
+        chosen = routing.choose(logits.detach(), bias, K)[1]
+
+        def sort(on, chosen=chosen, E=E):
+            def run():
+                with backend.running(on):
+                    routing.sort_by_expert(chosen, E)
+            return run
+
+        arms = {"twin": arm(route, False)}
+        if device == "cuda":
+            arms |= {"compiled twin": arm(torch.compile(route, dynamic=False), False), "triton": arm(route, True)}
+        seconds = bench.interleaved(arms)
+        sorts = bench.interleaved({"twin": sort(False)} | ({"triton": sort(True)} if device == "cuda" else {}))
+        moved = B * T * (4 * E * 3 + K * (4 + 8 + 8 + 4))  # logits read twice, their gradient; weights and choices
+        result[name] = {"router": seconds, "sort": sorts, "bytes": moved}
+        for what, spent in (("router", seconds), ("sort", sorts)):
+            for label, s in spent.items():
+                share = f"  {moved / s / BANDWIDTH:6.1%} of 4.3 TB/s" if what == "router" and device == "cuda" else ""
+                print(f"{name:6} {what:6} {label:14} {1e6 * s:9.1f} us{share}")
+            if "triton" in spent:
+                ratios[f"{what}, {name}: twin / triton, time"] = spent["twin"] / spent["triton"]
+    if device == "cpu":
+        print("no GPU: twins only")
+    bench.save(f"routing-{device}", {"ratios": ratios, "shapes": result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""The routed experts in Triton: gathers inside the matmuls, SwiGLU in their epilogues, sums without atomics.
+
+Forward: `up` (gather, gate and up products, SwiGLU), `down` (rows x weights), `combine` (weighted sum per token).
+Backward: `down_backward` (gather of the gradient, SwiGLU backwards, gradient of the router's weight), `down` again with
+gate_up, `combine` again without weights, and `weight_gradient` twice. Between them only x, the pre-activation z and the
+router's weights are kept: the router's weight multiplies after the down projection, so its gradient is <a, dy W>, which
+needs no output of any expert (the idea of SonicMoE, arXiv 2512.14080, section 3).
+
+Rows lie in expert order and no expert's rows are padded: a tile belongs to one expert, its last rows are masked. How
+many tiles there are is known only on the device; the grid has room for all cases, programs without one return at once.
+Shapes: experts.py. M, N, K in a kernel are the sides of its matmul.   Next: experts.py, triton_routing.py (tile_map).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as functional
+import triton
+import triton.language as tl
+
+from kernels import backend
+from kernels.triton_routing import tile_map
+
+LIBRARY = set()  # the products that F.grouped_mm computes, of "y", "dx", "d_down", "d_gate_up": see choose_products
+GROUP = 8  # row tiles that run side by side over all column tiles, so that their weights are still in the cache
+
+
+def blocks(kernel, dtype, rows_per_expert):
+    """Tile sizes and launch options of one kernel: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages."""
+    if backend.INTERPRETED:  # which pays for operations, not for elements
+        sizes = (128, 128, 128, 4, 1)
+    elif dtype == torch.float32:
+        sizes = (64, 32, 32, 4, 2) if kernel == "up" else (64, 64, 32, 4, 2)
+    elif kernel == "up":  # two accumulators of 128 x 128
+        sizes = (128, 128, 64, 8, 3) if rows_per_expert >= 96 else (64, 128, 64, 4, 3)
+    elif kernel == "down_backward":
+        sizes = (128, 128, 64, 8, 3) if rows_per_expert >= 96 else (64, 128, 64, 4, 3)
+    elif kernel == "weight_gradient":
+        sizes = (128, 256, 64, 8, 3)
+    else:
+        sizes = (128, 256, 64, 8, 3) if rows_per_expert >= 96 else (64, 256, 64, 4, 3)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), sizes))
+
+
+# ----------------------------------------------------------------------------- kernels
+
+@triton.jit
+def _place(tiles, n_columns, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    # Program number -> its tile's expert, first row and end, and its block of columns.
+    n_tiles, n_blocks = tl.num_programs(0) // tl.cdiv(n_columns, BLOCK_N), tl.cdiv(n_columns, BLOCK_N)
+    program = tl.program_id(0)
+    first = program // (GROUP * n_blocks) * GROUP
+    height = tl.minimum(n_tiles - first, GROUP)
+    tile = first + program % (GROUP * n_blocks) % height
+    block = program % (GROUP * n_blocks) // height
+    return tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2), block
+
+
+@triton.jit
+def up_kernel(x, gate_up, order, tiles, z, a, D, F, TOP_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # z[s] = gate_up[e] x[order[s] // TOP_K],  a = silu(z_gate) * z_up.  Grid: row tiles x blocks of F.
+    expert, start, end, block = _place(tiles, F, BLOCK_N, GROUP)
+    if start < end:
+        row = start + tl.arange(0, BLOCK_M)
+        real = row < end
+        token = tl.load(order + row, mask=real, other=0) // TOP_K
+        column, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        inside = column < F
+        x_tile = x + token[:, None] * D + k[None, :]
+        gate_tile = gate_up + expert.to(tl.int64) * 2 * F * D + column[None, :] * D + k[:, None]
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for done in range(0, D, BLOCK_K):
+            there = k < (D if EVEN else D - done)
+            x_MK = tl.load(x_tile, mask=real[:, None] & there[None, :], other=0)
+            gate_KN = tl.load(gate_tile, mask=inside[None, :] & there[:, None], other=0)
+            up_KN = tl.load(gate_tile + F * D, mask=inside[None, :] & there[:, None], other=0)
+            gate = tl.dot(x_MK, gate_KN, gate, input_precision="ieee")
+            up = tl.dot(x_MK, up_KN, up, input_precision="ieee")
+            x_tile += BLOCK_K
+            gate_tile += BLOCK_K
+        place = row.to(tl.int64)[:, None]
+        write = real[:, None] & inside[None, :]
+        gate, up = gate.to(z.dtype.element_ty), up.to(z.dtype.element_ty)  # the backward will see them rounded
+        tl.store(z + place * 2 * F + column[None, :], gate, mask=write)
+        tl.store(z + place * 2 * F + F + column[None, :], up, mask=write)
+        gate = gate.to(tl.float32)
+        tl.store(a + place * F + column[None, :], gate * tl.sigmoid(gate) * up.to(tl.float32), mask=write)
+
+
+@triton.jit
+def down_kernel(rows, weight, tiles, out, K, N, stride_k, stride_n, GROUP: tl.constexpr, EVEN: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # out[s, n] = sum over k of rows[s, k] * weight[e, k, n] with any strides.  Grid: row tiles x blocks of N.
+    expert, start, end, block = _place(tiles, N, BLOCK_N, GROUP)
+    if start < end:
+        row = start + tl.arange(0, BLOCK_M)
+        real, place = row < end, row.to(tl.int64)[:, None]
+        column, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        inside = column < N
+        row_tile = rows + place * K + k[None, :]
+        weight_tile = weight + expert.to(tl.int64) * K * N + k[:, None] * stride_k + column[None, :] * stride_n
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for done in range(0, K, BLOCK_K):
+            there = k < (K if EVEN else K - done)
+            rows_MK = tl.load(row_tile, mask=real[:, None] & there[None, :], other=0)
+            weight_KN = tl.load(weight_tile, mask=inside[None, :] & there[:, None], other=0)
+            total = tl.dot(rows_MK, weight_KN, total, input_precision="ieee")
+            row_tile += BLOCK_K
+            weight_tile += BLOCK_K * stride_k
+        tl.store(out + place * N + column[None, :], total, mask=real[:, None] & inside[None, :])
+
+
+@triton.jit
+def _swiglu_backward(b, w, z, dz, weighted_a, place, real, column, F):
+    # Writes dz and w a for some columns of b; returns the rows' sums of a b.
+    write = real[:, None] & (column < F)[None, :]
+    gate = tl.load(z + place * 2 * F + column[None, :], mask=write, other=0).to(tl.float32)
+    up = tl.load(z + place * 2 * F + F + column[None, :], mask=write, other=0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(weighted_a + place * F + column[None, :], w * silu * up, mask=write)
+    tl.store(dz + place * 2 * F + column[None, :], w * b * up * (sigmoid + silu * (1 - sigmoid)), mask=write)
+    tl.store(dz + place * 2 * F + F + column[None, :], w * b * silu, mask=write)
+    return tl.sum(b * silu * up, 1)
+
+
+@triton.jit
+def down_backward_kernel(grad, down, order, tiles, weights, z, dz, weighted_a, grad_weights, D, F, TOP_K: tl.constexpr,
+                         GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                         BLOCK_K: tl.constexpr):
+    # With b = grad[token] down[e] and w the router's weight of the row: dz = w b through SwiGLU, w a for the gradient
+    # of down, and <a, b> over this block of F, for the gradient of w.  Grid: row tiles x blocks of F.
+    expert, start, end, block = _place(tiles, F, BLOCK_N, GROUP)
+    if start < end:
+        row = start + tl.arange(0, BLOCK_M)
+        real, place = row < end, row.to(tl.int64)[:, None]
+        choice = tl.load(order + row, mask=real, other=0)
+        column, k = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        inside = column < F
+        grad_tile = grad + (choice // TOP_K)[:, None] * D + k[None, :]
+        down_tile = down + expert.to(tl.int64) * D * F + k[:, None] * F + column[None, :]
+        b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for done in range(0, D, BLOCK_K):
+            there = k < (D if EVEN else D - done)
+            grad_MK = tl.load(grad_tile, mask=real[:, None] & there[None, :], other=0)
+            down_KN = tl.load(down_tile, mask=inside[None, :] & there[:, None], other=0)
+            b = tl.dot(grad_MK, down_KN, b, input_precision="ieee")
+            grad_tile += BLOCK_K
+            down_tile += BLOCK_K * F
+        w = tl.load(weights + choice, mask=real, other=0).to(tl.float32)[:, None]
+        # In two halves: the whole epilogue at once would not fit into the registers.
+        left, right = tl.split(b.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+        half = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        product = _swiglu_backward(left, w, z, dz, weighted_a, place, real, half, F)
+        product += _swiglu_backward(right, w, z, dz, weighted_a, place, real, half + BLOCK_N // 2, F)
+        tl.store(grad_weights + choice * tl.cdiv(F, BLOCK_N) + block, product, mask=real)
+
+
+@triton.jit
+def weight_gradient_kernel(left, right, order, ends, out, M, N, TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # out[e, m, n] = sum over the rows s of expert e of left[s, m] * right[s, n]; one of the two is read by token, at
+    # order[s] // TOP_K. An expert without rows gets zeros.  Grid: blocks of (M, N), experts.
+    expert = tl.program_id(1)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends + expert)
+    m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) // tl.cdiv(M, BLOCK_M) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(start, end, BLOCK_K):
+        row = first + tl.arange(0, BLOCK_K)
+        real = row < end
+        token = tl.load(order + row, mask=real, other=0) // TOP_K
+        left_row = token if GATHER_LEFT else row.to(tl.int64)
+        right_row = row.to(tl.int64) if GATHER_LEFT else token
+        left_KM = tl.load(left + left_row[:, None] * M + m[None, :], mask=real[:, None] & (m < M)[None, :], other=0)
+        right_KN = tl.load(right + right_row[:, None] * N + n[None, :], mask=real[:, None] & (n < N)[None, :],
+                           other=0)
+        total = tl.dot(left_KM.T, right_KN, total, input_precision="ieee")
+    place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out + place, total, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def combine_kernel(rows, place, weights, out, n_tokens, n_rows, D, J: tl.constexpr, WEIGHTED: tl.constexpr,
+                   BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    # out[t] = sum over j of weights[t, j] * rows[place[t, j]], j in order, in fp32; places from n_rows on add nothing.
+    # Grid: blocks of tokens, blocks of D.
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for j in tl.static_range(J):
+        row = tl.load(place + token * J + j, mask=token < n_tokens, other=n_rows)
+        there = (row < n_rows)[:, None] & (d < D)[None, :]
+        values = tl.load(rows + row[:, None] * D + d[None, :], mask=there, other=0)
+        if WEIGHTED:
+            weight = tl.load(weights + token * J + j, mask=row < n_rows, other=0)
+            total += weight[:, None] * values.to(tl.float32)
+        else:
+            total += values.to(tl.float32)
+    place = token.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out + place, total, mask=(token < n_tokens)[:, None] & (d < D)[None, :])
+
+
+# ----------------------------------------------------------------------------- launchers
+
+def combine(rows_SD, place_NJ, weights_NJ=None):
+    """y_ND = sum over j of weights_NJ * rows_SD[place_NJ], in the rows' dtype; experts.sum_rows is its twin."""
+    rows_SD, place_NJ = rows_SD.contiguous(), place_NJ.contiguous()
+    (n_tokens, J), (n_rows, D) = place_NJ.shape, rows_SD.shape
+    out_ND = torch.empty(n_tokens, D, dtype=rows_SD.dtype, device=rows_SD.device)
+    block_t, block_d = (64, triton.next_power_of_2(D)) if backend.INTERPRETED else (8, 256)
+    weights = rows_SD if weights_NJ is None else weights_NJ.contiguous()
+    if n_tokens:
+        combine_kernel[triton.cdiv(n_tokens, block_t), triton.cdiv(D, block_d)](
+            rows_SD, place_NJ, weights, out_ND, n_tokens, n_rows, D, J, weights_NJ is not None, block_t, block_d)
+    return out_ND
+
+
+def down(product, rows_SK, weight_EKN, counts_E):
+    """out_SN: every row times its expert's matrix, which may be a transposed view."""
+    if product in LIBRARY:
+        return functional.grouped_mm(rows_SK, weight_EKN, offs=counts_E.cumsum(0).to(torch.int32))
+    (S, K), (E, _, N) = rows_SK.shape, weight_EKN.shape
+    out_SN = torch.empty(S, N, dtype=rows_SK.dtype, device=rows_SK.device)
+    b = blocks("down", rows_SK.dtype, S // E)
+    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
+    down_kernel[n_tiles * triton.cdiv(N, b["BLOCK_N"]),](
+        rows_SK, weight_EKN, tiles, out_SN, K, N, *weight_EKN.stride()[1:], GROUP, K % b["BLOCK_K"] == 0, **b)
+    return out_SN
+
+
+def weight_gradient(product, left, right, order, counts_E, top_k, gather_left):
+    """out_EMN: per expert the sum over its rows of left^T right; one of them has a row per token instead."""
+    if product in LIBRARY:
+        token = order // top_k
+        left, right = (left[token], right) if gather_left else (left, right[token])
+        return functional.grouped_mm(left.mT, right, offs=counts_E.cumsum(0).to(torch.int32))
+    M, N, E = left.shape[1], right.shape[1], len(counts_E)
+    out_EMN = torch.empty(E, M, N, dtype=left.dtype, device=left.device)
+    b = blocks("weight_gradient", left.dtype, len(order) // E)
+    weight_gradient_kernel[triton.cdiv(M, b["BLOCK_M"]) * triton.cdiv(N, b["BLOCK_N"]), E](
+        left, right, order, counts_E.cumsum(0), out_EMN, M, N, top_k, gather_left, **b)
+    return out_EMN
+
+
+def forward(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
+    """Returns y_ND and z_S2F, the pre-activation that the backward wants."""
+    (E, D, F), S, top_k = down_EDF.shape, len(order), weights_NK.shape[1]
+    z_S2F, a_SF = (torch.empty(S, width, dtype=x_ND.dtype, device=x_ND.device) for width in (2 * F, F))
+    b = blocks("up", x_ND.dtype, S // E)
+    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
+    up_kernel[n_tiles * triton.cdiv(F, b["BLOCK_N"]),](
+        x_ND, gate_up_E2FD, order, tiles, z_S2F, a_SF, D, F, top_k, GROUP, D % b["BLOCK_K"] == 0, **b)
+    y_SD = down("y", a_SF, down_EDF.mT, counts_E)
+    return combine(y_SD, inverse.view_as(weights_NK), weights_NK), z_S2F
+
+
+def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F):
+    """Gradients of x, weights, gate_up and down."""
+    (E, D, F), S, top_k = down_EDF.shape, len(order), weights_NK.shape[1]
+    dz_S2F = torch.empty_like(z_S2F)
+    weighted_SF = torch.empty(S, F, dtype=x_ND.dtype, device=x_ND.device)
+    b = blocks("down_backward", x_ND.dtype, S // E)
+    n_blocks = triton.cdiv(F, b["BLOCK_N"])
+    products = torch.zeros(weights_NK.numel(), n_blocks, device=x_ND.device)  # choices of other ranks stay 0
+    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
+    down_backward_kernel[n_tiles * n_blocks,](
+        grad_ND, down_EDF, order, tiles, weights_NK, z_S2F, dz_S2F, weighted_SF, products, D, F, top_k, GROUP,
+        D % b["BLOCK_K"] == 0, **b)
+    grad_down = weight_gradient("d_down", grad_ND, weighted_SF, order, counts_E, top_k, gather_left=True)
+    grad_gate_up = weight_gradient("d_gate_up", dz_S2F, x_ND, order, counts_E, top_k, gather_left=False)
+    grad_x = combine(down("dx", dz_S2F, gate_up_E2FD, counts_E), inverse.view_as(weights_NK))
+    return grad_x, products.sum(1).view_as(weights_NK), grad_gate_up, grad_down
+
+
+# ----------------------------------------------------------------------------- which library product is faster
+
+def product_arms(N, top_k, E, D, F, dtype, device):
+    """{product: function of nothing that computes it at this size}, on rows that chance spreads over all experts but
+    the first."""
+    S, generator = N * top_k, torch.Generator(device).manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+    chosen = torch.randint(min(1, E - 1), E, (S,), device=device, generator=generator)
+    counts_E, order = torch.bincount(chosen, minlength=E), chosen.argsort()
+    x_ND, a_SF, dz_S2F = random(N, D), random(S, F), random(S, 2 * F)
+    gate_up_E2FD, down_EDF = random(E, 2 * F, D), random(E, D, F)
+    return {"y": lambda: down("y", a_SF, down_EDF.mT, counts_E),
+            "dx": lambda: down("dx", dz_S2F, gate_up_E2FD, counts_E),
+            "d_down": lambda: weight_gradient("d_down", x_ND, a_SF, order, counts_E, top_k, True),
+            "d_gate_up": lambda: weight_gradient("d_gate_up", dz_S2F, x_ND, order, counts_E, top_k, False)}
+
+
+def choose_products(N, top_k, E, D, F, dtype, device):
+    """Measure every product both ways and give those to F.grouped_mm that it computes faster, and right: an expert
+    without rows is where versions of it went wrong. Returns a line to print. It wants bf16 and rows of whole 16 bytes;
+    otherwise there is nothing to choose."""
+    LIBRARY.clear()
+    if dtype != torch.bfloat16 or D % 8 or F % 8:
+        return "expert products: triton"
+    told, faster = [], set()
+    for product, compute in product_arms(N, top_k, E, D, F, dtype, device).items():
+        expected, ours = compute().float(), backend.milliseconds(compute)
+        LIBRARY.add(product)
+        try:
+            right = (compute() - expected).norm() <= 1e-2 * expected.norm()
+            library = backend.milliseconds(compute) if right else math.inf
+        except RuntimeError:  # out of memory, or not for this GPU
+            library = math.nan
+        LIBRARY.clear()
+        told.append(f"{product} {ours:.2f} ({library:.2f})")
+        if library < ours:
+            faster.add(product)
+    LIBRARY.update(faster)
+    return f"expert products, ms by triton (grouped_mm; inf: wrong, nan: cannot): {', '.join(told)}"

@@ -1,0 +1,267 @@
+"""The router, the sort and the experts in Triton against their twins and a per-token loop in float64. Without a GPU the
+kernels run in Triton's interpreter, in fp32."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import backend, experts, routing, triton_experts, triton_routing
+from tests.helpers import poisoned_memory
+
+DEVICE = "cpu" if backend.INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with backend.running(True):
+        yield
+
+
+@contextlib.contextmanager
+def small_blocks(elements, sizes):
+    """Blocks of which even small inputs need several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_routing, "ELEMENTS", elements)
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+        patch.setattr(triton_experts, "blocks", lambda *_: dict(zip(names, (*sizes, 4, 2))))
+        yield
+
+
+def close(ours, expected, tolerance=1e-5):
+    """To the tolerance of the largest element, or of 0.1: gradients may be what is left of terms that cancel."""
+    if ours.shape != expected.shape or not expected.numel():
+        return ours.shape == expected.shape
+    difference = (ours.double() - expected.double()).abs().max().item()
+    return difference <= tolerance * max(expected.abs().max().item(), 0.1)
+
+
+# ---------------------------------------------------------------------- routing
+
+
+def route_both(logits, bias, batch, options, generator):
+    """All results of the router and the gradient of the logits: Triton's, the twin's."""
+    grad = torch.randn(len(logits), options[0], generator=generator).to(logits.device)
+    results = []
+    for on in (True, False):
+        leaf = logits.clone().requires_grad_()
+        with backend.running(on):
+            weights, chosen, balance, counts = routing.route(leaf, bias, batch, *options)
+            (d_logits,) = torch.autograd.grad((weights * grad).sum() + 0.7 * balance, leaf)
+        results.append((weights.detach(), chosen, balance.detach(), counts, d_logits))
+    return results
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_route_equals_its_twin(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    n_group = data.draw(st.sampled_from([1, 1, 2, 3]))
+    n_experts = n_group * draw(2, 20)
+    topk_group = draw(1, n_group)
+    top_k = draw(1, min(8, n_experts // n_group * topk_group))
+    options = (top_k, n_group, topk_group, data.draw(st.booleans()), 2.5)
+    batch, length = draw(1, 3), draw(1, 30)
+    generator = torch.Generator().manual_seed(draw(0, 99))
+    logits = torch.randn(batch * length, n_experts, generator=generator) * data.draw(st.sampled_from([0.5, 3, 30]))
+    bias = torch.randn(n_experts, generator=generator) * 0.1
+    if data.draw(st.booleans()):  # few different values: ties everywhere
+        logits, bias = logits.round(), torch.zeros(n_experts)
+    with poisoned_memory(), small_blocks(data.draw(st.sampled_from([256, 4096])), (16, 16, 16)):
+        ours, twins = route_both(logits.to(DEVICE), bias.to(DEVICE), batch, options, generator)
+    assert torch.equal(ours[1], twins[1]) and torch.equal(ours[3], twins[3])
+    assert all(close(a, b) for a, b in zip(ours, twins))
+
+
+def test_route_takes_not_a_number_first_and_keeps_it():
+    logits = torch.randn(4, 6)
+    logits[1, 4] = logits[1, 2] = logits[2, 5] = math.nan
+    bias, options = torch.zeros(6, device=DEVICE), (3, 2, 1, True, 1.0)
+    ours, twins = route_both(logits.to(DEVICE), bias, 1, options, torch.Generator())
+    assert torch.equal(ours[1], twins[1]) and ours[1][1].tolist()[:2] != [0, 1]
+    torch.testing.assert_close(ours[0], twins[0], equal_nan=True, rtol=1e-5, atol=1e-6)
+    assert ours[2].isnan() and twins[2].isnan()
+
+
+def test_route_of_scores_that_all_underflow():
+    logits = torch.full((5, 8), -200.0, device=DEVICE)
+    ours, twins = route_both(logits, torch.zeros(8, device=DEVICE), 1, (2, 1, 1, True, 1.0), torch.Generator())
+    assert all(torch.isfinite(t).all() for t in ours) and all(close(a, b) for a, b in zip(ours, twins))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 150), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99), st.booleans(),
+       st.sampled_from([1024, 4096]))
+def test_sort_equals_its_twin(n, n_experts, top_k, seed, some_elsewhere, elements):
+    generator = torch.Generator().manual_seed(seed)
+    highest = n_experts + some_elsewhere  # n_experts marks a choice that is computed on another rank
+    chosen = (torch.rand(n, top_k, generator=generator) ** 3 * highest).long().to(DEVICE)
+    n_choices = int((chosen < n_experts).sum()) if some_elsewhere else None
+    with poisoned_memory(), small_blocks(elements, (16, 16, 16)):
+        ours = routing.sort_by_expert(chosen, n_experts, n_choices)
+    with backend.running(False):
+        twins = routing.sort_by_expert(chosen, n_experts, n_choices)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, twins))
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 16, 17], [0, 0, 0], [0, 64], [1] * 40])
+def test_tile_map_covers_every_row_once(counts):
+    tiles, n_tiles = triton_routing.tile_map(torch.tensor(counts, device=DEVICE), sum(counts), 16)
+    found = [(e, row) for e, start, end in tiles[:n_tiles].tolist() for row in range(start, min(start + 16, end))]
+    starts = [sum(counts[:e]) for e in range(len(counts))]
+    assert sorted(found) == [(e, starts[e] + i) for e, count in enumerate(counts) for i in range(count)]
+
+
+# ---------------------------------------------------------------------- experts
+
+
+def reference(x, weights, chosen, gate_up, down):
+    """Token by token, choice by choice; a choice beyond the last expert is another rank's."""
+    rows = []
+    for token, ws, es in zip(x, weights, chosen.tolist()):
+        outputs = [w * (down[e] @ (F.silu(gate) * up)) for w, e in zip(ws, es) if e < len(down)
+                   for gate, up in [(gate_up[e] @ token).chunk(2)]]
+        rows.append(sum(outputs, 0 * token))
+    return torch.stack(rows)
+
+
+def run_experts(on, inputs, chosen, n_experts, n_choices, grad):
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    x, weights, gate_up, down = leaves
+    with backend.running(on):
+        y = experts.experts(x, weights, *routing.sort_by_expert(chosen, n_experts, n_choices), gate_up, down)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def random_case(N, D, width, E, K, generator, spread, elsewhere=False):
+    inputs = [torch.randn(*shape, generator=generator) / s for shape, s in (
+        ((N, D), 1), ((N, K), 1), ((E, 2 * width, D), D**0.5), ((E, D, width), width**0.5))]
+    chosen = {"even": torch.rand(N, E + elsewhere, generator=generator).argsort(1)[:, :K],
+              "one": torch.full((N, K), E - 1), "first": torch.arange(K).expand(N, K)}[spread].contiguous()
+    return inputs, chosen, torch.randn(N, D, generator=generator)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_experts_equal_a_loop_in_float64_with_gradients(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    N, D, width, E, elsewhere = draw(1, 14), draw(1, 20), draw(1, 20), draw(1, 4), data.draw(st.booleans())
+    K = draw(1, min(E, 2))
+    spread = data.draw(st.sampled_from(["even", "even", "one", "first"]))
+    inputs, chosen, grad = random_case(N, D, width, E, K, torch.Generator().manual_seed(draw(0, 99)), spread, elsewhere)
+    n_choices = int((chosen < E).sum()) if elsewhere else None
+    sizes = data.draw(st.sampled_from([(16, 16, 16), (32, 32, 16), (16, 32, 32), (32, 32, 32)]))
+    with poisoned_memory(), small_blocks(4096, sizes):
+        ours = run_experts(True, [t.to(DEVICE) for t in inputs], chosen.to(DEVICE), E, n_choices, grad.to(DEVICE))
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    y = reference(leaves[0], leaves[1], chosen, leaves[2], leaves[3])
+    grads = torch.autograd.grad(y, leaves, grad.double(), allow_unused=True)
+    expected = [y, *(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves))]
+    assert all(close(a.cpu(), b.detach()) for a, b in zip(ours, expected))
+
+
+def test_experts_without_tokens_and_twice_the_same():
+    for N in (0, 50):
+        inputs, chosen, grad = random_case(N, 8, 12, 4, 2, torch.Generator().manual_seed(0), "even")
+        inputs, chosen, grad = [t.to(DEVICE) for t in inputs], chosen.to(DEVICE), grad.to(DEVICE)
+        once, again = (run_experts(True, inputs, chosen, 4, None, grad) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again))
+        assert all(close(a, b) for a, b in zip(once, run_experts(False, inputs, chosen, 4, None, grad)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 40), st.integers(1, 50), st.integers(1, 5), st.integers(0, 30), st.booleans(), st.integers(0, 99))
+def test_combine_equals_its_twin(n, width, J, n_rows, weighted, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n_rows, 2 * width, generator=generator).to(DEVICE)[:, ::2]
+    place = torch.randint(0, n_rows + 3, (n, J + 1), generator=generator).to(DEVICE)[:, :J]  # some beyond the end
+    weights = torch.randn(n, J, generator=generator).to(DEVICE) if weighted else None
+    with poisoned_memory():
+        ours = experts.sum_rows(rows, place, weights)
+    with backend.running(False):
+        assert close(ours, experts.sum_rows(rows, place, weights))
+
+
+def test_products_by_the_library_are_the_same(monkeypatch):
+    inputs, chosen, grad = random_case(50, 8, 16, 4, 2, torch.Generator().manual_seed(0), "even")
+    inputs, chosen, grad = [t.to(DEVICE) for t in inputs], chosen.to(DEVICE), grad.to(DEVICE)
+    ours = run_experts(True, inputs, chosen, 4, None, grad)
+    monkeypatch.setattr(triton_experts, "LIBRARY", {"y", "dx", "d_down", "d_gate_up"})
+    assert all(close(a, b) for a, b in zip(run_experts(True, inputs, chosen, 4, None, grad), ours))
+
+
+def test_products_are_given_to_whoever_is_faster_and_right(monkeypatch):
+    """A stand-in for a GPU: what each product gives and how long it takes, by Triton and by the library."""
+    library = triton_experts.LIBRARY
+    def arm(product, theirs, *milliseconds):
+        compute = lambda: theirs() if product in library else torch.ones(3)
+        return compute, dict(zip((False, True), milliseconds))
+    arms = {"y": arm("y", lambda: torch.ones(3), 1.0, 2.0), "dx": arm("dx", lambda: torch.ones(3), 2.0, 1.0),
+            "d_down": arm("d_down", lambda: torch.zeros(3), 2.0, 1.0),
+            "d_gate_up": arm("d_gate_up", lambda: torch.linalg.cholesky(-torch.ones(1, 1)), 2.0, 1.0)}
+    monkeypatch.setattr(triton_experts, "product_arms", lambda *_: {name: arm[0] for name, arm in arms.items()})
+    monkeypatch.setattr(backend, "milliseconds", lambda compute: next(
+        times[name in library] for name, (function, times) in arms.items() if function is compute))
+    line = triton_experts.choose_products(16, 2, 4, 8, 16, torch.bfloat16, DEVICE)
+    assert library == {"dx"} and "dx 2.00 (1.00), d_down 2.00 (inf), d_gate_up 2.00 (nan)" in line
+    assert triton_experts.choose_products(16, 2, 4, 8, 16, torch.float32, DEVICE) == "expert products: triton"
+    assert not library
+
+
+def test_only_the_input_and_the_pre_activation_are_kept():
+    (x, weights, gate_up, down), chosen, _ = random_case(20, 16, 24, 4, 2, torch.Generator().manual_seed(0), "even")
+    leaves = [t.to(DEVICE).requires_grad_() for t in (x, weights, gate_up, down)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        order, inverse, counts = routing.sort_by_expert(chosen.to(DEVICE), 4)
+        experts.experts(leaves[0], leaves[1], order, inverse, counts, leaves[2], leaves[3])
+    given = {t.data_ptr() for t in (*leaves, order, inverse, counts)}
+    made = [tuple(t.shape) for t in kept if t.data_ptr() not in given]
+    assert made == [(40, 48)]
+
+
+@pytest.mark.parametrize("name", ["route", "experts"])
+def test_operators_meet_the_rules_of_torch_library(name):
+    generator = torch.Generator().manual_seed(0)
+    if name == "route":
+        logits = torch.randn(12, 8, generator=generator).to(DEVICE).requires_grad_()
+        arguments = (logits, torch.zeros(8, device=DEVICE), 2, 2, 1, 1, True, 1.5)
+    else:
+        inputs, chosen, _ = random_case(10, 8, 12, 4, 2, generator, "even")
+        x, weights, gate_up, down = (t.to(DEVICE).requires_grad_() for t in inputs)
+        arguments = (x, weights, *routing.sort_by_expert(chosen.to(DEVICE), 4), gate_up, down)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(getattr(torch.ops.nanok2, name).default, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.nanok2.sort_by_expert.default, (torch.randint(0, 5, (9, 2), device=DEVICE), 5))
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2000, 768, 256, 64, 7), (3000, 512, 384, 16, 2), (100, 64, 72, 8, 2)])
+@pytest.mark.parametrize("spread", ["even", "one"])
+def test_bf16_experts_err_no_more_than_their_twin(shape, spread):
+    inputs, chosen, grad = random_case(*shape, torch.Generator().manual_seed(0), spread)
+    x, weights, gate_up, down = (t.cuda() for t in inputs)
+    rounded = [x.bfloat16(), weights, gate_up.bfloat16(), down.bfloat16()]
+    arguments = (chosen.cuda(), shape[3], None, grad.cuda())
+    exact = run_experts(False, [t.double() for t in rounded], *arguments[:3], arguments[3].double())
+    ours, twins = (run_experts(on, rounded, *arguments[:3], arguments[3].bfloat16()) for on in (True, False))
+    for a, b, e in zip(ours, twins, exact):
+        assert (a - e).norm() <= 1.5 * (b - e).norm() + 1e-6 * e.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_experts, options", [(64, (7, 1, 1, True, 2.6)), (256, (8, 8, 4, True, 2.5)),
+                                                (384, (8, 1, 1, True, 2.8))])
+def test_router_on_cuda_equals_its_twin(n_experts, options):
+    logits = torch.randn(4 * 1024, n_experts, device="cuda")
+    ours, twins = route_both(logits, torch.randn(n_experts, device="cuda") / 10, 4, options, torch.Generator())
+    same = (ours[1] == twins[1]).all(1)
+    assert same.float().mean() > 0.999 and close(ours[0][same], twins[0][same]) and close(ours[2], twins[2], 1e-4)
+    assert close(ours[4][same], twins[4][same], 1e-4)
