@@ -17,10 +17,10 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 ELEMENTS = 2**18 if backend.INTERPRETED else 4096  # rows x experts of one program
 
 
-def _block(n_rows, n_experts):
+def _block(n_rows, n_experts, elements=None):
     """(rows per program, number of experts as a power of two)."""
     padded = triton.next_power_of_2(n_experts)
-    rows = max(1, ELEMENTS // padded)
+    rows = max(1, (elements or ELEMENTS) // padded)
     return min(rows, triton.next_power_of_2(max(n_rows, 1))) if backend.INTERPRETED else rows, padded
 
 
@@ -171,15 +171,15 @@ def sort_by_expert(experts_NK, n_keys):
     """Stable counting sort of the flat choices: order, inverse and counts, int64; every choice is below n_keys."""
     keys, device = experts_NK.flatten(), experts_NK.device
     S = len(keys)
-    chunk, bins = _block(S, n_keys)
+    chunk, bins = _block(S, n_keys, 4 * ELEMENTS)  # long chunks: the table of their counts is small then
     order, inverse = torch.empty_like(keys), torch.empty_like(keys)
     counts = torch.empty(triton.cdiv(S, chunk), n_keys, dtype=torch.int32, device=device)
     if S:
-        histogram_kernel[len(counts),](keys, counts, S, n_keys, chunk, bins)
+        histogram_kernel[len(counts),](keys, counts, S, n_keys, chunk, bins, num_warps=8)
     total = counts.sum(0)
     base = (total.cumsum(0) - total) + (counts.cumsum(0) - counts)  # where a chunk's rows of each key begin
     if S:
-        place_kernel[len(counts),](keys, base, order, inverse, S, n_keys, chunk, bins)
+        place_kernel[len(counts),](keys, base, order, inverse, S, n_keys, chunk, bins, num_warps=8)
     return order, inverse, total
 
 
