@@ -8,6 +8,7 @@ needs no output of any expert (the idea of SonicMoE, arXiv 2512.14080, section 3
 
 Rows lie in expert order and no expert's rows are padded: a tile belongs to one expert, its last rows are masked. How
 many tiles there are is known only on the device; the grid has room for all cases, programs without one return at once.
+A tile's blocks of columns are neighbours in the grid: they run together and share its rows in the cache.
 Shapes: experts.py. M, N, K in a kernel are the sides of its matmul.   Next: experts.py, triton_routing.py (tile_map).
 """
 
@@ -22,7 +23,6 @@ from kernels import backend
 from kernels.triton_routing import tile_map
 
 LIBRARY = set()  # the products that F.grouped_mm computes, of "y", "dx", "d_down", "d_gate_up": see choose_products
-GROUP = 8  # row tiles that run side by side over all column tiles, so that their weights are still in the cache
 
 
 def blocks(kernel, dtype, rows_per_expert):
@@ -45,22 +45,11 @@ def blocks(kernel, dtype, rows_per_expert):
 # ----------------------------------------------------------------------------- kernels
 
 @triton.jit
-def _place(tiles, n_columns, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    # Program number -> its tile's expert, first row and end, and its block of columns.
-    n_tiles, n_blocks = tl.num_programs(0) // tl.cdiv(n_columns, BLOCK_N), tl.cdiv(n_columns, BLOCK_N)
-    program = tl.program_id(0)
-    first = program // (GROUP * n_blocks) * GROUP
-    height = tl.minimum(n_tiles - first, GROUP)
-    tile = first + program % (GROUP * n_blocks) % height
-    block = program % (GROUP * n_blocks) // height
-    return tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2), block
-
-
-@triton.jit
-def up_kernel(x, gate_up, order, tiles, z, a, D, F, TOP_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+def up_kernel(x, gate_up, order, tiles, z, a, D, F, n_blocks, TOP_K: tl.constexpr, EVEN: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     # z[s] = gate_up[e] x[order[s] // TOP_K],  a = silu(z_gate) * z_up.  Grid: row tiles x blocks of F.
-    expert, start, end, block = _place(tiles, F, BLOCK_N, GROUP)
+    tile, block = tiles + 3 * (tl.program_id(0) // n_blocks), tl.program_id(0) % n_blocks
+    expert, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if start < end:
         row = start + tl.arange(0, BLOCK_M)
         real = row < end
@@ -90,10 +79,11 @@ def up_kernel(x, gate_up, order, tiles, z, a, D, F, TOP_K: tl.constexpr, GROUP: 
 
 
 @triton.jit
-def down_kernel(rows, weight, tiles, out, K, N, stride_k, stride_n, GROUP: tl.constexpr, EVEN: tl.constexpr,
+def down_kernel(rows, weight, tiles, out, K, N, stride_k, stride_n, n_blocks, EVEN: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     # out[s, n] = sum over k of rows[s, k] * weight[e, k, n] with any strides.  Grid: row tiles x blocks of N.
-    expert, start, end, block = _place(tiles, N, BLOCK_N, GROUP)
+    tile, block = tiles + 3 * (tl.program_id(0) // n_blocks), tl.program_id(0) % n_blocks
+    expert, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if start < end:
         row = start + tl.arange(0, BLOCK_M)
         real, place = row < end, row.to(tl.int64)[:, None]
@@ -127,12 +117,13 @@ def _swiglu_backward(b, w, z, dz, weighted_a, place, real, column, F):
 
 
 @triton.jit
-def down_backward_kernel(grad, down, order, tiles, weights, z, dz, weighted_a, grad_weights, D, F, TOP_K: tl.constexpr,
-                         GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def down_backward_kernel(grad, down, order, tiles, weights, z, dz, weighted_a, grad_weights, D, F, n_blocks,
+                         TOP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          BLOCK_K: tl.constexpr):
     # With b = grad[token] down[e] and w the router's weight of the row: dz = w b through SwiGLU, w a for the gradient
     # of down, and <a, b> over this block of F, for the gradient of w.  Grid: row tiles x blocks of F.
-    expert, start, end, block = _place(tiles, F, BLOCK_N, GROUP)
+    tile, block = tiles + 3 * (tl.program_id(0) // n_blocks), tl.program_id(0) % n_blocks
+    expert, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if start < end:
         row = start + tl.arange(0, BLOCK_M)
         real, place = row < end, row.to(tl.int64)[:, None]
@@ -155,7 +146,7 @@ def down_backward_kernel(grad, down, order, tiles, weights, z, dz, weighted_a, g
         half = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         product = _swiglu_backward(left, w, z, dz, weighted_a, place, real, half, F)
         product += _swiglu_backward(right, w, z, dz, weighted_a, place, real, half + BLOCK_N // 2, F)
-        tl.store(grad_weights + choice * tl.cdiv(F, BLOCK_N) + block, product, mask=real)
+        tl.store(grad_weights + choice * n_blocks + block, product, mask=real)
 
 
 @triton.jit
@@ -227,8 +218,9 @@ def down(product, rows_SK, weight_EKN, counts_E):
     out_SN = torch.empty(S, N, dtype=rows_SK.dtype, device=rows_SK.device)
     b = blocks("down", rows_SK.dtype, S // E)
     tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
-    down_kernel[n_tiles * triton.cdiv(N, b["BLOCK_N"]),](
-        rows_SK, weight_EKN, tiles, out_SN, K, N, *weight_EKN.stride()[1:], GROUP, K % b["BLOCK_K"] == 0, **b)
+    n_blocks = triton.cdiv(N, b["BLOCK_N"])
+    down_kernel[n_tiles * n_blocks,](
+        rows_SK, weight_EKN, tiles, out_SN, K, N, *weight_EKN.stride()[1:], n_blocks, K % b["BLOCK_K"] == 0, **b)
     return out_SN
 
 
@@ -252,8 +244,9 @@ def forward(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
     z_S2F, a_SF = (torch.empty(S, width, dtype=x_ND.dtype, device=x_ND.device) for width in (2 * F, F))
     b = blocks("up", x_ND.dtype, S // E)
     tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
-    up_kernel[n_tiles * triton.cdiv(F, b["BLOCK_N"]),](
-        x_ND, gate_up_E2FD, order, tiles, z_S2F, a_SF, D, F, top_k, GROUP, D % b["BLOCK_K"] == 0, **b)
+    n_blocks = triton.cdiv(F, b["BLOCK_N"])
+    up_kernel[n_tiles * n_blocks,](
+        x_ND, gate_up_E2FD, order, tiles, z_S2F, a_SF, D, F, n_blocks, top_k, D % b["BLOCK_K"] == 0, **b)
     y_SD = down("y", a_SF, down_EDF.mT, counts_E)
     return combine(y_SD, inverse.view_as(weights_NK), weights_NK), z_S2F
 
@@ -268,8 +261,8 @@ def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, 
     products = torch.zeros(weights_NK.numel(), n_blocks, device=x_ND.device)  # choices of other ranks stay 0
     tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
     down_backward_kernel[n_tiles * n_blocks,](
-        grad_ND, down_EDF, order, tiles, weights_NK, z_S2F, dz_S2F, weighted_SF, products, D, F, top_k, GROUP,
-        D % b["BLOCK_K"] == 0, **b)
+        grad_ND, down_EDF, order, tiles, weights_NK, z_S2F, dz_S2F, weighted_SF, products, D, F, n_blocks,
+        top_k, D % b["BLOCK_K"] == 0, **b)
     grad_down = weight_gradient("d_down", grad_ND, weighted_SF, order, counts_E, top_k, gather_left=True)
     grad_gate_up = weight_gradient("d_gate_up", dz_S2F, x_ND, order, counts_E, top_k, gather_left=False)
     grad_x = combine(down("dx", dz_S2F, gate_up_E2FD, counts_E), inverse.view_as(weights_NK))
