@@ -24,9 +24,16 @@ from model import ModelConfig, setting
 @dataclass
 class Config(ModelConfig):
     # ---- data
-    data: str | dict = setting("data/stdlib", "folder of shards, or {folder: weight}", "data")
+    data: str | dict = setting(
+        "data/stdlib", "folder of shards, or hf:REPO[:CONFIG][?split=train&column=text&validation=1000] for a dataset "
+        "read while training, or {either: weight}", "data")
     tokenizer: str | None = setting(None, "None: that of the data; else a name, ranks file or folder", "data")
     sequence_length: int = setting(1024, "tokens of one training sequence", "data")
+    packing: Literal["concat", "best_fit"] = setting(
+        "concat", "concat: documents joined and cut; best_fit: those that fit into a sequence stay whole, and what "
+        "stays free is routed like tokens but has no loss", "data")
+    document_mask: bool = setting(
+        False, "attention stays within a document and positions restart with it, in training and validation", "data")
     verify_data: bool = setting(True, "compare every shard with its recorded checksum at start (4 GB/s a core)", "data")
     # ---- batch and duration
     global_batch_size: int = setting(512, "sequences per optimizer step, whatever the number of ranks", "batch")
@@ -107,6 +114,8 @@ class Config(ModelConfig):
             for name in names:
                 if getattr(self, name) < floor:
                     raise UserError(f"{name}={getattr(self, name)} must be at least {floor}")
+        names = self.data if isinstance(self.data, dict) else [self.data]
+        streamed = next((name for name in names if str(name).startswith("hf:")), None)
         for ok, message in (
                 (self.sequence_length <= self.max_position_embeddings,
                  f"sequence_length={self.sequence_length} exceeds "
@@ -118,6 +127,9 @@ class Config(ModelConfig):
                 (not isinstance(self.data, dict) or all(
                     type(f) is str and type(w) in (int, float) and w > 0 for f, w in self.data.items()),
                  f"data={self.data}: expected {{folder: weight}} with weights above 0"),
+                (not streamed or self.tokenizer, f"data={streamed} is tokenised here: set --tokenizer, as in gpt2"),
+                (not streamed or self.packing == "concat",
+                 f"packing='best_fit' needs folders of shards: prepare {streamed}, or set --packing=concat"),
                 (all(type(prompt) is str for prompt in self.sample_prompts), "sample_prompts must be texts"),
                 (self.adamw_lr is None or self.adamw_lr >= 0, f"adamw_lr={self.adamw_lr} must be at least 0"),
                 (all(math.isfinite(v) for v in vars(self).values() if type(v) is float), "settings must be finite"),

@@ -25,8 +25,8 @@ from model import ModelConfig, build, pick_device
 
 
 def load(path, device="auto", dtype="float32", which="latest"):
-    """(model, tokenizer) in evaluation mode. which: "latest" or "best", for a run folder. The tokenizer is a
-    tiktoken.Encoding, or None if the folder has none."""
+    """(model, tokenizer) in evaluation mode. which: "latest" or "best", for a run folder. The tokenizer is one of
+    data/tokenizer.py, or None if the folder has none."""
     path, device = Path(path), pick_device(device)
     if not path.is_dir():
         raise UserError(f"no folder {path}: give a run folder (out/debug), a step folder or an exported directory")

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.tokenizer import END_OF_TEXT, byte_letters, end_of_text
+from data.convert import byte_letters, merge_parts
+from data.tokenizer import UNKNOWN, WORD, SentencePiece, Words, end_of_text
 from errors import UserError
 from model import ModelConfig, build
 
@@ -143,14 +144,36 @@ def load_model(folder, device="cpu"):
 # ----------------------------------------------------------------------------- tokenizer.json
 
 def to_hf_tokenizer(encoder):
-    """tokenizer.json and tokenizer_config.json of a tiktoken.Encoding, as dicts: byte-level BPE with the same ids."""
-    ranks = encoder._mergeable_ranks
-    letters = byte_letters()
-    written = lambda token: "".join(letters[byte] for byte in token)
-    merges = [[written(part) for part in merge_parts(ranks, token)]
-              for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    """tokenizer.json and tokenizer_config.json of a tokenizer, as dicts, with the same ids: byte-level BPE of a
+    tiktoken.Encoding, WordLevel of Words; UserError for SentencePiece."""
+    if isinstance(encoder, SentencePiece):
+        raise UserError("a SentencePiece tokenizer has no tokenizer.json here: move the run's tokenizer folder away to "
+                        "export the weights alone, and load the tokenizer.model in it with the sentencepiece package")
     special = [{"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
                 "normalized": False, "special": True} for text, number in encoder._special_tokens.items()]
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
+                 "post_processor": None}
+    if isinstance(encoder, Words):  # every match is a word, and what lies between is dropped
+        split = {"type": "Split", "pattern": {"Regex": WORD}, "behavior": "Removed", "invert": True}
+        model = {"type": "WordLevel", "vocab": encoder.ids, "unk_token": UNKNOWN}
+        tokenizer |= {"pre_tokenizer": split, "decoder": None, "model": model}
+    else:
+        tokenizer |= _byte_level_bpe(encoder)
+    end = next((text for text, number in encoder._special_tokens.items() if number == end_of_text(encoder)), None)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
+             "clean_up_tokenization_spaces": False}
+    return tokenizer, about
+
+
+def _byte_level_bpe(encoder):
+    ranks, letters = encoder._mergeable_ranks, byte_letters()
+    written = lambda token: "".join(letters[byte] for byte in token)
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = merge_parts(ranks, token)
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]  # for what is found as a whole word, or so
+        pairs = [parts] if len(parts) == 2 else [split for split in splits if ranks.keys() >= set(split)]
+        merges += [[written(part) for part in pair] for pair in pairs]
     # In tiktoken {1,3}+ is possessive, in tokenizers a repetition of the group; without the + both mean the same here.
     pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", encoder._pat_str)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -158,22 +181,4 @@ def to_hf_tokenizer(encoder):
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
              "vocab": {written(token): rank for token, rank in ranks.items()}, "merges": merges}
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
-                 "decoder": level, "model": model}
-    end = END_OF_TEXT if END_OF_TEXT in encoder._special_tokens else None
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
-             "clean_up_tokenization_spaces": False}
-    return tokenizer, about
-
-
-def merge_parts(ranks, token):
-    """The two tokens whose merge made `token`: byte-pair encode it with the merges that came before its own."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks) * 2) for left, right in zip(parts, parts[1:])]
-        best = min(range(len(pairs)), key=pairs.__getitem__)
-        if pairs[best] >= ranks[token]:
-            raise UserError(f"token {token!r} is not the merge of two others: the tokenizer has no tokenizer.json form")
-        parts[best:best + 2] = [parts[best] + parts[best + 1]]
-    return parts
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level, "model": model}

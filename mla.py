@@ -43,8 +43,9 @@ def rope_frequencies(dim, theta, scaling, device):
 
 
 def apply_rope(x_BTHP, rope):
-    """Rotate adjacent pairs (the interleaved layout of the published checkpoints) by the angles of each position."""
-    cos, sin = (table.unsqueeze(-2) for table in rope)  # (T, 1, P/2)
+    """Rotate adjacent pairs (the interleaved layout of the published checkpoints) by the angles of each position: rope
+    is cos and sin, each (T, P/2) or (B, T, P/2)."""
+    cos, sin = (table.unsqueeze(-2) for table in rope)
     even, odd = x_BTHP.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BTHP.dtype)
 
@@ -102,11 +103,11 @@ class MLA(nn.Module):
     def cache_width(self):
         return self.R + self.P
 
-    def forward(self, x_BTD, rope, cache_BSW=None, start=0):
+    def forward(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None):
         """Returns y_BTD and the per-head maximum of the scaled logits (H,), None with a cache.
 
         With a cache, positions start..start+T are written to it and attention runs in the absorbed form: queries move
-        into the latent space, so the heads' keys and values are never made.
+        into the latent space, so the heads' keys and values are never made. first_BT: causal_attention's.
         """
         q = self.q_proj(x_BTD) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         q_nope, q_rope = q.unflatten(-1, (self.H, -1)).split((self.N, self.P), dim=-1)
@@ -131,7 +132,8 @@ class MLA(nn.Module):
         k_nope, v = self.kv_b_proj(latent_BTR).unflatten(-1, (self.H, -1)).split((self.N, self.U), dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope_BT1P.expand(-1, -1, self.H, -1)), dim=-1)
-        output_BHTU, max_H = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        output_BHTU, max_H = causal_attention(*heads, self.scale, first_BT)
         return self.o_proj(output_BHTU.transpose(1, 2).flatten(-2)), max_H
 
     def qk_clip_rows(self, gamma_H):
@@ -156,7 +158,7 @@ class MHA(nn.Module):
     def cache_width(self):
         return 2 * self.H * self.U
 
-    def forward(self, x_BTD, rope, cache_BSW=None, start=0):
+    def forward(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None):
         q, k, v = (proj(x_BTD).unflatten(-1, (self.H, self.U)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, scale = apply_rope(q, rope), apply_rope(k, rope), self.U**-0.5
         if cache_BSW is not None:
@@ -165,7 +167,8 @@ class MHA(nn.Module):
             k, v = cache_BSW[:, :end].unflatten(-1, (2, self.H, self.U)).unbind(2)
             weights = cached_attention(torch.einsum("bthu,bshu->bhts", q, k) * scale, start).to(x_BTD.dtype)
             return self.o_proj(torch.einsum("bhts,bshu->bthu", weights, v).flatten(-2)), None
-        output_BHTU, max_H = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        output_BHTU, max_H = causal_attention(*heads, scale, first_BT)
         return self.o_proj(output_BHTU.transpose(1, 2).flatten(-2)), max_H
 
     def qk_clip_rows(self, gamma_H):

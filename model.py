@@ -148,16 +148,16 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x_BTD, rope, cache_BSW=None, start=0):
+    def forward(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None):
         """Returns x_BTD, max_H, balance, counts_E; the last two are None in a dense block."""
         if self.recompute == "none" or not self.training or cache_BSW is not None:
-            return self.compute(x_BTD, rope, cache_BSW, start)
+            return self.compute(x_BTD, rope, cache_BSW, start, first_BT)
         # Inside the block, so that a compiled block knows of it. "selective" keeps the matmul results.
         kept = {"context_fn": KEEP_MATMULS} if self.recompute == "selective" else {}
-        return checkpoint.checkpoint(self.compute, x_BTD, rope, use_reentrant=False, **kept)
+        return checkpoint.checkpoint(self.compute, x_BTD, rope, None, 0, first_BT, use_reentrant=False, **kept)
 
-    def compute(self, x_BTD, rope, cache_BSW=None, start=0):
-        attended, max_H = self.self_attn(self.input_layernorm(x_BTD), rope, cache_BSW, start)
+    def compute(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None):
+        attended, max_H = self.self_attn(self.input_layernorm(x_BTD), rope, cache_BSW, start, first_BT)
         x_BTD = x_BTD + attended
         hidden = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
@@ -194,19 +194,21 @@ class K2(nn.Module):
     def layers(self):
         return self.model.layers
 
-    def forward(self, tokens_BT, targets_BT=None, cache=None):
+    def forward(self, tokens_BT, targets_BT=None, cache=None, first_BT=None):
         """Without targets: logits (B, T, V) in fp32. With targets: (cross-entropy summed over the targets, balance loss
         summed over sequences and layers), both unweighted sums, so that micro-batches of any size add up exactly.
 
-        cache, from new_cache(), holds the positions before these tokens and receives theirs.
+        cache, from new_cache(), holds the positions before these tokens and receives theirs. first_BT (int32), without
+        a cache: where in its row the document of each position starts. Attention then stays within a document, and its
+        positions count from there.
         """
         start = cache.length if cache is not None else 0
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
-        rope = self.rope(start, tokens_BT.shape[1])
+        rope = self.rope(start, tokens_BT.shape[1], 0 if first_BT is None else first_BT)
         maxima, balances, counts = [], [], []
         for index, layer in enumerate(self.layers):
-            past = () if cache is None else (cache.layers[index], start)
-            x_BTD, max_H, balance, counts_E = layer(x_BTD, rope, *past)
+            past = None if cache is None else cache.layers[index]
+            x_BTD, max_H, balance, counts_E = layer(x_BTD, rope, past, start, first_BT)
             maxima.append(max_H)
             if counts_E is not None:
                 balances.append(balance)
@@ -225,12 +227,13 @@ class K2(nn.Module):
         loss_sum = linear_cross_entropy(x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), z_loss)
         return loss_sum, sum(balances, torch.zeros_like(loss_sum))
 
-    def rope(self, start, length):
-        """cos and sin, each (T, P/2), for positions start..start+length."""
+    def rope(self, start, length, first_BT=0):
+        """cos and sin, each (T, P/2) or (B, T, P/2), for positions start..start+length, less first_BT."""
         c = self.config
         dim = c.qk_rope_head_dim if c.attention == "mla" else c.v_head_dim
         frequency, factor = rope_frequencies(dim, c.rope_theta, c.rope_scaling, self.lm_head.weight.device)
-        angle = torch.arange(start, start + length, device=frequency.device, dtype=torch.float32)[:, None] * frequency
+        positions = torch.arange(start, start + length, device=frequency.device, dtype=torch.float32) - first_BT
+        angle = positions[..., None] * frequency
         return angle.cos() * factor, angle.sin() * factor
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ import config as settings
 import metrics
 import parallel
 from data import tokenizer
-from data.loader import TrainStream, ValidationSet
+from data.loader import TrainStream, ValidationSet, prefetch
 from data.shards import read_meta
 from errors import UserError
 from generate import encode_prompt, stream_text
@@ -55,9 +55,10 @@ def main(argv=None):
     # ------------------------------------------------------------------ data
     encoder = open_tokenizer(config)
     share = parallel.rank(), parallel.ranks()  # ranks share the reading of checksums
-    stream = TrainStream(config.data, config.sequence_length, config.seed, config.verify_data, share)
+    stream = TrainStream(config.data, config.sequence_length, config.seed, config.verify_data, share, encoder,
+                         config.packing, config.document_mask)
     validation = ValidationSet(config.data, config.sequence_length, config.eval_batches * config.global_batch_size,
-                               config.verify_data, share)
+                               config.verify_data, share, encoder)
     largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
     if largest >= config.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its "
@@ -106,6 +107,7 @@ def main(argv=None):
     log = metrics.RunLog(run, config, start, run_id, active=parallel.rank() == 0)
     if source:
         changed = changed_stream(stream, manifest)
+        stream.go_to({} if changed else manifest.get("places", {}))
         log.write("event", start, event="resume", source=str(source), changed=changed)
         print(f"resumed from {source}", *changed, sep="\n  changed: ")
     if not parallel.once(checkpoint.pointed, run / "checkpoints", "best"):
@@ -134,6 +136,8 @@ def main(argv=None):
     parameters = list(model.parameters())
     model.train()
     record, skipped = None, 0
+    batches = prefetch(stream, device, range(start + 1, config.max_steps + 1), sequences, config.global_batch_size,
+                       micro_batch_size, parallel.rank(), parallel.ranks())
     seconds, steps_timed = 0.0, 0  # spent training since the last record; validation and saving do not count
     for step in range(start + 1, config.max_steps + 1):
         step_started = time.perf_counter()
@@ -145,29 +149,30 @@ def main(argv=None):
         # Forward and backward: sums over micro-batches and ranks, divided by the global batch: how it is split changes
         # nothing.
         model.reset_statistics()
-        loss = balance = torch.zeros((), device=device)
+        loss = balance = empty = torch.zeros((), device=device)
         for micro in range(accumulation):
-            first = sequences + (micro * parallel.ranks() + parallel.rank()) * micro_batch_size
-            inputs, targets = (place(t, device) for t in stream.batch(first, micro_batch_size))
+            inputs, targets, places = next(batches)
             parallel.last_micro_batch(model, micro == accumulation - 1)
-            loss_sum, balance_sum = model(inputs, targets)
+            loss_sum, balance_sum = model(inputs, targets, first_BT=stream.starts(inputs))
             micro_loss, micro_balance = loss_sum / tokens_per_step, balance_sum / config.global_batch_size
             ((micro_loss + config.aux_loss_alpha * micro_balance) * loss_scale).backward()
             loss, balance = loss + micro_loss.detach(), balance + micro_balance.detach()
+            empty = empty + (targets == IGNORE).sum()
 
         # What the ranks must agree on, in one small reduction a kind; the only wait for the device in a step.
         squared_norm = parallel.squared_norm(parameters, layout)
-        agreed = parallel.add_up(torch.stack((loss, balance, squared_norm, loss.new_tensor(bool(stop.signal)))))
+        agreed = parallel.add_up(torch.stack((loss, balance, squared_norm, loss.new_tensor(bool(stop.signal)), empty)))
         parallel.largest(model.max_logits)
         parallel.add_up(model.expert_counts)
-        loss, balance, squared_norm, stop.agreed = agreed.tolist()
-        norm = math.sqrt(squared_norm) / loss_scale
+        loss, balance, squared_norm, stop.agreed, empty = agreed.tolist()
+        fill = tokens_per_step / max(tokens_per_step - empty, 1)  # 1, but where packing left places empty
+        loss, norm = loss * fill, math.sqrt(squared_norm) / loss_scale * fill
 
         # Clip and update, or leave everything untouched if a number is not finite: momentum would carry it on for ever.
         clipped = torch.zeros((), dtype=torch.int64)
         if math.isfinite(norm) and math.isfinite(loss):
             limit = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
-            parallel.scale_gradients(parameters, limit / loss_scale)
+            parallel.scale_gradients(parameters, limit / loss_scale * fill)
             optimizer.step()
             if config.optimizer == "muonclip":
                 clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)
@@ -203,7 +208,7 @@ def main(argv=None):
         save_now = last or (config.save_interval and step % config.save_interval == 0)
         validated = None
         if config.eval_interval and (save_now or step % config.eval_interval == 0) and not stop.agreed:
-            validated = evaluate(model, validation, micro_batch_size, device, stop)
+            validated = evaluate(model, validation, stream.starts, micro_batch_size, device, stop)
         if validated:
             log.write("val", step, tokens=tokens, **validated)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
@@ -216,7 +221,7 @@ def main(argv=None):
             about = {"sequences": sequences, "tokens": tokens, "optimizer_steps": optimizer.steps,
                      "stream": stream.identity(), "tokenizer": tokenizer.fingerprint(encoder) if encoder else None,
                      "torch": torch.__version__, "loss_scale": [loss_scale, good_steps],
-                     "config": dataclasses.asdict(config)}
+                     "places": places, "config": dataclasses.asdict(config)}
             saver.start(step, checkpoint.named_tensors(model, optimizer), about, (validated or {}).get("loss"))
         final = last or bool(stop.agreed)
         report_save(saver.outcome(wait=final or not config.async_save), log, final)
@@ -233,7 +238,8 @@ def main(argv=None):
 
 def open_tokenizer(config):
     """The tokenizer of the data, or the one that the config names; they must be the same. None if neither is known."""
-    folders = list(config.data) if isinstance(config.data, dict) else [config.data]
+    names = config.data if isinstance(config.data, dict) else [config.data]
+    folders = [name for name in names if not name.startswith("hf:")]
     recorded = {folder: read_meta(folder).get("tokenizer_fingerprint") for folder in folders}
     if config.tokenizer:
         encoder = tokenizer.load(config.tokenizer)
@@ -288,7 +294,7 @@ def refuse_another_model(config, encoder, manifest, source):
 
 def changed_stream(stream, manifest):
     """What differs between the checkpoint's stream and this run's; allowed, but text may repeat or be left out."""
-    before, now = manifest.get("stream", {}), stream.identity()
+    before, now = {"packing": "concat", **manifest.get("stream", {})}, stream.identity()
     return [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
 
 
@@ -346,18 +352,14 @@ class catch_signals:
             signal.signal(number, handler)
 
 
-def place(tensor, device):
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 @torch.no_grad()
-def evaluate(model, validation, batch_size, device, stop):
+def evaluate(model, validation, starts, batch_size, device, stop):
     """Cross-entropy over the validation set, always the same tokens, shared among the ranks; leaves no trace in the
     training. None if a signal came before the end, or if the loss is not finite."""
     model.eval()
     total, count = 0.0, 0
     for inputs, targets in validation.batches(batch_size, parallel.rank(), parallel.ranks()):
-        loss_sum, _ = model(inputs.to(device), targets.to(device))
+        loss_sum, _ = model(inputs.to(device), targets.to(device), first_BT=starts(inputs.to(device)))
         mine = torch.tensor([loss_sum.item(), int((targets != IGNORE).sum()), bool(stop.signal)], dtype=torch.float64)
         loss_sum, targets_here, stop.agreed = parallel.add_up(mine).tolist()
         if stop.agreed:

@@ -1,35 +1,49 @@
-"""The training stream and the validation set.
+"""The training stream, read ahead by one thread, and the validation set.
 
 The stream is a pure function of (seed, position): sequence i of the run is the same on every world size and after
 every resume, so a checkpoint needs to remember nothing but the step. Each epoch visits every window of the data once,
 in a new order; mixtures interleave folders by weight. Validation is always the same windows in the same order.
+A window is cut from the plain concatenation of the documents, or packed so that none is split that fits.
 
-Shapes: B sequences, T tokens each. Next: ../train.py.
+Shapes: B sequences, T tokens each. Next: stream.py, where the data is no folder, or ../train.py.
 """
 
+import bisect
+import functools
+import itertools
+import queue
+import threading
 import zlib
 
 import numpy as np
 import torch
 
+from data import tokenizer
 from data.shards import open_split
+from data.stream import Streamed, held_out, is_stream
 from errors import UserError
 from kernels.cross_entropy import IGNORE
 
 MIXTURE_BLOCK = 1024  # sequences over which the mixture's shares are exact
+BLOCK_ROWS = 128  # rows' worth of tokens that are packed together
 
 
 class Windows:
     """The non-overlapping windows of T+1 tokens of one split of one folder; neighbours share one token, so that every
     token but the first is a target exactly once."""
 
-    def __init__(self, folder, split, sequence_length, verify=True, share=(0, 1)):
-        self.split, self.T = open_split(folder, split, verify, share), sequence_length
+    def __init__(self, folder, split, sequence_length, verify=True, share=(0, 1), opened=None):
+        self.split, self.T = opened or open_split(folder, split, verify, share), sequence_length
         self.starts = np.cumsum([0] + [len(array) for array in self.split.arrays])
         self.count = (self.split.tokens - 1) // sequence_length
 
-    def read(self, start, length):
-        """Tokens start..start+length of the split, across shard borders, as int64."""
+    def turn(self, n, key):
+        """Window number n of a run: every window once an epoch, in an order that key and epoch decide."""
+        epoch, index = divmod(n, self.count)
+        return self.window(shuffled(index, self.count, zlib.crc32(f"{key}/{epoch}".encode())))
+
+    def read(self, start, length, dtype=np.int64):
+        """Tokens start..start+length of the split, across shard borders; dtype None: as they are stored."""
         pieces = []
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while length > 0:
@@ -37,19 +51,77 @@ class Windows:
             piece = self.split.arrays[shard][offset:offset + length]
             pieces.append(piece)
             start, length, shard = start + len(piece), length - len(piece), shard + 1
-        return np.concatenate(pieces).astype(np.int64)
+        return np.concatenate(pieces, dtype=dtype)
 
     def window(self, index):
         return self.read(index * self.T, self.T + 1)
 
 
-class TrainStream:
-    """Sequence i of a run, for any i >= 0. data is a folder or {folder: weight}; share: open_split's."""
+class Packed(Windows):
+    """Rows of T+1 tokens in which no document that fits into one is split. Blocks of documents, so many as start within
+    BLOCK_ROWS * T tokens, are packed each for itself; opening it packs all of them once, to know how many rows there
+    are. Places that stay free hold IGNORE; `padding` is their share."""
 
-    def __init__(self, data, sequence_length, seed, verify=True, share=(0, 1)):
+    def __init__(self, folder, separator, sequence_length, verify=True, share=(0, 1)):
+        super().__init__(folder, "train", sequence_length, verify, share)
+        self.separator = separator
+        block = BLOCK_ROWS * sequence_length
+        found = (self._separators(start, start + block) for start in range(0, self.split.tokens, block))
+        firsts = [int(places[0]) for places in found if len(places)]
+        if not firsts:
+            raise UserError(f"{folder} holds no separator (id {separator}) between documents, so best_fit cannot find "
+                            "them: set --packing=concat or the --tokenizer that the data was made with")
+        self.blocks = [*firsts, self.split.tokens]  # what stands before the first separator is left out
+        counts, filled = [0], 0
+        for number in range(len(self.blocks) - 1):
+            rows = self._layout(number)[1]
+            counts.append(len(rows))
+            filled += sum(length for row in rows for *_, length in row)
+        self.rows, self.count = np.cumsum(counts), sum(counts)
+        self.padding = 1 - filled / (self.count * (self.T + 1))
+        self.layout = functools.lru_cache(64)(self._layout)
+
+    def _separators(self, start, end):
+        """Where separators stand in start..end of the split."""
+        length = min(end, self.split.tokens) - start
+        return start + np.flatnonzero(self.read(start, length, dtype=None) == self.separator)
+
+    def _layout(self, number):
+        """(starts of the block's documents, its rows as best_fit gives them)."""
+        end = self.blocks[number + 1]
+        starts = self._separators(self.blocks[number], end)
+        return starts, best_fit(np.diff(starts, append=end).tolist(), self.T)
+
+    def window(self, index):
+        number = int(np.searchsorted(self.rows, index, side="right")) - 1
+        starts, rows = self.layout(number)
+        row, at = np.full(self.T + 1, IGNORE, np.int64), 0
+        for document, offset, length in rows[index - int(self.rows[number])]:
+            row[at:at + length] = self.read(int(starts[document]) + offset, length)
+            at += length
+        return row
+
+
+class TrainStream:
+    """Sequence i of a run, for any i >= 0. data is a folder, a spec of stream.py, or {either: weight}; share:
+    open_split's. The encoder, a tokenizer, is for streams, packing and document_mask."""
+
+    def __init__(self, data, sequence_length, seed, verify=True, share=(0, 1), encoder=None, packing="concat",
+                 document_mask=False):
         weights = data if isinstance(data, dict) else {data: 1.0}
-        self.seed, self.T, self.folders = seed, sequence_length, list(weights)
-        self.sources = [Windows(folder, "train", sequence_length, verify, share) for folder in weights]
+        self.seed, self.T, self.folders, self.packing = seed, sequence_length, list(weights), packing
+        self.separator, self.document_mask = encoder and tokenizer.end_of_text(encoder), document_mask
+        if self.separator is None and (packing == "best_fit" or document_mask):
+            raise UserError("best_fit and document_mask find documents by the tokenizer's end-of-text token, which "
+                            "this one lacks: choose the --tokenizer that the data was made with")
+
+        def opened(folder):
+            if is_stream(folder):
+                return Streamed(folder, sequence_length, encoder)
+            if packing == "best_fit":
+                return Packed(folder, self.separator, sequence_length, verify, share)
+            return Windows(folder, "train", sequence_length, verify, share)
+        self.sources = [opened(folder) for folder in weights]
         for folder, source in zip(weights, self.sources):
             if source.count < 1:
                 raise UserError(f"{folder}: {source.split.tokens} training tokens are fewer than one sequence of "
@@ -66,14 +138,33 @@ class TrainStream:
             order = np.random.Generator(np.random.Philox(key=[self.seed, block])).permutation(order)
         which = int(order[place])
         turn = block * self.shares[which] + int((order[:place] == which).sum())  # how often this folder had its turn
-        epoch, index = divmod(turn, self.sources[which].count)
-        key = zlib.crc32(f"{self.seed}/{which}/{epoch}".encode())
-        return self.sources[which].window(shuffled(index, self.sources[which].count, key))
+        return self.sources[which].turn(turn, f"{self.seed}/{which}")
 
     def batch(self, first, size):
-        """Sequences first..first+size as (inputs, targets), each (B, T) int64 tensors."""
+        """Sequences first..first+size as (inputs, targets), each (B, T) int64 tensors. Where a packed sequence is
+        empty, targets are IGNORE and inputs the separator: there every position is a document of its own."""
         tokens = torch.from_numpy(np.stack([self.sequence(i) for i in range(first, first + size)]))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return (inputs if self.packing == "concat" else inputs.masked_fill_(inputs == IGNORE, self.separator)), targets
+
+    def starts(self, inputs_BT):
+        """(B, T) int32, with document_mask: where in its row the document of each position starts, which is where the
+        last separator stands, or 0. None without."""
+        if not self.document_mask:
+            return None
+        position_T = torch.arange(inputs_BT.shape[1], device=inputs_BT.device)
+        return torch.where(inputs_BT == self.separator, position_T, 0).cummax(dim=1).values.int()
+
+    def places(self):
+        """How far the streamed sources were read, as JSON. It saves a resumed run the tokenising of what came before,
+        though not passing over its rows, and changes nothing in what it reads."""
+        return {name: source.place for name, source in zip(self.folders, self.sources) if is_stream(name)}
+
+    def go_to(self, places):
+        """Continue from earlier places()."""
+        for name, source in zip(self.folders, self.sources):
+            if name in places:
+                source.go_to(places[name])
 
     def epochs(self, sequences):
         """Passes over the most repeated folder after that many sequences."""
@@ -86,17 +177,19 @@ class TrainStream:
         """What decides the sequence of a given number, as JSON: a resumed run compares it."""
         data = {folder: [source.split.tokens, share] for folder, source, share in
                 zip(self.folders, self.sources, self.shares)}
-        return {"data": data, "sequence_length": self.T, "seed": self.seed}
+        return {"data": data, "sequence_length": self.T, "seed": self.seed, "packing": self.packing}
 
 
 class ValidationSet:
     """The first `sequences` windows of the val split of every folder, the last one padded with IGNORE targets, so
     that a split shorter than one sequence is evaluated too."""
 
-    def __init__(self, data, sequence_length, sequences, verify=True, share=(0, 1)):
+    def __init__(self, data, sequence_length, sequences, verify=True, share=(0, 1), encoder=None):
         folders = data if isinstance(data, dict) else {data: 1.0}
-        self.sources = [Windows(folder, "val", sequence_length, verify, share) for folder in folders]
-        self.T, self.sequences = sequence_length, max(sequences // len(self.sources), 1)
+        self.T, self.sequences = sequence_length, max(sequences // len(folders), 1)
+        self.sources = [Windows(folder, "val", sequence_length, verify, share,
+                                held_out(folder, encoder, self.sequences * self.T + 1) if is_stream(folder) else None)
+                        for folder in folders]
         ratios = [source.split.bytes_per_token for source in self.sources]
         targets = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
         self.bytes_per_token = None  # unknown where a folder has no meta.json
@@ -124,6 +217,96 @@ class ValidationSet:
 
     def max_id(self):
         return max(source.split.max_id for source in self.sources)
+
+
+def prefetch(stream, device, steps, sequences, per_step, size, rank=0, ranks=1, ahead=3, timeout=600.0):
+    """Yield (inputs, targets, stream.places()) for every micro-batch of this rank, in order, made ahead by a thread.
+
+    steps: their numbers; sequences: how many came before the first of them; per_step: the global batch; size: this
+    rank's micro-batch. To a GPU tensors go by pinned memory, and nobody waits. An error of the thread is raised here
+    and names the step, and a silence of `timeout` seconds (at the start twelve times that) is one. The thread is the
+    stream's only reader, and ends with this generator.
+    """
+    made, stop = queue.Queue(ahead), threading.Event()
+    gpu = torch.cuda.current_device() if device.type == "cuda" else None
+
+    def put(item):
+        while not stop.is_set():
+            try:
+                return made.put(item, timeout=0.2)
+            except queue.Full:
+                pass
+
+    def work():
+        step = None
+        try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)  # else pinning would open a context on the first GPU
+            for step in steps:
+                start = sequences + (step - steps[0]) * per_step
+                for first in range(start + rank * size, start + per_step, ranks * size):
+                    tensors = stream.batch(first, size)
+                    put((*((t.pin_memory() for t in tensors) if gpu is not None else tensors), stream.places()))
+                    if stop.is_set():
+                        return
+            put(None)
+        except BaseException as error:  # whatever it is, the main thread has to hear of it
+            put((step, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        waits = itertools.chain([12 * timeout], itertools.repeat(timeout))  # a stream may first pass over what it had
+        while (item := _get(made, next(waits))) is not None:
+            if isinstance(item[-1], BaseException):
+                step, error = item
+                if isinstance(error, (UserError, OSError)):
+                    raise UserError(f"the data of step {step} cannot be read: {error}") from error
+                error.add_note(f"raised by the thread that reads the data, at step {step}")
+                raise error
+            yield *(tensor.to(device, non_blocking=gpu is not None) for tensor in item[:2]), item[2]
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+
+
+def _get(made, timeout):
+    try:
+        return made.get(timeout=timeout)
+    except queue.Empty as error:
+        raise UserError(f"no batch came for {timeout:.0f} s: does the disk or the network that holds the data answer? "
+                        "--resume continues from the last checkpoint") from error
+
+
+def best_fit(lengths, T):
+    """Rows of at most T+1 tokens for documents of these lengths; a row is a list of (document, offset, length).
+
+    Documents longer than a row are joined and cut, neighbouring rows sharing one token. The others stay whole: from the
+    longest on, each goes where the least space is left in which it fits (best fit, decreasing).
+    """
+    rows, row, space = [], [], T + 1
+    for document, length in enumerate(lengths):
+        offset = 0
+        while length > T + 1 and offset < length:
+            taken = min(space, length - offset)
+            row.append((document, offset, taken))
+            offset, space = offset + taken, space - taken
+            if space == 0:
+                rows.append(row)
+                row, space = [(document, offset - 1, 1)], T
+    rows += [row] if space < T else []  # more than the shared token
+    spaces = [(space, len(rows) - 1)] if space < T else []
+    for document in sorted((d for d, length in enumerate(lengths) if length <= T + 1), key=lambda d: -lengths[d]):
+        i = bisect.bisect_left(spaces, (lengths[document], 0))
+        if i == len(spaces):
+            rows.append([])
+            space, number = T + 1, len(rows) - 1
+        else:
+            space, number = spaces.pop(i)
+        rows[number].append((document, 0, lengths[document]))
+        if space > lengths[document]:
+            bisect.insort(spaces, (space - lengths[document], number))
+    return rows
 
 
 def shuffled(index, count, key):

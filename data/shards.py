@@ -51,7 +51,7 @@ class Writer:
 
     def write(self, split, tokens, n_bytes):
         """Append one document (ids, separator included) that came from n_bytes of text."""
-        tokens = np.asarray(tokens, dtype=np.int64)
+        tokens = np.asarray(tokens)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"token id {tokens.max()} does not fit a vocabulary of {self.vocab_size}")
         info = self.splits[split]

@@ -1,7 +1,9 @@
-"""Tokenizers: byte-level BPE trained here, raw bytes, tiktoken's by name or ranks file. All are tiktoken.Encoding.
+"""Tokenizers: byte-level BPE, trained here or read from tiktoken's and Hugging Face's files; raw bytes; words counted
+on the data; SentencePiece. All but the last two are tiktoken.Encoding, and those two offer what is used of it here.
 
-Everything works offline except a tiktoken name that is not in its cache. A tokenizer is saved as a folder of two files,
-ranks.tiktoken and encoding.json, which travels with the data and with every run. Next: prepare.py.
+Everything works offline except a tiktoken name that is not in its cache. A tokenizer is saved as a folder,
+encoding.json with ranks.tiktoken or tokenizer.model, which travels with the data and with every run. Next: convert.py,
+prepare.py.
 """
 
 import base64
@@ -10,47 +12,128 @@ import hashlib
 import heapq
 import json
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import regex
 import tiktoken
+from tiktoken_ext import openai_public
 
+from data.convert import byte_letters, read_hf
 from errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document; generation stops at it
+# The token that ends a text, under the names that tokenizers of others give it: the first that there is separates.
+SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]", "</s>", "<eos>")
+RUN = 100_000  # white space beyond this is encoded in parts: tiktoken's pattern overflows its stack at a million
+UNKNOWN = "<unk>"
+SHORT_NAMES = {"cl100k": "cl100k_base", "o200k": "o200k_base"}
 # Words with their leading space, numbers up to three digits, punctuation runs, line ends with what precedes them, and
 # indentation less its last space, which belongs to the word.
 PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+# For Words: UNKNOWN, as some corpora write it; words with their apostrophes; single marks; line ends.
+WORD = r"<unk>|[\p{L}\p{M}\p{N}_]+(?:['’][\p{L}\p{M}]+)*|[^\s\p{L}\p{M}\p{N}_]|\n"
+CLOSING = frozenset(".,;:!?)]}%…”\n")  # no space before these
 
 
-def load(spec):
-    """A tiktoken.Encoding from "bytes", a tokenizer folder, a ranks file in tiktoken's format, or a tiktoken name."""
+def load(spec, texts=None):
+    """The tokenizer that a name or path means: "bytes"; a tiktoken name; a ranks file in tiktoken's format (cut into
+    words by PATTERN, or as tiktoken does if it is called like one of its encodings: cl100k_base.tiktoken); a Hugging
+    Face tokenizer.json of byte-level BPE; a SentencePiece .model; a folder with one of these, or one that `save` wrote;
+    "words:N", the N most frequent words of texts, an iterable of str."""
     path = Path(spec)
     if spec == "bytes":
         return encoding("bytes", {bytes([i]): i for i in range(256)})
+    if str(spec).startswith("words:"):
+        return train_words(texts, str(spec)[len("words:"):])
     if path.is_dir():
-        return _load_folder(path)
-    if path.is_file():
-        return encoding(path.stem, read_ranks(path))
-    try:
-        return tiktoken.get_encoding(str(spec))
-    except ValueError as error:
+        files = [path / name for name in ("encoding.json", "tokenizer.json", "tokenizer.model")]
+        path = next((file for file in files if file.is_file()), files[0])
+        if path == files[0]:
+            return _load_folder(path.parent)
+    if not path.is_file():
+        return _load_name(str(spec))
+    name = path.stem if path.stem != "tokenizer" else path.absolute().parent.name
+    if path.suffix == ".json":
+        pattern, ranks, special_tokens = read_hf(path)
+        encoder = encoding(name, ranks, pattern, special_tokens)
+        _check_round_trip(encoder, path)
+        return encoder
+    if path.suffix == ".model" and path.read_bytes()[:1] == b"\n":  # ranks files have this ending too
+        return SentencePiece(path.read_bytes(), name)
+    ranks = read_ranks(path)
+    if path.stem in tiktoken.list_encoding_names():
+        about = _around(path.stem, ranks)
+        return encoding(path.stem, ranks, about["pat_str"], about["special_tokens"])
+    return encoding(path.stem, ranks)
+
+
+def _load_name(spec):
+    name = SHORT_NAMES.get(spec, spec)
+    if name not in tiktoken.list_encoding_names():
         names = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(f"no tokenizer {spec!r}: expected 'bytes', a tokenizer folder, a ranks file, or one of "
-                        f"{names}") from error
-    except OSError as error:  # requests' errors are OSErrors
-        raise UserError(f"tokenizer {spec!r} is not in tiktoken's cache and cannot be downloaded here: give a local "
-                        "ranks file instead, --tokenizer=PATH.tiktoken") from error
+        raise UserError(f"no tokenizer {spec!r}: expected 'bytes', 'words:N', a tokenizer folder, a tokenizer.json, a "
+                        f"SentencePiece .model, a ranks file, or one of {names}")
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a damaged download is a ValueError
+        url = getattr(getattr(error, "request", None), "url", None)
+        cached = f" as $TIKTOKEN_CACHE_DIR/{hashlib.sha1(url.encode()).hexdigest()}" if url else ""
+        raise UserError(f"tokenizer {name!r} is not in tiktoken's cache and cannot be downloaded here: fetch "
+                        f"{url or 'its file'} elsewhere and put it into tiktoken's cache{cached}, or give a local "
+                        f"ranks file instead, --tokenizer=PATH/{name}.tiktoken, or a tokenizer.json") from error
+
+
+def _around(name, ranks):
+    """tiktoken's own definition of an encoding, pattern and special tokens, with ranks in place of the download."""
+    downloads = ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks")
+    with mock.patch.dict(vars(openai_public), dict.fromkeys(downloads, lambda *args, **kwargs: ranks)):
+        return getattr(openai_public, name)()
+
+
+def _check_round_trip(encoder, path):
+    """Patterns come from another regular expression engine: one that leaves characters out would lose them."""
+    letters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    pairs = (a + b for a in letters[:128] for b in letters[:128])
+    for text in (" ".join(pairs), "".join(letters)):
+        if encoder.decode(encoder.encode_ordinary(text)) != text:
+            raise UserError(f"{path} cannot be converted: its pattern {encoder._pat_str} leaves characters out")
 
 
 def encoding(name, ranks, pattern=PATTERN, special_tokens=None):
     """A tiktoken.Encoding; without special_tokens it gets END_OF_TEXT after the last rank."""
     special_tokens = special_tokens or {END_OF_TEXT: max(ranks.values()) + 1}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    if not set(ranks.values()).isdisjoint(special_tokens.values()):
+        raise UserError(f"the ranks of {name} contain ids of its special tokens: they are of another tokenizer")
+    try:
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    except ValueError as error:
+        raise UserError(f"tiktoken cannot read the pattern of {name}: {error}") from error
 
 
 def end_of_text(encoder):
     """The id that separates documents, None if the tokenizer has no such token."""
-    return encoder._special_tokens.get(END_OF_TEXT)
+    return next((encoder._special_tokens[text] for text in SEPARATORS if text in encoder._special_tokens), None)
+
+
+def encode(encoder, text):
+    """The ids of a text, uint32, behind the separator; special tokens in it are plain text."""
+    cuts = [start + RUN for start in range(0, len(text), RUN) if text[start:start + RUN].isspace()]
+    parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])] if cuts else [text]
+    separator = end_of_text(encoder)
+    ids = [np.array([] if separator is None else [separator], dtype=np.uint32)]
+    for part in parts:
+        if hasattr(encoder, "encode_to_numpy"):  # tiktoken's: no list of ids in between
+            ids.append(encoder.encode_to_numpy(part, disallowed_special=()))
+        else:
+            ids.append(np.array(encoder.encode_ordinary(part), dtype=np.uint32))
+    return np.concatenate(ids)
+
+
+def describe(encoder):
+    """What meta.json records of a tokenizer."""
+    return {"tokenizer": encoder.name, "tokenizer_fingerprint": fingerprint(encoder),
+            "separator": end_of_text(encoder), "special_tokens": encoder._special_tokens}
 
 
 def read_ranks(path):
@@ -70,6 +153,8 @@ def save(encoder, folder):
     """Write the tokenizer as a folder that `load` reads back, on any machine."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(encoder, tiktoken.Encoding):
+        return encoder.save(folder)
     ranks = sorted(encoder._mergeable_ranks.items(), key=lambda item: item[1])
     (folder / "ranks.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks))
     about = {"name": encoder.name, "pattern": encoder._pat_str, "special_tokens": encoder._special_tokens}
@@ -79,24 +164,22 @@ def save(encoder, folder):
 def _load_folder(folder):
     try:
         about = json.loads((folder / "encoding.json").read_text())
+        if about.get("kind") == "words":
+            return Words(about["words"])
+        if about.get("kind") == "sentencepiece":
+            return SentencePiece((folder / "tokenizer.model").read_bytes(), about["name"])
         ranks = read_ranks(folder / "ranks.tiktoken")
         return encoding(about["name"], ranks, about["pattern"], about["special_tokens"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is no tokenizer folder (encoding.json, ranks.tiktoken): {error}") from error
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} is no tokenizer folder (encoding.json and its files): {error}") from error
 
 
 def fingerprint(encoder):
     """A short hash of everything that decides the ids; two encoders with the same one are interchangeable."""
+    if not isinstance(encoder, tiktoken.Encoding):
+        return hashlib.sha256(repr(encoder.parts).encode()).hexdigest()[:16]
     parts = (encoder._pat_str, sorted(encoder._special_tokens.items()), sorted(encoder._mergeable_ranks.items()))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def byte_letters():
-    """The printable letter that stands for each byte in Hugging Face's byte-level BPE: itself where Latin-1 has a
-    visible character, else the next free code point from 256 on."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
 def train_bpe(texts, vocab_size, name="bpe", pattern=PATTERN):
@@ -104,54 +187,150 @@ def train_bpe(texts, vocab_size, name="bpe", pattern=PATTERN):
 
     Greedy: the most frequent adjacent pair inside words is merged, ties to the lowest pair of ids (Sennrich et al.,
     arXiv 1508.07909). Pair counts are kept up to date and only the words that contain the merged pair are touched.
-    Stops early when every word is a single token.
+    Stops early when every word is a single token. The regex package may know newer Unicode than tiktoken: characters
+    assigned between the two can make other words here than when encoding, which costs a merge or two, nothing else.
     """
     if vocab_size < 257:
         raise UserError(f"a byte-level BPE needs a vocabulary of at least 257, not {vocab_size}")
     splitter = regex.compile(pattern)
-    frequency = collections.Counter(word for text in texts for word in splitter.findall(text))
+    frequency = collections.Counter()
+    for text in texts:
+        frequency.update(splitter.findall(text))
     letters = byte_letters()
     tokens = [bytes([byte]) for byte in sorted(letters, key=letters.get)]  # the usual order, which decides ties
     id_of = {token[0]: number for number, token in enumerate(tokens)}
     words = [[id_of[byte] for byte in word.encode()] for word in frequency]
     weights = list(frequency.values())
-    counts, where = collections.Counter(), collections.defaultdict(set)
+    counts, where = collections.Counter(), collections.defaultdict(list)
     for index, (word, weight) in enumerate(zip(words, weights)):
         for pair in zip(word, word[1:]):
             counts[pair] += weight
-            where[pair].add(index)
+            where[pair].append(index)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     while heap and len(tokens) < vocab_size - 1:
         negative, pair = heapq.heappop(heap)
-        if counts[pair] != -negative:  # stale: the count has changed since it was pushed
+        if counts[pair] != -negative:  # it has become rarer since it was pushed
+            if counts[pair] > 0:
+                heapq.heappush(heap, (-counts[pair], pair))
             continue
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        changed = set()
+        (left, right), new, made = pair, len(tokens), set()
+        tokens.append(tokens[left] + tokens[right])
         for index in where.pop(pair):
-            old, weight = words[index], weights[index]
-            for neighbour in zip(old, old[1:]):
-                counts[neighbour] -= weight
-                changed.add(neighbour)
-            words[index] = merged = _merge(old, pair, new)
-            for neighbour in zip(merged, merged[1:]):
-                counts[neighbour] += weight
-                where[neighbour].add(index)
-                changed.add(neighbour)
-        for neighbour in changed:
-            if counts[neighbour] > 0:
-                heapq.heappush(heap, (-counts[neighbour], neighbour))
+            word, weight, i = words[index], weights[index], 0
+            while i + 1 < len(word):
+                if word[i] == left and word[i + 1] == right:
+                    word[i:i + 2] = [new]
+                    if i > 0:
+                        counts[word[i - 1], left] -= weight
+                        counts[word[i - 1], new] += weight
+                        where[word[i - 1], new].append(index)
+                        made.add((word[i - 1], new))
+                    if i + 1 < len(word):
+                        counts[right, word[i + 1]] -= weight
+                        counts[new, word[i + 1]] += weight
+                        where[new, word[i + 1]].append(index)
+                        made.add((new, word[i + 1]))
+                i += 1
+        for created in made:  # the counts of all others only fall
+            if counts[created] > 0:
+                heapq.heappush(heap, (-counts[created], created))
     return encoding(name, {token: rank for rank, token in enumerate(tokens)}, pattern)
 
 
-def _merge(word, pair, new):
-    merged, i = [], 0
-    while i < len(word):
-        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
-    return merged
+# ---------------------------------------------------------------------- the kinds that are no tiktoken.Encoding
+
+def train_words(texts, size):
+    """Words of the `size` most frequent words of texts; fewer if there are no more."""
+    if texts is None or not str(size).isdecimal() or int(size) < 1:
+        raise UserError(f"words:{size} is counted on the data, as in  python -m data.prepare text notes/ "
+                        "--tokenizer=words:10000 ; to use it again, give the tokenizer folder of that data")
+    find, counts = regex.compile(WORD).findall, collections.Counter()
+    for text in texts:
+        counts.update(find(text))
+    del counts[UNKNOWN]
+    ordered = sorted(counts, key=lambda word: (-counts[word], word))
+    return Words(ordered[:int(size)])
+
+
+class Words:
+    """Word-level, as small studies use it: UNKNOWN is id 0, then the words, END_OF_TEXT last. Lossy: decoding puts one
+    space between words, none before closing marks, and cannot bring back white space or what was unknown."""
+
+    name = "words"
+
+    def __init__(self, words):
+        self.texts = [UNKNOWN, *words, END_OF_TEXT]
+        self.ids = {text: number for number, text in enumerate(self.texts[:-1])}
+        self.n_vocab, self.parts = len(self.texts), ("words", WORD, tuple(words))
+        self._special_tokens = {UNKNOWN: 0, END_OF_TEXT: self.n_vocab - 1}
+        self._find = regex.compile(WORD).findall
+
+    def encode_ordinary(self, text):
+        return [self.ids.get(word, 0) for word in self._find(text)]
+
+    def encode_ordinary_batch(self, texts, num_threads=1):
+        return [self.encode_ordinary(text) for text in texts]
+
+    def decode_single_token_bytes(self, token):
+        """With the space before it."""
+        if not 0 <= token < self.n_vocab:
+            raise KeyError(token)
+        text = self.texts[token]
+        return (text if text in CLOSING else " " + text).encode()
+
+    def decode_bytes(self, ids):
+        return b"".join(map(self.decode_single_token_bytes, ids)).replace(b"\n ", b"\n").removeprefix(b" ")
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode()
+
+    def save(self, folder):
+        about = {"kind": "words", "name": self.name, "words": self.texts[1:-1]}
+        (folder / "encoding.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+class SentencePiece:
+    """A SentencePiece model, through the package of that name. Whether decoding gives the text back is the model's
+    affair: one with byte fallback and without normalization does."""
+
+    def __init__(self, model, name):
+        """model: the bytes of the .model file."""
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise UserError("a SentencePiece .model needs the package:  pip install sentencepiece") from error
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"the SentencePiece model of {name} is damaged: {error}") from error
+        self.model, self.name, self.n_vocab = model, name, self.processor.vocab_size()
+        self.parts = ("sentencepiece", model)
+        special = filter(lambda i: self.processor.is_control(i) or self.processor.is_unknown(i), range(self.n_vocab))
+        self._special_tokens = {self.processor.id_to_piece(i): i for i in special}
+        self.encode_ordinary = self.processor.encode
+
+    def encode_ordinary_batch(self, texts, num_threads=1):
+        return self.processor.encode(list(texts), num_threads=num_threads)
+
+    def decode_single_token_bytes(self, token):
+        """With the space before it; a control token is nothing, as in `decode`."""
+        if not 0 <= token < self.n_vocab:
+            raise KeyError(token)
+        piece = self.processor.id_to_piece(token)
+        if self.processor.is_control(token):
+            return b""
+        if self.processor.is_unknown(token):
+            return self.processor.decode([token]).encode()
+        return bytes([int(piece[3:5], 16)]) if self.processor.is_byte(token) else piece.replace("▁", " ").encode()
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
+
+    def decode(self, ids):
+        return self.processor.decode(list(ids))
+
+    def save(self, folder):
+        (folder / "tokenizer.model").write_bytes(self.model)
+        about = {"kind": "sentencepiece", "name": self.name}
+        (folder / "encoding.json").write_text(json.dumps(about) + "\n")

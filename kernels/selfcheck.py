@@ -34,7 +34,8 @@ def fastest(config, rows, device):
     dtype, heads, T = getattr(torch, config.dtype), config.num_attention_heads, config.sequence_length
     mla = config.attention == "mla"
     width = config.qk_nope_head_dim + config.qk_rope_head_dim if mla else config.v_head_dim
-    lines, library = [attention.choose_arm((rows, heads, T, width), config.v_head_dim, dtype, device)], set()
+    lines, library = [attention.choose_arm((rows, heads, T, width), config.v_head_dim, dtype, device,
+                                           config.document_mask)], set()
     if config.n_routed_experts and backend.triton_runs(torch.empty(0, dtype=dtype, device=device)):
         from kernels import triton_experts
         lines.append(triton_experts.choose_products(

@@ -69,7 +69,7 @@ def test_choices_made_on_another_rank_are_adopted(monkeypatch):
     monkeypatch.setattr(attention, "ARM", {})
     monkeypatch.setattr(backend, "milliseconds", lambda *_: 1.0)
     config = tiny_config()
-    config.sequence_length, config.dtype, config.ep = 16, "float32", 1
+    config.sequence_length, config.dtype, config.ep, config.document_mask = 16, "float32", 1, False
     lines, choices = selfcheck.fastest(config, 2, CPU)
     assert "attention 12/8" in lines[0] and choices[0]
     attention.ARM = {}
