@@ -359,7 +359,8 @@ def evaluate(model, validation, starts, batch_size, device, stop):
     model.eval()
     total, count = 0.0, 0
     for inputs, targets in validation.batches(batch_size, parallel.rank(), parallel.ranks()):
-        loss_sum, _ = model(inputs.to(device), targets.to(device), first_BT=starts(inputs.to(device)))
+        inputs = inputs.to(device)
+        loss_sum, _ = model(inputs, targets.to(device), first_BT=starts(inputs))
         mine = torch.tensor([loss_sum.item(), int((targets != IGNORE).sum()), bool(stop.signal)], dtype=torch.float64)
         loss_sum, targets_here, stop.agreed = parallel.add_up(mine).tolist()
         if stop.agreed:

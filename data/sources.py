@@ -88,11 +88,11 @@ def _line(error):
     return " ".join(str(error).split())[:300]
 
 
-def _rows(dataset, column, where):
-    """Yield (row number, text) of a dataset; rows without a text count as empty."""
-    row = 0
+def rows(dataset, column, where, first=0):
+    """Yield (number of rows up to here, text) of a dataset from row `first` on; rows without a text count as empty."""
+    row = first
     try:
-        for batch in dataset.select_columns([column]).iter(batch_size=100):
+        for batch in dataset.select_columns([column]).skip(first).iter(batch_size=128):
             for text in batch[column]:
                 row += 1
                 yield row, text or ""
@@ -218,10 +218,10 @@ def documents(source, files=(), split_on=None, repo=None, split="train", name=No
         paths = [str(path) for path in files if path.stat().st_size]
         dataset, column = _load(str(files[0]), text_column, "parquet", data_files=paths or [str(files[0])],
                                 split="train", streaming=True)
-        return _rows(dataset, column, "parquet"), sum(map(_parquet_rows, paths)), " rows"  # a damaged one shows here
+        return rows(dataset, column, "parquet"), sum(map(_parquet_rows, paths)), " rows"  # a damaged one shows here
     dataset, column = open_hf(repo, split, name, text_column, streaming)
     about = (dataset.info.splits or {}).get(split)
-    return _rows(dataset, column, repo), about.num_examples if about else None, " rows"
+    return rows(dataset, column, repo), about.num_examples if about else None, " rows"
 
 
 def _parquet_rows(path):

@@ -130,17 +130,9 @@ def _documents(spec, opened, held_out, epoch, row):
 
 
 def _rows(opened, first):
-    """Yield (row number, text) of the rows that are not empty, from row `first` on."""
+    """(row number, text) of the rows that are not empty, from row `first` on."""
     dataset, column = sources.open_hf(*opened)
-    rows = dataset.select_columns([column]).skip(first).iter(batch_size=CHUNK)
-    row = first
-    try:
-        for text in (text for batch in rows for text in batch[column]):
-            if text and text.strip():
-                yield row, text
-            row += 1
-    except (OSError, ValueError) as error:
-        raise UserError(f"{opened[0]}, after row {row}: {str(error).strip().splitlines()[:1]}") from error
+    return ((row - 1, text) for row, text in sources.rows(dataset, column, opened[0], first) if text.strip())
 
 
 def _tokenise(texts, encoder):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import attention, backend
-from tests.helpers import tiny_model, tokens
+from tests.helpers import poisoned_memory, tiny_model, tokens
 
 interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="needs TRITON_INTERPRET=1; the gpu tests are below")
 SCALE = 0.3
@@ -54,10 +54,7 @@ def poisoned(small, large):
     def blocks(kernel, T, Q, V, dtype):
         BM, BN = (small, large) if kernel == "dkdv" else (large, small)
         return {"BM": BM, "BN": BN, "EVEN": T % large == 0, "num_warps": 4, "num_stages": 1}
-    empty, empty_like = torch.empty, torch.empty_like
-    with patch.object(triton_attention, "blocks", blocks), \
-            patch.object(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(math.nan)), \
-            patch.object(torch, "empty_like", lambda *args, **options: empty_like(*args, **options).fill_(math.nan)):
+    with patch.object(triton_attention, "blocks", blocks), poisoned_memory():
         yield triton_attention
 
 

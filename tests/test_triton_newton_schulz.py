@@ -9,6 +9,7 @@ import owners
 from kernels import backend, newton_schulz, triton_newton_schulz
 from kernels.newton_schulz import newton_schulz_replayed, symmetric_product_twin
 from muon import Muon
+from tests.helpers import poisoned_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -20,10 +21,9 @@ def triton_on():
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """What torch.empty gives is full of NaN, so that an element that no program writes is found."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
+def poisoned():
+    with poisoned_memory():
+        yield
 
 
 def exact(X, A, alpha, beta, gamma):
