@@ -21,8 +21,8 @@ ORDER = [
     ["model"],
     ["muon", "config"],
     ["parallel"],
-    ["checkpoint", "metrics", "hf"],
-    ["generate"],
+    ["checkpoint", "metrics", "hf", "guard"],
+    ["generate", "runs"],
     ["export"],
     ["train"],
 ]

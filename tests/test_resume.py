@@ -9,9 +9,9 @@ import pytest
 
 import checkpoint
 from data import prepare
-from errors import UserError
+from errors import STOPPED, UserError
 from muon import Muon
-from tests.helpers import ROOT, assert_equal_runs, losses, records, run_train
+from tests.helpers import ROOT, assert_equal_runs, losses, records, run_stopped, run_train
 
 
 def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
@@ -22,7 +22,7 @@ def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
         original = Muon.step
         stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 8 else None
         patch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
-        run_train(config, f"--out_dir={halves}", *options)
+        run_stopped(config, f"--out_dir={halves}", *options)
     assert losses(halves)[-1][0] == 10
     run_train(config, f"--out_dir={halves}", *options, "--resume")
     assert [step for step, _ in losses(halves)] == list(range(1, 21))
@@ -61,7 +61,7 @@ def test_a_signal_saves_and_exits_cleanly(config, tmp_path, number):
             break
     process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "continue with --resume" in rest
+    assert process.returncode == STOPPED and "continue with --resume" in rest
     step = checkpoint.read_manifest(checkpoint.find(tmp_path / "run"))["step"]
     assert step == losses(tmp_path / "run")[-1][0]
 
