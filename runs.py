@@ -10,6 +10,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def compare(config, encoder, stream, manifest, source):
                  for name in now if name in stored and stored[name] != now[name]}
     refused = [line for name, line in differing.items() if name in model]
     if encoder and manifest.get("tokenizer") not in (None, tokenizer.fingerprint(encoder)):
-        refused.append("tokenizer: another one there")
+        refused.append("another tokenizer there")
     if refused:
         raise UserError(f"{source} holds another model: {'; '.join(refused)}. Continue with the settings it was "
                         "trained with, or start anew without --resume")
@@ -80,17 +81,12 @@ def _same(before, now):
 def require_room(run, n_bytes, steps, config):
     """Refuse a run whose checkpoints, of n_bytes each, the disk cannot hold, or whose folder cannot be written.
     steps: how many are still to come."""
+    folder = run / "checkpoints"
+    existing = sum(path.stat().st_size for path in folder.glob("step_*/*"))  # to be replaced by what will be saved
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder = run / "checkpoints"
-        existing = sum(path.stat().st_size for path in folder.glob("step_*/*"))  # to be replaced by what will be saved
-        new = not run.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".probe").write_text("")
-        (folder / ".probe").unlink()
-        free = shutil.disk_usage(folder).free
-        if new:
-            folder.rmdir()
-            run.rmdir()
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free
     except OSError as error:
         raise UserError(f"{run} cannot be written ({error.strerror}): choose another --out_dir") from error
     saves = -(-steps // config.save_interval) if config.save_interval else 1
