@@ -179,7 +179,8 @@ def refuse_drift(tensors, numbers, step):
             details = [held for held in parallel.from_all({name: sums[name] for name in tensors if parts[name] == part})
                        if held] or [{}]
             name = next((name for name in details[0] if len({held[name] for held in details}) > 1), "what they count")
-            apart = " and ".join(f"{ranks} on {everyone[ranks[0]][1]}" for ranks in groups.values())
+            hosts = [host for _, host in everyone]
+            apart = " and ".join(", ".join(f"{rank} ({hosts[rank]})" for rank in ranks) for ranks in groups.values())
             raise UserError(f"after step {step} ranks {apart} differ in {name}, which they should hold alike: a fault "
                             "of one machine, its memory or a link. Nothing of this was saved; --resume continues from "
                             "the last checkpoint, best without the machine that is the odd one")

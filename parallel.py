@@ -56,7 +56,7 @@ def start():
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     store, number, count = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(_this_start(), store)  # addresses of an earlier start of these processes are stale
+    store = dist.PrefixStore(f"start_{starts()}", store)  # addresses of an earlier start of these processes are stale
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT,
                             store=store, rank=number, world_size=count)
     if rank() > 0:
@@ -104,7 +104,7 @@ class Restart(Exception):
 def start_again(words):
     """Become a new process of the same script with these words. It keeps its place under torchrun, and nothing of the
     old one is left: no memory of a device, no half-done collective."""
-    os.environ["NANOK2_STARTS"] = str(int(os.environ.get("NANOK2_STARTS", 0)) + 1)
+    os.environ["NANOK2_STARTS"] = str(starts() + 1)
     script = sys.orig_argv[1:len(sys.orig_argv) - len(sys.argv[1:])]
     sys.__stdout__.flush()
     sys.__stderr__.flush()
@@ -115,19 +115,20 @@ def start_again(words):
     os.execv(sys.executable, [sys.executable, *script, *words])
 
 
-def _this_start():
-    return f"start_{os.environ.get('NANOK2_STARTS', 0)}"
+def starts():
+    """How often this process has started itself again."""
+    return int(os.environ.get("NANOK2_STARTS", 0))
 
 
 def ask_to_restart(words):
     """Let all ranks, wherever they wait, know that they have to start again with these words."""
     if _notes is not None:
-        _notes.set(f"{_this_start()}/restart", json.dumps(words))
+        _notes.set(f"start_{starts()}/restart", json.dumps(words))
 
 
 def asked_to_restart():
     """The words of ask_to_restart of any rank, None if none has called it."""
-    key = f"{_this_start()}/restart"
+    key = f"start_{starts()}/restart"
     return json.loads(_notes.get(key)) if _notes is not None and _notes.check([key]) else None
 
 

@@ -111,6 +111,8 @@ def train(argv, watch):
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
     run_id = parallel.once(runs.open_run, run, source, start, config, config_file, argv, encoder)
     log = metrics.RunLog(run, config, start, run_id, active=parallel.rank() == 0)
+    if parallel.starts():
+        log.write("event", start, event="restart", command=argv)
     if source:
         stream.go_to({} if config.new_data else manifest.get("places", {}))
         log.write("event", start, event="resume", source=str(source), changed=changed, skipped=config.skip_sequences)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import parallel
 import train
 from data import tokenizer
 from data.shards import Writer
@@ -135,6 +136,16 @@ def run_stopped(*words):
     with pytest.raises(SystemExit) as end:
         run_train(*words)
     assert end.value.code == STOPPED
+
+
+def run_restarting(*words):
+    """run_train, started again with other words as often as it asks for that. Returns (last record, all words)."""
+    asked = [list(map(str, words))]
+    while True:
+        try:
+            return train.main(asked[-1]), asked
+        except parallel.Restart as restart:
+            asked.append(restart.words)
 
 
 def run_script(*words, check=None, env=None, **options):
