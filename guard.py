@@ -6,6 +6,7 @@ next command, and the newest checkpoint is where it continues. Next: runs.py, wh
 
 import collections
 import faulthandler
+import fcntl
 import math
 import os
 import signal
@@ -22,6 +23,7 @@ import torch
 import parallel
 from errors import UserError
 
+LOCK = ".lock"  # in a run folder: held by the process that trains into it
 HUNG = 124  # exit status of a rank whose step did not end, as that of timeout(1)
 EARLY = 3  # steps in which compilers are at work, and in which memory may turn out to be too small
 
@@ -45,7 +47,23 @@ class Guard:
         self.words, self.config = words, None
         self.signal, self.agreed, self.noted = None, 0, 0.0
         self.doing, self.deadline, self.early = "the start", math.inf, False
-        self.over, self.handlers = threading.Event(), {}
+        self.over, self.handlers, self.lock = threading.Event(), {}, None
+
+    def claim(self, run):
+        """Refuse a folder into which another process is training. The system frees the lock however this one ends."""
+        run.mkdir(parents=True, exist_ok=True)
+        self.lock = open(run / LOCK, "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.lock.seek(0)
+            raise UserError(f"{run} is in use by {self.lock.read().strip()}: wait for its end, or choose another "
+                            "--out_dir") from error
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {run} cannot be locked ({error.strerror}): start no second run there")
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.lock.flush()
 
     def begin(self, config):
         self.config = config
@@ -71,6 +89,8 @@ class Guard:
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.lock:
+            self.lock.close()
         if self.early and error is not None and (words := parallel.asked_to_restart()):
             raise parallel.Restart(words) from error  # a rank that started again was missed in a collective
         if is_out_of_memory(error):

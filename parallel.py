@@ -12,6 +12,7 @@ Next: dispatch.py (the exchange of rows), muon.py and owners.py (the optimizer o
 
 import contextlib
 import datetime
+import faulthandler
 import json
 import os
 import sys
@@ -69,6 +70,7 @@ def start():
 def run(main):
     """errors.run for a script that may be one of many ranks. A rank that fails leaves at once, so that the others end
     too instead of waiting for it; and gloo's threads survive no orderly interpreter exit, so a rank never makes one."""
+    faulthandler.enable()  # a crash below Python (a shard cut short under its memory map) says where it was
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         try:
             errors.run(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import guard
 import metrics
 import parallel
 from data import tokenizer
@@ -118,7 +119,9 @@ def open_run(run, source, start, config, config_file, argv, encoder):
     """Make the run folder, or clear away what a new or rewound run replaces; returns the run's id. Only now, when
     everything that could be refused has been."""
     if config.overwrite and holds_run(run) and not is_within(source, run):
-        shutil.rmtree(run)
+        for path in run.iterdir():
+            if path.name != guard.LOCK:  # which this process holds
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     run_id = provenance(run, config, config_file, argv)
     if encoder:
         tokenizer.save(encoder, run / "tokenizer")

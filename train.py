@@ -109,6 +109,7 @@ def train(argv, watch):
     else:
         checkpoint.load(source, checkpoint.named_tensors(model))
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
+    parallel.once(watch.claim, run)
     run_id = parallel.once(runs.open_run, run, source, start, config, config_file, argv, encoder)
     log = metrics.RunLog(run, config, start, run_id, active=parallel.rank() == 0)
     if parallel.starts():

@@ -101,6 +101,12 @@ def test_every_module_says_what_it_is():
         assert len(ast.get_docstring(ast.parse(path.read_text())) or "") > 60, path
 
 
+def test_every_fault_of_the_scorecard_has_a_test():
+    """25 faults of disks, ranks, data and people; the test that injects one says its number."""
+    said = re.findall(r'"""Scorecard ([\d, ]+)', "".join(path.read_text() for path in ROOT.glob("tests/test_*.py")))
+    assert {int(number) for numbers in said for number in numbers.split(",") if number.strip()} == set(range(1, 26))
+
+
 def test_every_setting_is_read_somewhere():
     text = "\n".join(p.read_text() for p in SOURCES if p.name not in ("config.py",))
     checks = (ROOT / "config.py").read_text().split("def check(")[1]

@@ -79,6 +79,7 @@ def test_resume_from_a_step_rewinds_and_from_another_run_starts_there(config, tm
 
 
 def test_resume_refuses_another_model_and_names_the_difference(config, tmp_path):
+    """Scorecard 16."""
     run_train(config, "--max_steps=2")
     with pytest.raises(UserError, match="hidden_size: 32 there, 48 here"):
         run_train(config, "--max_steps=4", "--resume", "--hidden_size=48")
