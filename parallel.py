@@ -200,8 +200,8 @@ def part_of(tensor):
     if not isinstance(tensor, DTensor):
         return "all"
     mesh = tensor.device_mesh
-    return " ".join(f"{name} {at}" for name, at, placement in
-                    zip(mesh.mesh_dim_names, mesh.get_coordinate(), tensor.placements) if placement.is_shard()) or "all"
+    places = zip(mesh.mesh_dim_names, mesh.get_coordinate(), tensor.placements)
+    return " ".join(f"{name} {at}" for name, at, placement in places if not placement.is_replicate()) or "all"
 
 
 def local(tensor):

@@ -100,7 +100,8 @@ KILLS = int(os.environ.get("KILLS", 2))
 
 @pytest.mark.slow
 def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path):
-    """Scorecard 1. A random rank gets SIGKILL at random moments; the job goes on by itself and ends bitwise as if undisturbed."""
+    """Scorecard 1. A random rank gets SIGKILL at random moments; the job goes on by itself and ends bitwise as if
+    undisturbed."""
     out, rng = tmp_path / "killed", random.Random(0)
     process = multinode(slow_config, f"--out_dir={out}", "--max_steps=36")
     restarts = []
