@@ -46,7 +46,7 @@ class Guard:
     def __init__(self, words):
         self.words, self.config = words, None
         self.signal, self.agreed, self.noted = None, 0, 0.0
-        self.doing, self.deadline, self.early = "the start", math.inf, False
+        self.doing, self.deadline, self.early, self.listening = "the start", math.inf, False, False
         self.over, self.handlers, self.lock = threading.Event(), {}, None
 
     def claim(self, run):
@@ -75,7 +75,9 @@ class Guard:
     def beat(self, doing, patient=False):
         """The main thread is about to do something; patient: it has 12 times as long, as where compilers are at work or
         files are written."""
-        self.doing, self.early = doing, patient and doing.startswith("step ")
+        early = patient and doing.startswith("step ")
+        self.listening = early or self.early  # a rank that runs out of memory may be one step behind
+        self.doing, self.early = doing, early
         allowed = self.config.step_timeout * (12 if patient else 1)
         self.deadline = time.monotonic() + allowed
         # Python's own timer needs no interpreter lock: it ends what our thread could not.
@@ -91,7 +93,7 @@ class Guard:
             signal.signal(number, handler)
         if self.lock:
             self.lock.close()
-        if self.early and error is not None and (words := parallel.asked_to_restart()):
+        if self.listening and error is not None and (words := parallel.asked_to_restart()):
             raise parallel.Restart(words) from error  # a rank that started again was missed in a collective
         if is_out_of_memory(error):
             self._out_of_memory(error)
@@ -106,7 +108,7 @@ class Guard:
 
     def _watch(self):
         while not self.over.wait(min(1.0, self.config.step_timeout / 10)):
-            if self.early and (words := parallel.asked_to_restart()):
+            if self.listening and (words := parallel.asked_to_restart()):
                 parallel.start_again(words)
             if time.monotonic() > self.deadline:
                 self._give_up()

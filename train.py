@@ -245,8 +245,8 @@ def train(argv, watch):
             watch.beat(f"the samples of step {step}", patient=True)
             for prompt in config.sample_prompts:
                 log.sample(step, prompt, sample(model, encoder, prompt, config, step))
-        watch.beat(f"the save of step {step}", patient=True)
         if save_now or watch.agreed:
+            watch.beat(f"the save of step {step}", patient=True)
             report_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way
             about = {"sequences": sequences, "tokens": tokens, "optimizer_steps": optimizer.steps,
                      "stream": stream.identity(), "tokenizer": tokenizer.fingerprint(encoder) if encoder else None,
