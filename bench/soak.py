@@ -24,6 +24,7 @@ from tests.attempts import STOPPED, Attempt, abandoned, assert_tidy, newest, seg
 from tests.helpers import assert_equal_runs, make_config, make_data
 
 STEPS = 40
+KILLS = ["kill", "kill_insave", "kill_midsave", "kill_prerename", "kill_postrename"]
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 
 
@@ -58,7 +59,8 @@ class Soak:
     def fault(self, out, *kinds):
         """One of the kinds, in a step (of a checkpoint) soon to come, on any rank."""
         step = min(newest(out) + 2 * self.rng.randrange(1, 6), STEPS)
-        return f"{self.rng.choice(kinds)}@{step}:{self.rng.randrange(self.ranks)}"
+        kind = self.rng.choice(kinds)
+        return f"{kind}@{step}:{0 if 'rename' in kind else self.rng.randrange(self.ranks)}"  # the first rank renames
 
     def after_fault(self, attempt):
         """Return when the fault has struck, or everything is over."""
@@ -84,7 +86,7 @@ def killed(soak, out):
 
 
 def killed_at_the_worst(soak, out):
-    attempt = soak.start_any(out, soak.fault(out, "kill_midsave", "kill_prerename", "kill_postrename", "kill"))
+    attempt = soak.start_any(out, soak.fault(out, *KILLS))
     return "died" if attempt.wait() else "after the end"
 
 
