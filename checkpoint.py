@@ -45,6 +45,11 @@ def named_tensors(model, optimizer=None):
     return tensors
 
 
+def size(tensors):
+    """Bytes that a checkpoint of these tensors takes, on any layout."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 def save(folder, step, tensors, about, keep, best=False, group=None):
     """Write checkpoints/step_<step> under `folder`, point `latest` (and `best`) to it, delete what `keep` does not
     cover. All ranks call it together.
@@ -176,8 +181,10 @@ def drop_after(folder, step, rewound=True):
 
 
 def _retain(folder, keep):
+    """Delete what is older than the newest `keep` whole checkpoints; one that lacks something does not count."""
     best = pointed(folder, "best")
-    for path in step_folders(folder)[:-keep]:
+    whole = [path for path in step_folders(folder) if not _damage(path, checksums=False)]
+    for path in whole[:-keep]:
         if path != best:
             _delete(path)
 
@@ -229,20 +236,21 @@ def find(path, which="latest"):
 def damage(step_folder):
     """What is wrong with a step folder, "" if every file has the size and checksum that the manifest records. Ranks
     share the reading, so all call it together."""
-    problems = parallel.from_all(_damage_of_share(step_folder))
+    problems = parallel.from_all(_damage(step_folder, parallel.rank(), parallel.ranks()))
     return next((problem for problem in problems if problem), "")
 
 
-def _damage_of_share(step_folder):
+def _damage(step_folder, first=0, every=1, checksums=True):
+    """damage() by this rank alone, of every so-manyth file from the first on."""
     try:
         files = read_manifest(step_folder)["files"]
-        for name, recorded in sorted(files.items())[parallel.rank()::parallel.ranks()]:
+        for name, recorded in sorted(files.items())[first::every]:
             file = step_folder / Path(name).name
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != recorded["size"]:
                 return f"{name} has {file.stat().st_size} bytes, the manifest says {recorded['size']}"
-            if file_crc32(file) != recorded["crc32"]:
+            if checksums and file_crc32(file) != recorded["crc32"]:
                 return f"the checksum of {name} differs from the manifest"
     except UserError as error:
         return str(error)

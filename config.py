@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import re
 import runpy
 import types
 import typing
@@ -92,12 +93,27 @@ class Config(ModelConfig):
     sample_prompts: list = setting(("",), "texts to continue; empty: from the document start", "watching")
     wandb: Literal["auto", "online", "offline", "off"] = setting("auto", "auto: if installed and logged in", "watching")
     wandb_project: str = setting("nanok2", "W&B project", "watching")
-    max_skipped_steps: int = setting(10, "stop after this many non-finite steps in a row", "watching")
+    # ---- faults
+    max_skipped_steps: int = setting(10, "stop, or roll back, after this many non-finite steps in a row", "faults")
+    spike_sigmas: float = setting(
+        6.0, "a loss so many standard deviations above the mean of the last 128 is recorded as a spike; 0: none is",
+        "faults")
+    max_rollbacks: int = setting(
+        0, "how often a spike, or too many non-finite steps, take the run back to its newest checkpoint, leaving out "
+        "the data since", "faults")
+    step_timeout: int = setting(
+        600, "seconds after which a step that does not end ends the run, with the stacks of all ranks", "faults")
+    check_interval: int = setting(
+        100, "steps between comparisons of the ranks' state and speed, besides saves; 0: never", "faults")
     # ---- start
     resume: bool | str = setting(
         False, "continue out_dir; or a run or step folder to continue from; auto: continue if there is something to",
         "start")
     overwrite: bool = setting(False, "delete the run that out_dir holds", "start")
+    new_data: bool = setting(
+        False, "resume on other data, packing, sequence length or seed than the checkpoint's", "start")
+    skip_sequences: int = setting(
+        0, "sequences of the data to leave out; with --resume=STEP_FOLDER, to get past a loss spike", "start")
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,9 +123,10 @@ class Config(ModelConfig):
         """Raise a UserError for the first impossible value or combination."""
         self.check_model()
         positive = ("sequence_length", "global_batch_size", "micro_batch_size", "max_steps", "ns_steps", "log_interval",
-                    "keep_checkpoints", "max_skipped_steps", "dp_replicate", "ep", "eval_batches")
+                    "keep_checkpoints", "max_skipped_steps", "step_timeout", "dp_replicate", "ep", "eval_batches")
         not_negative = ("warmup_steps", "eval_interval", "save_interval", "sample_interval", "seed", "muon_lr",
-                        "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio", "z_loss")
+                        "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio", "z_loss", "spike_sigmas",
+                        "max_rollbacks", "check_interval", "skip_sequences")
         for names, floor in ((positive, 1), (not_negative, 0)):
             for name in names:
                 if getattr(self, name) < floor:
@@ -134,7 +151,9 @@ class Config(ModelConfig):
                 (self.adamw_lr is None or self.adamw_lr >= 0, f"adamw_lr={self.adamw_lr} must be at least 0"),
                 (all(math.isfinite(v) for v in vars(self).values() if type(v) is float), "settings must be finite"),
                 (self.dp_shard is None or self.dp_shard >= 1, f"dp_shard={self.dp_shard} must be None or at least 1"),
-                (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder")):
+                (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder"),
+                (not self.skip_sequences or re.search(r"step_\d+/*$", str(self.resume)),
+                 "skip_sequences would skip again at every restart: set --resume to a step folder")):
             if not ok:
                 raise UserError(message)
         return self

@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 
+STOPPED = 75  # exit status of a run that a signal ended, saved and to be continued (EX_TEMPFAIL)
+
 
 class UserError(ValueError):
     """Wrong input: a bad setting, a damaged file, a missing folder. The message names the cause and what to do next."""

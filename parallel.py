@@ -10,9 +10,13 @@ process group, and every function here does what one rank would. Collectives of 
 Next: dispatch.py (the exchange of rows), muon.py and owners.py (the optimizer over ranks), checkpoint.py.
 """
 
+import contextlib
 import datetime
+import faulthandler
+import json
 import os
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 
@@ -36,13 +40,14 @@ from muon import local_rows
 SAC_IGNORED_OPS.update((torch.ops.profiler._record_function_enter_new.default,
                         torch.ops.profiler._record_function_exit._RecordFunction))
 
-TIMEOUT = datetime.timedelta(minutes=10)  # of a collective: a rank that hangs ends the others after this
+TIMEOUT = datetime.timedelta(minutes=20)  # of a collective, where guard.py has not ended a hanging rank before
 PATIENCE = datetime.timedelta(hours=2)    # where ranks wait for files: a slow disk is no hanging rank
 
 
 # ----------------------------------------------------------------------------- start and end
 
 _patient = None  # the group of once and from_all; None: the default group
+_notes = None  # the launcher's key-value store, over a connection that a collective cannot block
 
 
 def start():
@@ -51,32 +56,82 @@ def start():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    store, number, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"start_{starts()}", store)  # addresses of an earlier start of these processes are stale
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT,
+                            store=store, rank=number, world_size=count)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # one voice; errors still come from every rank
-    global _patient
+    global _patient, _notes
     _patient = second_group()
+    _notes = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 def run(main):
     """errors.run for a script that may be one of many ranks. A rank that fails leaves at once, so that the others end
     too instead of waiting for it; and gloo's threads survive no orderly interpreter exit, so a rank never makes one."""
+    faulthandler.enable()  # a crash below Python (a shard cut short under its memory map) says where it was
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        errors.run(main)
+        try:
+            errors.run(main)
+        except Restart as restart:
+            start_again(restart.words)
         return
     status = 0
     try:
         errors.run(main, pause=3.0 if local_rank() else 0.0)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except Restart as restart:
+        time.sleep(1)  # a slower rank may still be reading our last message
+        start_again(restart.words)
     except SystemExit as end:
         status = end.code
     except BaseException:
         traceback.print_exc()
         status = 1
+    if status in (0, errors.STOPPED) and dist.is_initialized():
+        dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+class Restart(Exception):
+    """The process has to start itself again with other command-line words, its `words`: run() does that."""
+
+    def __init__(self, words):
+        super().__init__(f"to be started again with {words}")
+        self.words = words
+
+
+def start_again(words):
+    """Become a new process of the same script with these words. It keeps its place under torchrun, and nothing of the
+    old one is left: no memory of a device, no half-done collective."""
+    os.environ["NANOK2_STARTS"] = str(starts() + 1)
+    script = sys.orig_argv[1:len(sys.orig_argv) - len(sys.argv[1:])]
+    sys.__stdout__.flush()
+    sys.__stderr__.flush()
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        with contextlib.suppress(OSError):  # the one that listed them is closed by now
+            if descriptor > 2:
+                os.set_inheritable(descriptor, False)
+    os.execv(sys.executable, [sys.executable, *script, *words])
+
+
+def starts():
+    """How often this process has started itself again."""
+    return int(os.environ.get("NANOK2_STARTS", 0))
+
+
+def ask_to_restart(words):
+    """Let all ranks, wherever they wait, know that they have to start again with these words."""
+    if _notes is not None:
+        _notes.set(f"start_{starts()}/restart", json.dumps(words))
+
+
+def asked_to_restart():
+    """The words of ask_to_restart of any rank, None if none has called it."""
+    key = f"start_{starts()}/restart"
+    return json.loads(_notes.get(key)) if _notes is not None and _notes.check([key]) else None
 
 
 def local_rank():
@@ -138,6 +193,20 @@ def same(tensor):
     if ranks() > 1:
         dist.broadcast(tensor, src=0)
     return tensor
+
+
+def part_of(tensor):
+    """Which part of a tensor this rank holds, as a text: ranks of which it is the same hold the same numbers."""
+    if not isinstance(tensor, DTensor):
+        return "all"
+    mesh = tensor.device_mesh
+    places = zip(mesh.mesh_dim_names, mesh.get_coordinate(), tensor.placements)
+    return " ".join(f"{name} {at}" for name, at, placement in places if not placement.is_replicate()) or "all"
+
+
+def local(tensor):
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def choose_kernels(config, device):

@@ -1,5 +1,5 @@
 """What the ranks say to each other in a training step: share of the time, number of collectives, bytes; with and
-without packing and overlap, and the stall of a checkpoint.
+without packing and overlap, the stall of a checkpoint, and the cost of comparing the ranks.
 
     torchrun --standalone --nproc_per_node=2 -m bench.ranks configs/debug.py [--ep=2] [--key=value ...]
     python -m bench.ranks configs/debug.py      # the plain run to compare torchrun --nproc_per_node=1 with
@@ -22,6 +22,7 @@ from torch.distributed import _functional_collectives as functional
 import bench
 import checkpoint
 import config as settings
+import guard
 import parallel
 from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_, route_parameters
@@ -141,6 +142,8 @@ def main(argv=None):
         print(f"    {count:4} {name}, {results['overlapped']['bytes'][name] / 1e6:.2f} MB")
     stalls = measure_saves(model, optimizer, step)
     print("  a save stalls the step by " + ", ".join(f"{name} {1000 * s:.0f} ms" for name, s in stalls.items()))
+    comparing = measure_comparing(model, optimizer, device)
+    print(f"  comparing the ranks: state {1000 * comparing[0]:.1f} ms, speed {1000 * comparing[1]:.1f} ms")
     loads = optimizer.plan.loads()
     expected = optimizer.expected_traffic()
     print(f"  Muon: {expected} a step by the plan; owner load max / mean {max(loads) * len(loads) / sum(loads):.3f}")
@@ -148,7 +151,19 @@ def main(argv=None):
         name = f"ranks-{Path(path).stem}-{layout.dp_replicate}x{layout.dp_shard}-ep{layout.ep}-{device.type}"
         name += "" if dist.is_initialized() else "-plain"
         bench.save(name, {"command": argv, "layout": str(layout), "arms": results, "save_stall": stalls,
-                          "muon_traffic": expected})
+                          "comparing": comparing, "muon_traffic": expected})
+
+
+def measure_comparing(model, optimizer, device):
+    """Seconds that the guard takes every check_interval steps, for the ranks' state and for their speed."""
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        guard.refuse_drift(checkpoint.named_tensors(model, optimizer), [0], 0)
+        between = time.perf_counter()
+        guard.stragglers(0.0, device)
+        times.append((between - started, time.perf_counter() - between))
+    return [statistics.median(column) for column in zip(*times)]
 
 
 def measure_saves(model, optimizer, step):

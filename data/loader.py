@@ -175,7 +175,7 @@ class TrainStream:
 
     def identity(self):
         """What decides the sequence of a given number, as JSON: a resumed run compares it."""
-        data = {folder: [source.split.tokens, share] for folder, source, share in
+        data = {folder: [source.split.tokens, share, source.split.fingerprint] for folder, source, share in
                 zip(self.folders, self.sources, self.shares)}
         return {"data": data, "sequence_length": self.T, "seed": self.seed, "packing": self.packing}
 

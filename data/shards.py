@@ -109,6 +109,7 @@ class Split:
     tokens: int
     max_id: int
     bytes_per_token: float | None  # None where no meta.json says it
+    fingerprint: int | str | None = None  # of the content; None where no meta.json has checksums
 
 
 def read_meta(folder):
@@ -149,7 +150,8 @@ def open_split(folder, split, verify=True, share=(0, 1)):
         max_id = max(max_id, recorded["shards"][i]["max_id"] if recorded else int(array.max()))
         arrays.append(array)
     ratio = recorded["bytes"] / recorded["tokens"] if recorded else None
-    return Split(arrays, sum(map(len, arrays)), max_id, ratio)
+    fingerprint = zlib.crc32(repr([shard["crc32"] for shard in recorded["shards"]]).encode()) if recorded else None
+    return Split(arrays, sum(map(len, arrays)), max_id, ratio, fingerprint)
 
 
 def _is_running(pid):

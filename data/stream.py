@@ -56,7 +56,7 @@ class Streamed:
     def __init__(self, spec, sequence_length, encoder):
         self.spec, self.T, self.encoder = spec, sequence_length, encoder
         self.opened, _, self.held_out = parse(spec)
-        self.split = Split([], None, encoder.n_vocab - 1, None)
+        self.split = Split([], None, encoder.n_vocab - 1, None, spec)
         self.go_to([0, 0, self.held_out, 0])
 
     def go_to(self, place):

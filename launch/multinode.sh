@@ -31,7 +31,7 @@ trap stop TERM INT USR1
 
 again=()
 for word in "$@"; do  # a restart continues; what the first attempt was told about starting is spent
-    case "$word" in --overwrite | --resume | --resume=*) ;; *) again+=("$word") ;; esac
+    case "$word" in --overwrite | --resume | --resume=* | --skip_sequences=*) ;; *) again+=("$word") ;; esac
 done
 words=("$@")
 [ ${#again[@]} -eq $# ] && words+=("--resume=auto")

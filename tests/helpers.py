@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+import parallel
 import train
 from data import tokenizer
 from data.shards import Writer
+from errors import STOPPED
 from model import ModelConfig, build
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +129,23 @@ def make_config(path, **changes):
 def run_train(*words):
     """train.main in this process."""
     return train.main([str(word) for word in words])
+
+
+def run_stopped(*words):
+    """run_train of a run that a signal ends: saved, with the status that says so."""
+    with pytest.raises(SystemExit) as end:
+        run_train(*words)
+    assert end.value.code == STOPPED
+
+
+def run_restarting(*words):
+    """run_train, started again with other words as often as it asks for that. Returns (last record, all words)."""
+    asked = [list(map(str, words))]
+    while True:
+        try:
+            return train.main(asked[-1]), asked
+        except parallel.Restart as restart:
+            asked.append(restart.words)
 
 
 def run_script(*words, check=None, env=None, **options):

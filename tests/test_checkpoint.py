@@ -62,6 +62,7 @@ def test_pointers_and_retention(run):
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, capsys, kind, message):
+    """Scorecard 17, 18."""
     newest = checkpoint.find(run)
     file, manifest = newest / "__0_0.distcp", newest / "manifest.json"
     if kind == "bit":
@@ -148,6 +149,7 @@ def test_the_model_can_be_loaded_without_the_optimizer(run):
 
 
 def test_a_malicious_index_runs_no_code(run, tmp_path):
+    """Scorecard 24."""
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/owned",)

@@ -98,6 +98,7 @@ def damage(kind, folder):
     ],
 )
 def test_damaged_shards_are_named(tmp_path, kind, message):
+    """Scorecard 11, 12."""
     folder = make_data(tmp_path / "d")
     damage(kind, folder)
     with pytest.raises(UserError, match=message) as error:

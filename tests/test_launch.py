@@ -100,7 +100,8 @@ KILLS = int(os.environ.get("KILLS", 2))
 
 @pytest.mark.slow
 def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path):
-    """A random rank gets SIGKILL at random moments; the job goes on by itself and ends bitwise as if undisturbed."""
+    """Scorecard 1. A random rank gets SIGKILL at random moments; the job goes on by itself and ends bitwise as if
+    undisturbed."""
     out, rng = tmp_path / "killed", random.Random(0)
     process = multinode(slow_config, f"--out_dir={out}", "--max_steps=36")
     restarts = []
@@ -128,6 +129,7 @@ def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_and_the_next_start_continues(slow_config, tmp_path):
+    """Scorecard 5."""
     out = tmp_path / "run"
     process = multinode(slow_config, f"--out_dir={out}", "--save_interval=0", "--max_steps=500")
     wait_for_step(process, out, 3)

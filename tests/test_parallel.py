@@ -16,7 +16,7 @@ import parallel
 import train
 from errors import UserError
 from muon import Muon
-from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records
+from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records, run_stopped
 
 STEPS = 20
 LAYOUTS = {  # name: (ranks, settings)
@@ -127,6 +127,7 @@ def halfway(base, pool):
     "n, words", [(1, []), (2, ["--strategy=ddp"]), (2, ["--ep=2"]), (3, []), (4, ["--ep=2"])], ids=str
 )
 def test_a_sharded_checkpoint_resumes_on_any_layout(base, halfway, pool, tmp_path, n, words):
+    """Scorecard 7."""
     folder, config = base
     out = tmp_path / "run"
     shutil.copytree(halfway, out)
@@ -194,6 +195,7 @@ def full_disk_on_rank_1(*words):
 
 @pytest.mark.parametrize("words", [[], ["--async_save"]], ids=["at once", "beside"])
 def test_a_full_disk_on_one_rank_costs_one_checkpoint(base, pool, tmp_path, words):
+    """Scorecard 4."""
     out = tmp_path / "run"
     pool.run(2, full_disk_on_rank_1, base[1], f"--out_dir={out}", "--max_steps=6", "--save_interval=3", *words)
     events = [(e["event"], e["step"]) for e in records(out, "event")]
@@ -217,6 +219,7 @@ def nan_on_rank_1(*words):
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(base, pool, tmp_path):
+    """Scorecard 8."""
     out = tmp_path / "run"
     pool.run(2, nan_on_rank_1, base[1], f"--out_dir={out}", "--max_steps=6", "--strategy=ddp")
     assert [(e["event"], e["step"]) for e in records(out, "event")] == [("skip", 3), ("save", 6)]
@@ -234,10 +237,11 @@ def signal_on_rank_1(*words):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Muon, "step", step)
-        run(*words)
+        run_stopped(*words)
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all(base, pool, tmp_path):
+    """Scorecard 6."""
     out = tmp_path / "run"
     pool.run(2, signal_on_rank_1, base[1], f"--out_dir={out}")
     assert losses(out)[-1][0] == 4 and checkpoint.find(out).name == "step_00000004"
@@ -266,6 +270,7 @@ def expect_refusal(words, message):
     ],
 )
 def test_a_wrong_combination_is_refused_on_every_rank(base, pool, tmp_path, n, words, message):
+    """Scorecard 15."""
     pool.run(n, expect_refusal, [base[1], f"--out_dir={tmp_path / 'run'}", *words], message)
     assert not (tmp_path / "run").exists()
 

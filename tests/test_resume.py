@@ -1,5 +1,6 @@
 """Resuming: after a signal, after SIGKILL, from a step, from another run; and what is refused."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import pytest
 
 import checkpoint
 from data import prepare
-from errors import UserError
+from errors import STOPPED, UserError
 from muon import Muon
-from tests.helpers import ROOT, assert_equal_runs, losses, records, run_train
+from tests.helpers import ROOT, assert_equal_runs, losses, make_data, records, run_stopped, run_train
 
 
 def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
@@ -22,7 +23,7 @@ def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
         original = Muon.step
         stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 8 else None
         patch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
-        run_train(config, f"--out_dir={halves}", *options)
+        run_stopped(config, f"--out_dir={halves}", *options)
     assert losses(halves)[-1][0] == 10
     run_train(config, f"--out_dir={halves}", *options, "--resume")
     assert [step for step, _ in losses(halves)] == list(range(1, 21))
@@ -61,7 +62,7 @@ def test_a_signal_saves_and_exits_cleanly(config, tmp_path, number):
             break
     process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "continue with --resume" in rest
+    assert process.returncode == STOPPED and "continue with --resume" in rest
     step = checkpoint.read_manifest(checkpoint.find(tmp_path / "run"))["step"]
     assert step == losses(tmp_path / "run")[-1][0]
 
@@ -78,6 +79,7 @@ def test_resume_from_a_step_rewinds_and_from_another_run_starts_there(config, tm
 
 
 def test_resume_refuses_another_model_and_names_the_difference(config, tmp_path):
+    """Scorecard 16."""
     run_train(config, "--max_steps=2")
     with pytest.raises(UserError, match="hidden_size: 32 there, 48 here"):
         run_train(config, "--max_steps=4", "--resume", "--hidden_size=48")
@@ -144,17 +146,35 @@ def test_best_belongs_to_the_branch_and_the_folder(config, tmp_path):
 
 def test_a_changed_stream_is_said_and_precision_may_change(config, tmp_path, capsys):
     run_train(config, "--max_steps=4")
-    run_train(config, "--max_steps=6", "--resume", "--seed=5", "--sequence_length=16", "--dtype=float16")
-    assert "changed: sequence_length 32 -> 16" in capsys.readouterr().out
+    words = ("--max_steps=6", "--resume", "--seed=5", "--sequence_length=16", "--dtype=float16", "--muon_lr=0.005")
+    stream = ["sequence_length: 32 there, 16 here", "seed: 0 there, 5 here"]
+    with pytest.raises(UserError, match="; ".join(stream) + r".*--new_data"):
+        run_train(config, *words)
+    assert len(losses(tmp_path / "run")) == 4
+    run_train(config, *words, "--new_data")
+    assert "changed: sequence_length: 32 there, 16 here" in capsys.readouterr().out
     changed = [e["changed"] for e in records(tmp_path / "run", "event") if e["event"] == "resume"]
-    assert changed == [["sequence_length 32 -> 16", "seed 0 -> 5"]]
+    assert changed == [[*stream, "max_steps: 4 there, 6 here", "muon_lr: 0.01 there, 0.005 here",
+                        "decay_steps: 0 there, 1 here", "dtype: float32 there, float16 here"]]
     assert records(tmp_path / "run")[-1]["tokens"] == 4 * 8 * 32 + 2 * 8 * 16
+
+
+def test_resume_refuses_other_data_but_not_the_same_elsewhere(config, data, tmp_path):
+    """Scorecard 14: the shards of a folder changed since the checkpoint."""
+    moved = shutil.copytree(data, tmp_path / "moved")
+    run_train(config, f"--data={moved}", "--max_steps=2")
+    run_train(config, f"--data={data}", "--max_steps=3", "--resume")
+    other = make_data(tmp_path / "other", seed=1)  # as many tokens, but others
+    with pytest.raises(UserError, match="another stream of data: data: .*other.*--new_data"):
+        run_train(config, f"--data={other}", "--max_steps=4", "--resume")
+    run_train(config, f"--data={other}", "--max_steps=4", "--resume", "--new_data")
+    assert len(losses(tmp_path / "run")) == 4
 
 
 def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
     original = Muon.step
     stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 3 else None
     monkeypatch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
-    run_train(config, "--eval_interval=5", "--sample_interval=5")
+    run_stopped(config, "--eval_interval=5", "--sample_interval=5")
     assert losses(tmp_path / "run")[-1][0] == 5 and not records(tmp_path / "run", "val")
     assert checkpoint.find(tmp_path / "run").name == "step_00000005" and not (tmp_path / "run/samples.md").exists()

@@ -196,6 +196,7 @@ def test_a_non_finite_step_is_skipped_whole(config, tmp_path, monkeypatch):
 
 
 def test_too_many_non_finite_steps_stop_the_run(config, monkeypatch):
+    """Scorecard 9."""
     original = K2.forward
     monkeypatch.setattr(K2, "forward", lambda self, *a, **k: tuple(x * math.inf for x in original(self, *a, **k)))
     with pytest.raises(UserError, match="3 non-finite steps in a row"):
@@ -268,6 +269,7 @@ def flip_bit(data):
     ],
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, words, message, spoil):
+    """Scorecard 11, 13, 15."""
     if torch.cuda.is_available() and "--device=cuda" in words:
         pytest.skip("this machine has the device")
     data = make_data(tmp_path / "data")

@@ -1,0 +1,238 @@
+"""What watches over a long run: signals, hung steps, memory that does not suffice, loss spikes, ranks that drift apart.
+
+Nothing here changes a number of the training. What can go on goes on by itself; what cannot ends with the cause and the
+next command, and the newest checkpoint is where it continues. Next: runs.py, what a run folder lets a run do.
+"""
+
+import collections
+import faulthandler
+import fcntl
+import math
+import os
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import torch
+
+import parallel
+from errors import UserError
+
+LOCK = ".lock"  # in a run folder: held by the process that trains into it
+HUNG = 124  # exit status of a rank whose step did not end, as that of timeout(1)
+EARLY = 3  # steps in which compilers are at work, and in which memory may turn out to be too small
+
+
+class Guard:
+    """Watches the loop of a run from its begin() to the end of the with statement.
+
+    Signals: SIGTERM, SIGINT and SIGUSR1 are noted in `signal`, so that the loop can finish its step and save; a second
+    one ends at once, but not its echo: some launchers deliver a signal to the ranks twice. Ranks act only on what they
+    have agreed on: `agreed` counts those whose signal the last reduction carried.
+
+    Hung steps: the loop says what it is about to do with beat(). If that takes longer than step_timeout, the stacks of
+    all threads go to out_dir/stacks/ and the process ends. A step that hangs on one rank hangs on all, so every rank
+    writes its own: the one that waits for nobody is the cause.
+
+    Memory: running out of it in the first steps starts all ranks again with half the micro-batch and twice the
+    accumulation; later, or on the CPU, it becomes an error that names the levers.
+    """
+
+    def __init__(self, words):
+        self.words, self.config = words, None
+        self.signal, self.agreed, self.noted = None, 0, 0.0
+        self.doing, self.deadline, self.early = "the start", math.inf, False
+        self.over, self.handlers, self.lock = threading.Event(), {}, None
+
+    def claim(self, run):
+        """Refuse a folder into which another process is training. The system frees the lock however this one ends."""
+        run.mkdir(parents=True, exist_ok=True)
+        self.lock = open(run / LOCK, "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.lock.seek(0)
+            raise UserError(f"{run} is in use by {self.lock.read().strip()}: wait for its end, or choose another "
+                            "--out_dir") from error
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {run} cannot be locked ({error.strerror}): start no second run there")
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.lock.flush()
+
+    def begin(self, config):
+        self.config = config
+        self.handlers = {number: signal.signal(number, self._note)
+                         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        self.beat("the first batch", patient=True)
+        threading.Thread(target=self._watch, name="guard", daemon=True).start()
+
+    def beat(self, doing, patient=False):
+        """The main thread is about to do something; patient: it has 12 times as long, as where compilers are at work or
+        files are written."""
+        self.doing, self.early = doing, patient and doing.startswith("step ")
+        allowed = self.config.step_timeout * (12 if patient else 1)
+        self.deadline = time.monotonic() + allowed
+        # Python's own timer needs no interpreter lock: it ends what our thread could not.
+        faulthandler.dump_traceback_later(1.2 * allowed + 10, exit=True, file=sys.__stderr__)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.over.set()
+        faulthandler.cancel_dump_traceback_later()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.lock:
+            self.lock.close()
+        if self.early and error is not None and (words := parallel.asked_to_restart()):
+            raise parallel.Restart(words) from error  # a rank that started again was missed in a collective
+        if is_out_of_memory(error):
+            self._out_of_memory(error)
+
+    def _note(self, number, frame):
+        if self.signal is None:
+            self.signal, self.noted = signal.Signals(number).name, time.monotonic()
+            print(f"{self.signal}: finishing the step, then saving; once more to stop at once", flush=True)
+        elif number == signal.SIGINT or time.monotonic() > self.noted + 5:
+            signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)
+
+    def _watch(self):
+        while not self.over.wait(min(1.0, self.config.step_timeout / 10)):
+            if self.early and (words := parallel.asked_to_restart()):
+                parallel.start_again(words)
+            if time.monotonic() > self.deadline:
+                self._give_up()
+
+    def _give_up(self):
+        path = Path(self.config.out_dir) / "stacks" / f"rank_{parallel.rank():05d}.txt"
+        said = f"rank {parallel.rank()} on {socket.gethostname()} did not get through {self.doing} in time"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:
+            file.write(f"{said}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        print(f"error: {said}; the stacks of all ranks are in {path.parent}/, and --resume continues from the last "
+              "checkpoint. If nothing hangs, raise --step_timeout", file=sys.stderr, flush=True)
+        time.sleep(min(5.0, self.config.step_timeout))  # the first to end ends the others: let them write too
+        os._exit(HUNG)
+
+    def _out_of_memory(self, error):
+        if self.config is None:
+            raise UserError(f"out of memory before the first step ({_first_line(error)}): the parameters and their "
+                            "optimizer state alone are too much; use more ranks, or a smaller model") from error
+        size, forwards = parallel.split_batch(self.config)
+        if self.early and isinstance(error, torch.OutOfMemoryError) and size > 1:
+            smaller = max(n for n in range(1, size // 2 + 1) if size * forwards % n == 0)
+            print(f"out of memory in {self.doing} with {size} sequences a forward: starting again with {smaller} and "
+                  f"{size * forwards // smaller} forwards a step, the same global batch", file=sys.stderr, flush=True)
+            words = [*self.words, f"--micro_batch_size={smaller}"]  # later words win
+            if not self.config.resume:
+                words += ["--resume=auto", "--no-overwrite"]
+            elif self.config.resume != "auto":
+                words.append("--overwrite")  # of the folder that this start has made
+            parallel.ask_to_restart(words)
+            raise parallel.Restart(words) from error
+        raise UserError(f"out of memory in {self.doing} ({_first_line(error)}). What lowers it: --micro_batch_size "
+                        f"(now {size}), --activation_checkpointing=full, a shorter --sequence_length, more ranks, "
+                        "--ep; --resume continues from the last checkpoint") from error
+
+
+def is_out_of_memory(error):
+    """Whether an exception says so, whoever refused: PyTorch's allocators, the driver, a library, Python."""
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+# ----------------------------------------------------------------------------- loss spikes
+
+class Spikes:
+    """Tells a loss that stands out from the last 128. The losses go into checkpoints, so that a resumed run judges as
+    an uninterrupted one would."""
+
+    def __init__(self, sigmas, losses=()):
+        self.sigmas, self.losses = sigmas, collections.deque(losses, maxlen=128)
+
+    def height(self, loss):
+        """How many standard deviations (of at least 1 % of the mean) a finite loss lies above the mean of those before
+        it, if that is a spike; None if not, or while there are fewer than 32. Remembers the loss."""
+        height = None
+        if self.sigmas and len(self.losses) >= 32:
+            mean = statistics.fmean(self.losses)
+            deviation = max(statistics.pstdev(self.losses, mean), 0.01 * mean)
+            height = (loss - mean) / deviation if loss - mean > self.sigmas * deviation else None
+        self.losses.append(loss)
+        return height
+
+
+# ----------------------------------------------------------------------------- ranks side by side
+
+@torch.no_grad()
+def refuse_drift(tensors, numbers, step):
+    """Ranks that hold the same part of the state must hold the same bits: raises a UserError that names the ranks and a
+    tensor if not. tensors: {name: tensor}; numbers: what every rank counts for itself. All ranks call it together."""
+    if parallel.ranks() == 1:
+        return
+    parts = {name: parallel.part_of(tensor) for name, tensor in tensors.items()}
+    sums = dict(zip(tensors, torch.stack([_bit_sum(tensor) for tensor in tensors.values()]).tolist()))
+    mine = {part: zlib.crc32(repr([sums[name] for name in tensors if parts[name] == part]).encode())
+            for part in set(parts.values())}
+    everyone = parallel.from_all((mine | {"numbers": numbers}, socket.gethostname()))
+    for part in sorted({part for held, _ in everyone for part in held}):
+        groups = collections.defaultdict(list)
+        for rank, (held, _) in enumerate(everyone):
+            if part in held:
+                groups[repr(held[part])].append(rank)
+        if len(groups) > 1:
+            details = [held for held in parallel.from_all({name: sums[name] for name in tensors if parts[name] == part})
+                       if held] or [{}]
+            name = next((name for name in details[0] if len({held[name] for held in details}) > 1), "what they count")
+            hosts = [host for _, host in everyone]
+            apart = " and ".join(", ".join(f"{rank} ({hosts[rank]})" for rank in ranks) for ranks in groups.values())
+            raise UserError(f"after step {step} ranks {apart} differ in {name}, which they should hold alike: a fault "
+                            "of one machine, its memory or a link. Nothing of this was saved; --resume continues from "
+                            "the last checkpoint, best without the machine that is the odd one")
+
+
+def _bit_sum(tensor):
+    """The sum of a tensor's bits as integers: what one flipped bit changes, and the order of adding does not."""
+    local = parallel.local(tensor)
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    return local.contiguous().view(kind).sum(dtype=torch.int64)
+
+
+def stragglers(waited, device):
+    """The ranks that are slow, as [{rank, host, what, seconds, median}]: in a fixed piece of arithmetic, by twice the
+    median; in waiting for data, by a second. waited: this rank's seconds for its data since the last call."""
+    if parallel.ranks() == 1:
+        return []
+    everyone = parallel.from_all((_probe(device), waited, socket.gethostname()))
+    found = []
+    for what, at, slow in (("computing", 0, lambda s, middle: s > 2 * middle), ("data", 1, lambda s, m: s > m + 1)):
+        middle = statistics.median_low(entry[at] for entry in everyone)
+        found += [{"rank": rank, "host": entry[2], "what": what, "seconds": entry[at], "median": middle}
+                  for rank, entry in enumerate(everyone) if slow(entry[at], middle)]
+    return found
+
+
+def _probe(device):
+    """Seconds for a matrix product that keeps the device busy for about a millisecond; the best of five."""
+    n, times = (4096 if device.type == "cuda" else 256), []
+    x = torch.ones(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for _ in range(5):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,192 @@
+"""Faults of disks, folders and processes: what is refused at the start, and what a crash or a hang leaves behind.
+
+Every fault of the scorecard has a test here or beside what it strikes; its docstring says "Scorecard <number>".
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import guard
+from errors import UserError
+from muon import Muon
+from tests.helpers import (
+    ROOT,
+    assert_equal_runs,
+    final_tensors,
+    losses,
+    make_config,
+    make_data,
+    records,
+    run_script,
+    run_train,
+)
+
+# ---------------------------------------------------------------------- disks
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_at_the_start(config, tmp_path, monkeypatch):
+    run_train(config, "--max_steps=2")
+    folder = checkpoint.find(tmp_path / "run")
+    n_bytes = checkpoint.size(final_tensors(tmp_path / "run"))
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    assert n_bytes < written < 1.5 * n_bytes + 100_000  # the estimate is close; this model is small
+    usage = shutil.disk_usage(tmp_path)
+    words = ["--save_interval=2", "--keep_checkpoints=2"]
+
+    def free(n):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(n)))
+
+    free(2.5 * n_bytes)
+    with pytest.raises(UserError, match=r"3 checkpoints of .* GB each .* free: make room"):
+        run_train(config, *words, f"--out_dir={tmp_path / 'new'}")
+    assert not (tmp_path / "new").exists() and len(losses(tmp_path / "run")) == 2
+    run_train(config, *words, f"--out_dir={tmp_path / 'new'}", "--save_interval=0")  # needs room for one
+    free(2.5 * n_bytes - written)
+    with pytest.raises(UserError, match="checkpoints of"):
+        run_train(config, *words, "--resume")
+    free(3.5 * n_bytes - written)  # those that are there give way to new ones
+    run_train(config, *words, "--resume")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file/run", "/proc/nanok2"):
+        with pytest.raises(UserError, match=f"{out} cannot be written .*: choose another --out_dir"):
+            run_train(config, f"--out_dir={out}")
+
+
+def test_retention_counts_only_whole_checkpoints(tmp_path):
+    """Scorecard 25: a folder without its manifest, or one that lost a file, is none; the last good one stays."""
+    tensors = {"model.x": torch.arange(6.0)}
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, tensors, {}, keep=9)
+    (tmp_path / "step_00000002/manifest.json").unlink()
+    (tmp_path / "step_00000003/__0_0.distcp").unlink()
+    checkpoint.save(tmp_path, 4, tensors, {}, keep=2)
+    assert [path.name[-1] for path in checkpoint.step_folders(tmp_path)] == ["1", "2", "3", "4"]
+    checkpoint.save(tmp_path, 5, tensors, {}, keep=2)
+    assert [path.name[-1] for path in checkpoint.step_folders(tmp_path)] == ["2", "3", "4", "5"]
+    assert checkpoint.find(tmp_path).name == "step_00000005"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_failed_background_save_is_reported_while_the_run_goes_on(config, tmp_path, monkeypatch):
+    original = checkpoint.save
+
+    def save(folder, step, *rest):
+        if step == 5:
+            raise OSError("No space left on device")
+        return original(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    run_train(config, "--save_interval=5", "--async_save")
+    (failed,) = [e for e in records(tmp_path / "run", "event") if e["event"] == "save_failed"]
+    assert failed["step"] in (5, 6, 7) and checkpoint.find(tmp_path / "run").name == "step_00000020"
+
+
+def test_two_runs_do_not_write_into_one_folder(config, tmp_path, monkeypatch):
+    original, refused = Muon.step, []
+
+    def step(self, *args):
+        if not refused:
+            refused.append(None)
+            for words in ([], ["--resume=auto"], ["--overwrite"]):
+                done = run_script("train.py", config, *words)
+                refused.append((done.returncode, done.stderr))
+        return original(self, *args)
+
+    monkeypatch.setattr(Muon, "step", step)
+    run_train(config, "--max_steps=3")
+    (first, said), *others = refused[1:]
+    assert first == 2 and "holds a run already" in said
+    for status, said in others:
+        assert status == 2 and f"in use by process {os.getpid()} on {socket.gethostname()}: wait" in said
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+    run_train(config, "--max_steps=4", "--resume")  # the lock is gone with its holder
+
+
+def test_a_shard_cut_short_under_a_running_training_ends_it_and_is_named_at_the_next_start(tmp_path):
+    """The kernel answers with SIGBUS: no Python code can catch it, but the stack says where it was."""
+    data = make_data(tmp_path / "data")
+    config = make_config(tmp_path / "c.py", data=str(data), out_dir=str(tmp_path / "run"), save_interval=2,
+                         max_steps=100_000, log_interval=1)
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen([sys.executable, "train.py", config], cwd=ROOT, stdout=output, stderr=output)
+        while not (tmp_path / "run/checkpoints/latest").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        os.truncate(data / "train_000000.bin", 4096)
+        assert process.wait(timeout=60) == -signal.SIGBUS
+    assert "Bus error" in (tmp_path / "output").read_text() and "loader.py" in (tmp_path / "output").read_text()
+    done = run_script("train.py", config, "--resume")
+    assert done.returncode == 2 and "train_000000.bin is truncated" in done.stderr
+
+
+# ---------------------------------------------------------------------- real processes, real ranks
+
+
+def faulty(n, faults, tmp_path, *words, seconds=150):
+    """(status, output) of a run with faults on n ranks, under torchrun if n > 1."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+    environment = {**os.environ, "FAULTS": faults, "FAULTS_DONE": str(tmp_path / "done"), "FAULTS_NO_CURVES": "1"}
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen([sys.executable, *launch, "tests/faulty.py", *map(str, words)], cwd=ROOT,
+                                   env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            status = process.wait(timeout=seconds)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+    return status, (tmp_path / "output").read_text()
+
+
+@pytest.fixture
+def short(tmp_path, data):
+    return make_config(tmp_path / "short.py", data=str(data), out_dir=str(tmp_path / "run"), save_interval=4,
+                       max_steps=8)
+
+
+def test_a_hung_step_ends_with_its_stack(short, tmp_path):
+    status, output = faulty(1, "hang@6", tmp_path, short, "--step_timeout=2")
+    assert status == guard.HUNG and "did not get through step 6 in time" in output and "--resume" in output
+    stack = (tmp_path / "run/stacks/rank_00000.txt").read_text()
+    assert "in train" in stack and "faulty.py" in stack
+    assert checkpoint.find(tmp_path / "run").name == "step_00000004"
+
+
+@pytest.mark.slow
+def test_a_hung_rank_ends_all_with_their_stacks_and_the_run_goes_on(short, tmp_path):
+    """Scorecard 19."""
+    status, output = faulty(2, "hang@6:1", tmp_path, short, "--step_timeout=4")
+    assert status != 0 and "rank 1 on" in output
+    stacks = [(tmp_path / f"run/stacks/rank_0000{rank}.txt").read_text() for rank in range(2)]
+    assert "torch/distributed" in stacks[0].split("in train")[0]  # waits in a collective
+    assert "torch/distributed" not in stacks[1].split("in train")[0]  # the culprit
+    status, output = faulty(2, "hang@6:1", tmp_path, short, "--resume")  # it hangs only once
+    assert status == 0 and [step for step, _ in losses(tmp_path / "run")] == list(range(1, 9)), output
+
+
+@pytest.mark.slow
+def test_memory_of_one_rank_halves_the_micro_batch_of_all(short, tmp_path, pool):
+    """Scorecard 22: all ranks start themselves again, under the same torchrun, and the run is that of the smaller
+    micro-batch."""
+    status, output = faulty(2, "oom@1:1>2", tmp_path, short, "--micro_batch_size=4")
+    assert status == 0 and output.count("starting again with 2 and 2 forwards a step") == 1, output
+    assert [e["event"] for e in records(tmp_path / "run", "event")] == ["restart", "save", "save"]
+    pool.run(2, run_train, short, "--micro_batch_size=2", f"--out_dir={tmp_path / 'two'}")
+    assert_equal_runs(tmp_path / "run", tmp_path / "two")
+
+
+def test_a_collective_too_many_is_never_a_success(short, tmp_path):
+    """Scorecard 20."""
+    status, output = faulty(2, "extra_collective@6:1", tmp_path, short, "--step_timeout=4")
+    assert status != 0 and "done: " not in output and checkpoint.find(tmp_path / "run").name == "step_00000004"
