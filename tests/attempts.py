@@ -10,8 +10,7 @@ from pathlib import Path
 
 from tests.helpers import ROOT, records
 
-STOPPED = 75  # how a run ends that a signal stopped after saving
-GONE = 60     # seconds that whoever lost a rank may take to end
+GONE = 60  # seconds that whoever lost a rank may take to end
 
 
 class Attempt:
