@@ -10,8 +10,7 @@ from pathlib import Path
 
 from tests.helpers import ROOT, records
 
-STOPPED = 75  # how a run ends that a signal stopped after saving
-GONE = 60     # seconds that whoever lost a rank may take to end
+GONE = 60  # seconds that whoever lost a rank may take to end
 
 
 class Attempt:
@@ -72,6 +71,42 @@ class Attempt:
                 raise AssertionError(f"processes {left} were still there after {seconds} s:\n{self.output()[-3000:]}")
             time.sleep(0.02)
         return self.process.returncode
+
+    def wait_for_instant(self, rng, steps, start_up=None):
+        """Return at a random instant of a life: while it starts (one time in three), or in one of the next `steps`
+        steps, within it or its save. start_up: the seconds that the last one took, None at first. Returns those of
+        this one if they were seen."""
+        if start_up and rng.random() < 1 / 3:
+            time.sleep(rng.random() * start_up)
+            return None
+        self.wait_for_step(1)
+        first = time.monotonic()
+        target = rng.randrange(1, steps)
+        self.wait_for_step(target)
+        pace = (time.monotonic() - first) / (target - 1) if target > 1 else 0.1
+        time.sleep(rng.random() * 2 * pace)
+        return first - self.started
+
+    def wait_for_step(self, number):
+        while self.running() and len(self.steps()) < number:
+            time.sleep(0.005)
+
+    def strike(self, rng):
+        """Kill a rank or, one time in three, everything at once; returns (where it fell, seconds until all were
+        gone)."""
+        pids, struck = self.ranks(), time.monotonic()
+        if pids and self.running() and rng.random() < 2 / 3:
+            send(rng.choice(pids), signal.SIGKILL)
+            self.wait(GONE)
+        else:
+            self.kill_all()
+        return self.where(), time.monotonic() - struck
+
+    def where(self):
+        """The part of its life in which a killed attempt ended."""
+        if self.process.returncode == 0:
+            return "after the end"
+        return "in a save" if debris(self.out) else "in the steps" if self.steps() else "while starting"
 
 
 def all_pids():

@@ -9,8 +9,8 @@ In the step:        kill (SIGKILL), term (SIGTERM), hang, extra_collective, nan 
                     a router bias), drift_weights (of a parameter, for ddp), oom (in every forward of more than `size`
                     sequences, from that step on)
 In reading it:      loader (an I/O error), slow_data (takes SLOW seconds)
-In its checkpoint:  diskfull (the kernel's own error), kill_midsave (files written, no manifest), kill_prerename,
-                    kill_postrename (committed, but `latest` names the one before)
+In its checkpoint:  diskfull (the kernel's own error), kill_insave (nothing written yet), kill_midsave (files written,
+                    no manifest), kill_prerename, kill_postrename (committed, but `latest` names the one before)
 """
 
 import errno
@@ -143,6 +143,8 @@ def save(original, *args, storage_writer, **options):
     step = int(folder.name.split("_")[-1])
     if due("diskfull", step):
         (folder / f"__{RANK}_0.distcp").symlink_to("/dev/full")
+    if due("kill_insave", step):
+        die()
     result = original(*args, storage_writer=storage_writer, **options)
     if due("kill_midsave", step):
         die()
