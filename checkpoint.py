@@ -20,6 +20,7 @@ import pickle
 import re
 import shutil
 import warnings
+import zlib
 from collections import ChainMap
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -75,7 +76,9 @@ def save(folder, step, tensors, about, keep, best=False, group=None):
 
     def commit(files):
         manifest = {"step": step, **about, "ranks": parallel.ranks(), "files": dict(sorted(files.items()))}
+        manifest["crc32"] = _own_crc32(manifest)
         _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        _sync_folder(temporary)
         if final.exists():  # a damaged or rewound step of that number
             os.rename(final, folder / f".trash_{step:08d}")
         os.rename(temporary, final)
@@ -103,7 +106,7 @@ def _together(part, group):
     """Run every rank's part (None: nothing to do); returns all results, or raises the first OSError on every rank."""
     try:
         outcome = part() if part else None, ""
-    except (Exception, CheckpointException) as error:  # a CheckpointException is no Exception
+    except (OSError, CheckpointException) as error:  # not a lost peer: who waits for it in here waits for nothing
         outcome = None, _root_cause(error)
     outcomes = parallel.from_all(outcome, group)
     if problem := next((problem for _, problem in outcomes if problem), ""):
@@ -357,6 +360,11 @@ def _root_cause(error):
     failures = getattr(error, "failures", None)
     inner = next(iter(failures.values()))[0] if failures else error
     return f"{type(inner).__name__}: {inner}"
+
+
+def _own_crc32(manifest):
+    """CRC32 of what a manifest says, itself apart."""
+    return zlib.crc32(json.dumps({name: manifest[name] for name in sorted(manifest) if name != "crc32"}).encode())
 
 
 def _write_synced(path, text):

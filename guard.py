@@ -48,6 +48,7 @@ class Guard:
         self.signal, self.agreed, self.noted = None, 0, 0.0
         self.doing, self.deadline, self.early, self.listening = "the start", math.inf, False, False
         self.over, self.handlers, self.lock = threading.Event(), {}, None
+        self.parent = os.getppid()
 
     def claim(self, run):
         """Refuse a folder into which another process is training. The system frees the lock however this one ends."""
@@ -110,6 +111,8 @@ class Guard:
         while not self.over.wait(min(1.0, self.config.step_timeout / 10)):
             if self.listening and (words := parallel.asked_to_restart()):
                 parallel.start_again(words)
+            if self.signal is None and os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                self.signal = "the loss of the launcher"  # nobody would end us: its next start wants the run folder
             if time.monotonic() > self.deadline:
                 self._give_up()
 

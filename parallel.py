@@ -41,6 +41,8 @@ SAC_IGNORED_OPS.update((torch.ops.profiler._record_function_enter_new.default,
                         torch.ops.profiler._record_function_exit._RecordFunction))
 
 TIMEOUT = datetime.timedelta(minutes=20)  # of a collective, where guard.py has not ended a hanging rank before
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+        "remote process exited", "unhandled system error")  # what gloo and NCCL say
 PATIENCE = datetime.timedelta(hours=2)    # where ranks wait for files: a slow disk is no hanging rank
 
 
@@ -85,8 +87,12 @@ def run(main):
         start_again(restart.words)
     except SystemExit as end:
         status = end.code
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sign = next((sign for sign in LOST if isinstance(error, RuntimeError) and sign in str(error)), None)
+        if sign:
+            print(f"error: rank {rank()} lost a peer ({sign}): what that one met is the cause", file=sys.stderr)
+        else:
+            traceback.print_exc()
         status = 1
     if status in (0, errors.STOPPED) and dist.is_initialized():
         dist.destroy_process_group()

@@ -190,3 +190,9 @@ def test_a_collective_too_many_is_never_a_success(short, tmp_path):
     """Scorecard 20."""
     status, output = faulty(2, "extra_collective@6:1", tmp_path, short, "--step_timeout=4")
     assert status != 0 and "done: " not in output and checkpoint.find(tmp_path / "run").name == "step_00000004"
+
+
+def test_peers_of_a_rank_with_an_error_say_a_line_and_no_traceback(short, tmp_path):
+    status, output = faulty(2, "loader@6:1", tmp_path, short)
+    assert status != 0 and "error: the data of step 6 cannot be read" in output
+    assert output.count("error: rank 0 lost a peer") <= 1 and "Traceback" not in output.split("torch/distributed/")[0]

@@ -95,7 +95,6 @@ def test_a_short_soak(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="ranks whose launcher is killed train on, beside those that a restart brings")
 def test_ranks_do_not_outlive_their_launcher(often_saved, tmp_path):
     attempt = Attempt([often_saved, "--max_steps=100000"], tmp_path / "run", ranks=2)
     attempt.wait_for_step(3)
