@@ -12,7 +12,7 @@ import traceback
 import uuid
 
 WORLD = 4
-TIMEOUT = datetime.timedelta(seconds=30)
+TIMEOUT = datetime.timedelta(seconds=60)
 
 
 class Pool:
