@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import parallel
-from data.shards import file_crc32
+from data.shards import file_crc32, read_json
 from errors import UserError
 
 STEP = re.compile(r"step_(\d{8})$")
@@ -236,6 +236,8 @@ def damage(step_folder):
 def _damage_of_share(step_folder):
     try:
         files = read_manifest(step_folder)["files"]
+        if unlisted := {".metadata", *(file.name for file in step_folder.glob("*.distcp"))} - files.keys():
+            return f"manifest.json lacks {min(unlisted)}"
         for name, recorded in sorted(files.items())[parallel.rank()::parallel.ranks()]:
             file = step_folder / Path(name).name
             if not file.is_file():
@@ -246,17 +248,35 @@ def _damage_of_share(step_folder):
                 return f"the checksum of {name} differs from the manifest"
     except UserError as error:
         return str(error)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         return f"manifest.json lacks {error}"
     return ""
 
 
+class Manifest(dict):
+    """manifest.json: what it has is of the type that was saved, and asking for what it lacks is a UserError."""
+
+    def __init__(self, path):
+        super().__init__(read_json(path))
+        self.path = path
+        counts = [self.get(name, 0) for name in ("sequences", "tokens", "optimizer_steps")]
+        groups = [self.get(name, {}) for name in ("files", "config", "stream", "places")]
+        scale, best = self.get("loss_scale") or [1.0, 0], self.get("best_loss")
+        for ok, name in ((self["step"] == _step_of(path.parent), "step"),
+                         (all(type(count) is int and 0 <= count < 2**63 for count in counts), "a count"),
+                         (all(type(group) is dict for group in groups), "a group"),
+                         (best is None or type(best) is float and math.isfinite(best), "best_loss"),
+                         (type(scale) is list and len(scale) == 2 and all(type(n) in (int, float) and 0 <= n < math.inf
+                                                                          for n in scale), "loss_scale")):
+            if not ok:
+                raise UserError(f"{path} is damaged: {name} is not what a run saves")
+
+    def __missing__(self, name):
+        raise UserError(f"{self.path} lacks {name!r}")
+
+
 def read_manifest(step_folder):
-    path = Path(step_folder) / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__})") from error
+    return Manifest(Path(step_folder) / "manifest.json")
 
 
 # ----------------------------------------------------------------------------- reading
@@ -315,10 +335,15 @@ class _SafeReader(dcp.FileSystemReader):
         try:
             with open(path, "rb") as file:
                 metadata = Unpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError, ImportError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        if getattr(metadata, "storage_meta", None):
-            metadata.storage_meta.load_id = self.load_id
+            if metadata.storage_meta:
+                metadata.storage_meta.load_id = self.load_id
+            for name, about in metadata.state_dict_metadata.items():
+                name.split("."), tuple(about.size), about.properties.dtype
+            for info in metadata.storage_data.values():
+                if Path(info.relative_path).name != info.relative_path:
+                    raise ValueError(f"{info.relative_path} lies outside of the folder")
+        except Exception as error:  # whatever the damaged or foreign pickle ran into
+            raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         return metadata
 
 
@@ -339,7 +364,7 @@ def _step_of(path):
 def pointed(folder, name):
     """The step folder that a pointer file names, None if there is none."""
     pointer = Path(folder) / name
-    if pointer.is_file() and STEP.match(target := pointer.read_text().strip()) and (Path(folder) / target).is_dir():
+    if pointer.is_file() and STEP.match(target := pointer.read_text(errors="replace").strip()) and (Path(folder) / target).is_dir():
         return Path(folder) / target
     return None
 

@@ -8,7 +8,7 @@ of it. (No postponed annotations here: the loader needs the real types.)
 import ast
 import dataclasses
 import difflib
-import math
+import re
 import runpy
 import types
 import typing
@@ -125,14 +125,13 @@ class Config(ModelConfig):
                 ((self.decay_steps or 0) >= 0, f"decay_steps={self.decay_steps} must be at least 0"),
                 (self.data, "data is empty: name a folder of shards"),
                 (not isinstance(self.data, dict) or all(
-                    type(f) is str and type(w) in (int, float) and w > 0 for f, w in self.data.items()),
-                 f"data={self.data}: expected {{folder: weight}} with weights above 0"),
+                    type(f) is str and type(w) in (int, float) and 0 < w < 2**63 for f, w in self.data.items()),
+                 f"data={_shown(self.data)}: expected {{folder: weight}} with weights above 0"),
                 (not streamed or self.tokenizer, f"data={streamed} is tokenised here: set --tokenizer, as in gpt2"),
                 (not streamed or self.packing == "concat",
                  f"packing='best_fit' needs folders of shards: prepare {streamed}, or set --packing=concat"),
                 (all(type(prompt) is str for prompt in self.sample_prompts), "sample_prompts must be texts"),
                 (self.adamw_lr is None or self.adamw_lr >= 0, f"adamw_lr={self.adamw_lr} must be at least 0"),
-                (all(math.isfinite(v) for v in vars(self).values() if type(v) is float), "settings must be finite"),
                 (self.dp_shard is None or self.dp_shard >= 1, f"dp_shard={self.dp_shard} must be None or at least 1"),
                 (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder")):
             if not ok:
@@ -156,17 +155,18 @@ def load(argv):
 
 
 def read_file(path):
-    """The settings that a config file assigns. Names with a leading underscore, modules and functions are its own
-    affair."""
+    """The settings that a config file assigns. Names with a leading underscore, and modules and functions that are not
+    called like a setting, are its own affair."""
     if not Path(path).is_file():
         others = ", ".join(sorted(str(p) for p in Path("configs").glob("[a-z]*.py")))
         raise UserError(f"no config file {path}" + (f"; there are {others}" if others else ""))
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:  # whatever the file does, the user wants to hear which file it was
+    except (Exception, SystemExit) as error:  # whatever the file does, the user wants to hear which file it was
         raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from error
     return {name: checked(name, value, f"in {path}") for name, value in names.items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
+            if not name.startswith("_")
+            and (name in FIELDS or not isinstance(value, types.ModuleType) and not callable(value))}
 
 
 def read_flags(words):
@@ -182,7 +182,7 @@ def read_flags(words):
         else:
             try:
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it raises
                 value = {"true": True, "false": False}.get(text, text)
             if name in FIELDS and str in _kinds(name) and not isinstance(value, (dict, bool, type(None))):
                 value = text  # a text that happens to look like a number stays a text
@@ -198,8 +198,10 @@ def checked(name, value, where):
         raise UserError(f"unknown setting {name!r} {where}; {hint}")
     kinds = _kinds(name)
     if choices := [kind for kind in kinds if isinstance(kind, str)]:
-        if value in choices:
+        if isinstance(value, str) and value in choices:
             return value
+    elif problem := _unusable(value):
+        raise UserError(f"{name}={_shown(value)} {where}: {problem}")
     elif isinstance(value, bool) or value is None:
         if type(value) in kinds:
             return value
@@ -211,7 +213,31 @@ def checked(name, value, where):
         return list(value)
     elif type(value) in kinds:
         return value
-    raise UserError(f"{name}={value!r} {where}: expected {' or '.join(map(_kind_name, kinds))}")
+    raise UserError(f"{name}={_shown(value)} {where}: expected {' or '.join(map(_kind_name, kinds))}")
+
+
+def model_config(values, where):
+    """The checked ModelConfig of {setting: value} out of another file than a config file."""
+    config = ModelConfig(**{name: checked(name, value, where) for name, value in values.items()})
+    config.check_model()
+    return config
+
+
+def _unusable(value):
+    """What no setting can be, whatever its type; "" if the value is none of that."""
+    if isinstance(value, int | float) and not abs(value) < 2**63:
+        return "must be finite and below 2**63 in size"
+    texts = (value, *value) if isinstance(value, str | list | tuple | dict) else ()
+    if any(isinstance(text, str) and re.search("[\0\ud800-\udfff]", text) for text in texts):
+        return "must be text, without NUL and without bytes that are no UTF-8"
+    return ""
+
+
+def _shown(value):
+    try:
+        return repr(value)
+    except Exception:  # an int of thousands of digits, an object of the config file's own
+        return f"a {type(value).__name__}"
 
 
 def _kinds(name):
