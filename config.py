@@ -219,7 +219,10 @@ def checked(name, value, where):
 def model_config(values, where):
     """The checked ModelConfig of {setting: value} out of another file than a config file."""
     config = ModelConfig(**{name: checked(name, value, where) for name, value in values.items()})
-    config.check_model()
+    try:
+        config.check_model()
+    except UserError as error:
+        raise UserError(f"{error} ({where})") from error
     return config
 
 
