@@ -254,22 +254,18 @@ def _damage_of_share(step_folder):
 
 
 class Manifest(dict):
-    """manifest.json: what it has is of the type that was saved, and asking for what it lacks is a UserError."""
+    """manifest.json: what it has is of the kind that a run saves, and asking for what it lacks is a UserError."""
+
+    KINDS = {"files": dict, "config": dict, "stream": dict, "places": dict, "loss_scale": list, "sequences": int,
+             "tokens": int, "optimizer_steps": int, "best_loss": float}
 
     def __init__(self, path):
         super().__init__(read_json(path))
         self.path = path
-        counts = [self.get(name, 0) for name in ("sequences", "tokens", "optimizer_steps")]
-        groups = [self.get(name, {}) for name in ("files", "config", "stream", "places")]
-        scale, best = self.get("loss_scale") or [1.0, 0], self.get("best_loss")
-        for ok, name in ((self["step"] == _step_of(path.parent), "step"),
-                         (all(type(count) is int and 0 <= count < 2**63 for count in counts), "a count"),
-                         (all(type(group) is dict for group in groups), "a group"),
-                         (best is None or type(best) is float and math.isfinite(best), "best_loss"),
-                         (type(scale) is list and len(scale) == 2 and all(type(n) in (int, float) and 0 <= n < math.inf
-                                                                          for n in scale), "loss_scale")):
-            if not ok:
-                raise UserError(f"{path} is damaged: {name} is not what a run saves")
+        wrong = [name for name, kind in self.KINDS.items() if name in self and (name, self[name]) != ("best_loss", None)
+                 and (type(self[name]) is not kind or kind in (int, float) and not 0 <= self[name] < 2**63)]
+        if wrong or self["step"] != _step_of(path.parent):
+            raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'step'} is not what a run saves")
 
     def __missing__(self, name):
         raise UserError(f"{self.path} lacks {name!r}")
@@ -364,9 +360,8 @@ def _step_of(path):
 def pointed(folder, name):
     """The step folder that a pointer file names, None if there is none."""
     pointer = Path(folder) / name
-    if pointer.is_file() and STEP.match(target := pointer.read_text(errors="replace").strip()) and (Path(folder) / target).is_dir():
-        return Path(folder) / target
-    return None
+    target = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    return Path(folder) / target if STEP.match(target) and (Path(folder) / target).is_dir() else None
 
 
 def _root_cause(error):

@@ -126,7 +126,7 @@ class Config(ModelConfig):
                 (self.data, "data is empty: name a folder of shards"),
                 (not isinstance(self.data, dict) or all(
                     type(f) is str and type(w) in (int, float) and 0 < w < 2**63 for f, w in self.data.items()),
-                 f"data={_shown(self.data)}: expected {{folder: weight}} with weights above 0"),
+                 "data: expected {folder: weight} with weights above 0"),
                 (not streamed or self.tokenizer, f"data={streamed} is tokenised here: set --tokenizer, as in gpt2"),
                 (not streamed or self.packing == "concat",
                  f"packing='best_fit' needs folders of shards: prepare {streamed}, or set --packing=concat"),
@@ -196,12 +196,15 @@ def checked(name, value, where):
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "see --help"
         raise UserError(f"unknown setting {name!r} {where}; {hint}")
+    texts = (value, *value) if isinstance(value, str | list | tuple | dict) else ()
+    if isinstance(value, int | float) and not abs(value) < 2**63:
+        raise UserError(f"{name} {where} must be finite, and below 2**63 in size")
+    if any(isinstance(text, str) and re.search("[\0\ud800-\udfff]", text) for text in texts):
+        raise UserError(f"{name}={value!r} {where} must be text, without NUL and without bytes that are no UTF-8")
     kinds = _kinds(name)
     if choices := [kind for kind in kinds if isinstance(kind, str)]:
         if isinstance(value, str) and value in choices:
             return value
-    elif problem := _unusable(value):
-        raise UserError(f"{name}={_shown(value)} {where}: {problem}")
     elif isinstance(value, bool) or value is None:
         if type(value) in kinds:
             return value
@@ -213,34 +216,14 @@ def checked(name, value, where):
         return list(value)
     elif type(value) in kinds:
         return value
-    raise UserError(f"{name}={_shown(value)} {where}: expected {' or '.join(map(_kind_name, kinds))}")
+    raise UserError(f"{name}={value!r} {where}: expected {' or '.join(map(_kind_name, kinds))}")
 
 
 def model_config(values, where):
     """The checked ModelConfig of {setting: value} out of another file than a config file."""
     config = ModelConfig(**{name: checked(name, value, where) for name, value in values.items()})
-    try:
-        config.check_model()
-    except UserError as error:
-        raise UserError(f"{error} ({where})") from error
+    config.check_model()
     return config
-
-
-def _unusable(value):
-    """What no setting can be, whatever its type; "" if the value is none of that."""
-    if isinstance(value, int | float) and not abs(value) < 2**63:
-        return "must be finite and below 2**63 in size"
-    texts = (value, *value) if isinstance(value, str | list | tuple | dict) else ()
-    if any(isinstance(text, str) and re.search("[\0\ud800-\udfff]", text) for text in texts):
-        return "must be text, without NUL and without bytes that are no UTF-8"
-    return ""
-
-
-def _shown(value):
-    try:
-        return repr(value)
-    except Exception:  # an int of thousands of digits, an object of the config file's own
-        return f"a {type(value).__name__}"
 
 
 def _kinds(name):

@@ -122,11 +122,10 @@ def read_meta(folder):
     try:
         meta = read_json(path)
         for info in (meta["splits"][split] for split in SPLITS):
-            numbers = [info["bytes"], *(shard[key] for shard in info["shards"] for key in ("tokens", "max_id", "crc32"))]
-            if not all(type(number) is int and number >= 0 for number in numbers):
-                raise ValueError("a count is no whole number")
-            if info["tokens"] != sum(shard["tokens"] for shard in info["shards"]):
-                raise ValueError("the tokens of the shards do not add up")
+            numbers = [shard[key] for shard in info["shards"] for key in ("tokens", "max_id", "crc32")]
+            if not all(type(number) is int and number >= 0 for number in (info["bytes"], *numbers)) \
+                    or info["tokens"] != sum(shard["tokens"] for shard in info["shards"]):
+                raise ValueError("its numbers are no counts, or do not add up")
             if not all(Path(shard["file"]).name == shard["file"] for shard in info["shards"]):
                 raise ValueError("a shard lies outside of the folder")
     except (ValueError, KeyError, TypeError) as error:

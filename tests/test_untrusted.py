@@ -67,8 +67,16 @@ def good(tmp_path_factory):
     """A good data folder, run and exported directory to spoil."""
     folder = tmp_path_factory.mktemp("good")
     make_data(folder / "data", 2000, 300)
-    path = make_config(folder / "tiny.py", data=str(folder / "data"), out_dir=str(folder / "run"), hidden_size=16,
-                       num_hidden_layers=2, max_steps=1, global_batch_size=2, micro_batch_size=2)
+    path = make_config(
+        folder / "tiny.py",
+        data=str(folder / "data"),
+        out_dir=str(folder / "run"),
+        hidden_size=16,
+        num_hidden_layers=2,
+        max_steps=1,
+        global_batch_size=2,
+        micro_batch_size=2,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "draw_curves", lambda folder: None)
         run_train(path)
@@ -117,9 +125,16 @@ def test_a_pickle_beside_the_shards_is_left_alone(area, marker):
 
 
 TOKENIZERS = {  # file in a folder of its own -> what is given as --tokenizer
-    "encoding.json": ".", "tokenizer.json": ".", "tokenizer.model": ".", "ranks.tiktoken": ".", "tokenizer.json file": "tokenizer.json",
-    "mine.tiktoken": "mine.tiktoken", "mine.model": "mine.model", "cl100k_base.tiktoken": "cl100k_base.tiktoken",
-    "tokenizer.pkl": "tokenizer.pkl"}
+    "encoding.json": ".",
+    "tokenizer.json": ".",
+    "tokenizer.model": ".",
+    "ranks.tiktoken": ".",
+    "tokenizer.json file": "tokenizer.json",
+    "mine.tiktoken": "mine.tiktoken",
+    "mine.model": "mine.model",
+    "cl100k_base.tiktoken": "cl100k_base.tiktoken",
+    "tokenizer.pkl": "tokenizer.pkl",
+}
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "after a line end"])
@@ -130,7 +145,9 @@ def test_tokenizers(area, marker, kind, name):
         tokenizer.save(tokenizer.load("bytes"), folder)
     folder.mkdir(exist_ok=True)
     raw = malicious(marker)["pickle protocol 4"]
-    (folder / file).write_bytes(b"\n" + raw if kind == "after a line end" else malicious(marker)[kind])  # SentencePiece's
+    (folder / file).write_bytes(
+        b"\n" + raw if kind == "after a line end" else malicious(marker)[kind]
+    )  # SentencePiece's
     spec = folder / TOKENIZERS[name]
     named = file, folder, "mine"
     refuse(lambda: tokenizer.load(str(spec)), *named)
@@ -156,6 +173,7 @@ def test_a_sentencepiece_kind_with_a_pickle_for_a_model(area, marker):
 
 # ---------------------------------------------------------------------- checkpoints
 
+
 def replace(step, name, raw):
     """Put other bytes into a step folder, with a manifest that matches."""
     (step / name).write_bytes(raw)
@@ -166,11 +184,14 @@ def replace(step, name, raw):
 
 
 def refuse_run(area, step):
-    for action in (lambda: generate.load(area / "run", "cpu"), lambda: generate.load(step, "cpu"),
-                   lambda: generate.main([str(area / "run"), "--prompt=a", "--device=cpu"]),
-                   lambda: export.main([str(area / "run"), str(area / "out")]),
-                   lambda: run_train(area / "tiny.py", "--resume", "--max_steps=2"),
-                   lambda: train(area, f"--resume={step}", "--max_steps=2")):
+    for action in (
+        lambda: generate.load(area / "run", "cpu"),
+        lambda: generate.load(step, "cpu"),
+        lambda: generate.main([str(area / "run"), "--prompt=a", "--device=cpu"]),
+        lambda: export.main([str(area / "run"), str(area / "out")]),
+        lambda: run_train(area / "tiny.py", "--resume", "--max_steps=2"),
+        lambda: train(area, f"--resume={step}", "--max_steps=2"),
+    ):
         refuse(action, step, area / "run")
 
 
@@ -222,9 +243,13 @@ def test_tensors_outside_of_a_checkpoint(area, marker, where):
 
 # ---------------------------------------------------------------------- Hugging Face directories
 
+
 def refuse_hf(area, *names):
-    for action in (lambda: generate.load(area / "hf", "cpu"), lambda: export.main(["--reverse", str(area / "hf"), str(area / "out")]),
-                   lambda: generate.main([str(area / "hf"), "--prompt=a", "--device=cpu"])):
+    for action in (
+        lambda: generate.load(area / "hf", "cpu"),
+        lambda: export.main(["--reverse", str(area / "hf"), str(area / "out")]),
+        lambda: generate.main([str(area / "hf"), "--prompt=a", "--device=cpu"]),
+    ):
         refuse(action, *names)
     assert not (area / "out").exists()
 
@@ -265,8 +290,18 @@ def test_a_folders_name_does_not_become_code(area, marker):
     before = os.getcwd()
     os.chdir(area)
     try:
-        run_train(area / "back/config.py", f"--data={area}/data", f"--out_dir={area}/other", "--max_steps=1", "--wandb=off", "--device=cpu",
-                  "--sequence_length=32", "--global_batch_size=2", "--dtype=float32", "--eval_interval=0")
+        run_train(
+            area / "back/config.py",
+            f"--data={area}/data",
+            f"--out_dir={area}/other",
+            "--max_steps=1",
+            "--wandb=off",
+            "--device=cpu",
+            "--sequence_length=32",
+            "--global_batch_size=2",
+            "--dtype=float32",
+            "--eval_interval=0",
+        )
     finally:
         os.chdir(before)
 
@@ -276,20 +311,27 @@ def test_a_dataset_folder_with_a_script(area, marker):
     folder.mkdir()
     code = f"import os\nos.mkdir({str(marker)!r})\n"
     (folder / "dataset.py").write_text(code)
-    refuse(lambda: prepare.main(["hf", str(folder), f"--out={area}/out", "--tokenizer=bytes"]), folder)
-    for kind, raw in malicious(marker).items():
+
+    def refused(source, path):
+        words = [source, str(path), f"--out={area}/out", "--tokenizer=bytes"]
+        refuse(lambda: prepare.main(words), folder)
+
+    refused("hf", folder)
+    for raw in malicious(marker).values():
         (folder / "train.pkl").write_bytes(raw)
-        refuse(lambda: prepare.main(["hf", str(folder), f"--out={area}/out", "--tokenizer=bytes"]), folder)
+        refused("hf", folder)
         for name in ("train.parquet", "train.jsonl"):
             (folder / name).write_bytes(raw)
-            refuse(lambda: prepare.main([name.split(".")[1], str(folder / name), f"--out={area}/out", "--tokenizer=bytes"]), folder)
+            refused(name.split(".")[1], folder / name)
             (folder / name).unlink()
 
 
 # ---------------------------------------------------------------------- the sources
 
-ALLOWED = {("checkpoint.py", "Unpickler"),  # _SafeReader: admits a dozen harmless types
-           ("config.py", "run_path")}       # a config file is code
+ALLOWED = {
+    ("checkpoint.py", "Unpickler"),  # _SafeReader: admits a dozen harmless types
+    ("config.py", "run_path"),  # a config file is code
+}
 
 
 def calls_that_run_code(source):
@@ -298,33 +340,55 @@ def calls_that_run_code(source):
         if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
             yield node.arg
         if isinstance(node, ast.ClassDef):
-            yield from (base.attr for base in node.bases if isinstance(base, ast.Attribute) and base.attr == "Unpickler")
+            yield from (
+                base.attr for base in node.bases if isinstance(base, ast.Attribute) and base.attr == "Unpickler"
+            )
         if not isinstance(node, ast.Call):
             continue
         owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         name = node.func.attr if owner else getattr(node.func, "id", "")
-        if owner in ("pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle") and name not in ("dumps", "UnpicklingError"):
+        if owner in ("pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle") and name not in (
+            "dumps",
+            "UnpicklingError",
+        ):
             yield name
         elif not owner and name in ("eval", "exec", "__import__", "compile"):
             yield name
         elif name in ("run_path", "run_module", "import_module", "exec_module"):
             yield name
         elif (owner, name) == ("torch", "load") and not any(
-                word.arg == "weights_only" and getattr(word.value, "value", 0) is True for word in node.keywords):
+            word.arg == "weights_only" and getattr(word.value, "value", 0) is True for word in node.keywords
+        ):
             yield "torch.load"
 
 
 def test_no_source_turns_data_into_code():
-    found = {(path.relative_to(ROOT).as_posix(), name)
-             for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py")]
-             for name in calls_that_run_code(path.read_text())}
+    found = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py")]
+        for name in calls_that_run_code(path.read_text())
+    }
     assert found == ALLOWED
 
 
-@pytest.mark.parametrize("line", [
-    "pickle.load(f)", "pickle.loads(b)", "torch.load(p)", "torch.load(p, weights_only=False)", "eval(x)", "exec(x)",
-    "np.load(p, allow_pickle=True)", "AutoModel.from_pretrained(p, trust_remote_code=True)", "runpy.run_path(p)",
-    "class U(pickle.Unpickler): pass", "pickle.Unpickler(f).load()", "importlib.import_module(name)", "joblib.load(p)"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pickle.load(f)",
+        "pickle.loads(b)",
+        "torch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "eval(x)",
+        "exec(x)",
+        "np.load(p, allow_pickle=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=True)",
+        "runpy.run_path(p)",
+        "class U(pickle.Unpickler): pass",
+        "pickle.Unpickler(f).load()",
+        "importlib.import_module(name)",
+        "joblib.load(p)",
+    ],
+)
 def test_the_scan_sees(line):
     assert list(calls_that_run_code(line))
     assert not list(calls_that_run_code("torch.load(p, weights_only=True); model.eval(); json.load(f); dcp.load(t)"))
