@@ -30,7 +30,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import parallel
-from data.shards import file_crc32
+from data.shards import file_crc32, read_json
 from errors import UserError
 
 STEP = re.compile(r"step_(\d{8})$")
@@ -247,6 +247,8 @@ def _damage(step_folder, first=0, every=1, checksums=True):
     """damage() by this rank alone, of every so-manyth file from the first on."""
     try:
         files = read_manifest(step_folder)["files"]
+        if unlisted := {".metadata", *(file.name for file in step_folder.glob("*.distcp"))} - files.keys():
+            return f"manifest.json lacks {min(unlisted)}"
         for name, recorded in sorted(files.items())[first::every]:
             file = step_folder / Path(name).name
             if not file.is_file():
@@ -257,17 +259,32 @@ def _damage(step_folder, first=0, every=1, checksums=True):
                 return f"the checksum of {name} differs from the manifest"
     except UserError as error:
         return str(error)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         return f"manifest.json lacks {error}"
     return ""
 
 
+class Manifest(dict):
+    """manifest.json: what it has is of the kind that a run saves, and asking for what it lacks is a UserError."""
+
+    KINDS = {"files": dict, "config": dict, "stream": dict, "places": dict, "loss_scale": list, "losses": list,
+             "sequences": int, "tokens": int, "optimizer_steps": int, "best_loss": float}
+
+    def __init__(self, path):
+        super().__init__(read_json(path))
+        self.path = path
+        wrong = [name for name, kind in self.KINDS.items() if name in self and (name, self[name]) != ("best_loss", None)
+                 and (type(self[name]) is not kind or kind in (int, float) and not 0 <= self[name] < 2**63)]
+        wrong += ["its checksum"] * (self.get("crc32", _own_crc32(self)) != _own_crc32(self))
+        if wrong or self["step"] != _step_of(path.parent):
+            raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'step'} is not what a run saves")
+
+    def __missing__(self, name):
+        raise UserError(f"{self.path} lacks {name!r}")
+
+
 def read_manifest(step_folder):
-    path = Path(step_folder) / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__})") from error
+    return Manifest(Path(step_folder) / "manifest.json")
 
 
 # ----------------------------------------------------------------------------- reading
@@ -326,10 +343,15 @@ class _SafeReader(dcp.FileSystemReader):
         try:
             with open(path, "rb") as file:
                 metadata = Unpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError, ImportError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        if getattr(metadata, "storage_meta", None):
-            metadata.storage_meta.load_id = self.load_id
+            if metadata.storage_meta:
+                metadata.storage_meta.load_id = self.load_id
+            for name, about in metadata.state_dict_metadata.items():
+                name.split("."), tuple(about.size), about.properties.dtype
+            for info in metadata.storage_data.values():
+                if Path(info.relative_path).name != info.relative_path:
+                    raise ValueError(f"{info.relative_path} lies outside of the folder")
+        except Exception as error:  # whatever the damaged or foreign pickle ran into
+            raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         return metadata
 
 
@@ -350,9 +372,8 @@ def _step_of(path):
 def pointed(folder, name):
     """The step folder that a pointer file names, None if there is none."""
     pointer = Path(folder) / name
-    if pointer.is_file() and STEP.match(target := pointer.read_text().strip()) and (Path(folder) / target).is_dir():
-        return Path(folder) / target
-    return None
+    target = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    return Path(folder) / target if STEP.match(target) and (Path(folder) / target).is_dir() else None
 
 
 def _root_cause(error):
@@ -362,8 +383,7 @@ def _root_cause(error):
     return f"{type(inner).__name__}: {inner}"
 
 
-def _own_crc32(manifest):
-    """CRC32 of what a manifest says, itself apart."""
+def _own_crc32(manifest):  # itself apart
     return zlib.crc32(json.dumps({name: manifest[name] for name in sorted(manifest) if name != "crc32"}).encode())
 
 

@@ -8,7 +8,6 @@ of it. (No postponed annotations here: the loader needs the real types.)
 import ast
 import dataclasses
 import difflib
-import math
 import re
 import runpy
 import types
@@ -142,14 +141,13 @@ class Config(ModelConfig):
                 ((self.decay_steps or 0) >= 0, f"decay_steps={self.decay_steps} must be at least 0"),
                 (self.data, "data is empty: name a folder of shards"),
                 (not isinstance(self.data, dict) or all(
-                    type(f) is str and type(w) in (int, float) and w > 0 for f, w in self.data.items()),
-                 f"data={self.data}: expected {{folder: weight}} with weights above 0"),
+                    type(f) is str and type(w) in (int, float) and 0 < w < 2**63 for f, w in self.data.items()),
+                 "data: expected {folder: weight} with weights above 0"),
                 (not streamed or self.tokenizer, f"data={streamed} is tokenised here: set --tokenizer, as in gpt2"),
                 (not streamed or self.packing == "concat",
                  f"packing='best_fit' needs folders of shards: prepare {streamed}, or set --packing=concat"),
                 (all(type(prompt) is str for prompt in self.sample_prompts), "sample_prompts must be texts"),
                 (self.adamw_lr is None or self.adamw_lr >= 0, f"adamw_lr={self.adamw_lr} must be at least 0"),
-                (all(math.isfinite(v) for v in vars(self).values() if type(v) is float), "settings must be finite"),
                 (self.dp_shard is None or self.dp_shard >= 1, f"dp_shard={self.dp_shard} must be None or at least 1"),
                 (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder"),
                 (not self.skip_sequences or re.search(r"step_\d+/*$", str(self.resume)),
@@ -175,17 +173,18 @@ def load(argv):
 
 
 def read_file(path):
-    """The settings that a config file assigns. Names with a leading underscore, modules and functions are its own
-    affair."""
+    """The settings that a config file assigns. Names with a leading underscore, and modules and functions that are not
+    called like a setting, are its own affair."""
     if not Path(path).is_file():
         others = ", ".join(sorted(str(p) for p in Path("configs").glob("[a-z]*.py")))
         raise UserError(f"no config file {path}" + (f"; there are {others}" if others else ""))
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:  # whatever the file does, the user wants to hear which file it was
+    except (Exception, SystemExit) as error:  # whatever the file does, the user wants to hear which file it was
         raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from error
     return {name: checked(name, value, f"in {path}") for name, value in names.items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
+            if not name.startswith("_")
+            and (name in FIELDS or not isinstance(value, types.ModuleType) and not callable(value))}
 
 
 def read_flags(words):
@@ -201,7 +200,7 @@ def read_flags(words):
         else:
             try:
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it raises
                 value = {"true": True, "false": False}.get(text, text)
             if name in FIELDS and str in _kinds(name) and not isinstance(value, (dict, bool, type(None))):
                 value = text  # a text that happens to look like a number stays a text
@@ -215,9 +214,14 @@ def checked(name, value, where):
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "see --help"
         raise UserError(f"unknown setting {name!r} {where}; {hint}")
+    texts = (value, *value) if isinstance(value, str | list | tuple | dict) else ()
+    if isinstance(value, int | float) and not abs(value) < 2**63:
+        raise UserError(f"{name} {where} must be finite, and below 2**63 in size")
+    if any(isinstance(text, str) and re.search("[\0\ud800-\udfff]", text) for text in texts):
+        raise UserError(f"{name}={value!r} {where} must be text, without NUL and without bytes that are no UTF-8")
     kinds = _kinds(name)
     if choices := [kind for kind in kinds if isinstance(kind, str)]:
-        if value in choices:
+        if isinstance(value, str) and value in choices:
             return value
     elif isinstance(value, bool) or value is None:
         if type(value) in kinds:
@@ -231,6 +235,13 @@ def checked(name, value, where):
     elif type(value) in kinds:
         return value
     raise UserError(f"{name}={value!r} {where}: expected {' or '.join(map(_kind_name, kinds))}")
+
+
+def model_config(values, where):
+    """The checked ModelConfig of {setting: value} out of another file than a config file."""
+    config = ModelConfig(**{name: checked(name, value, where) for name, value in values.items()})
+    config.check_model()
+    return config
 
 
 def _kinds(name):

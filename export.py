@@ -81,7 +81,8 @@ def reverse(source, run):
             tokenizers.save(encoder, temporary / "tokenizer")
             about["tokenizer"] = tokenizers.fingerprint(encoder)
         checkpoint.save(temporary / "checkpoints", 0, checkpoint.named_tensors(model), about, keep=1)
-        lines = [f'"""The model of {source}, to continue:  python train.py {run}/config.py --resume --data=..."""', ""]
+        said = f"The model of {source}, to continue:  python train.py {run}/config.py --resume --data=..."
+        lines = ["# " + errors.one_line(said)]  # a comment of one line: a folder's name is not to become code
         lines += [f"{name} = {value!r}" for name, value in (fields | {"out_dir": str(run)}).items()]
         (temporary / "config.py").write_text("\n".join(lines) + "\n")
         _write_json(temporary / "config.json", {"settings": settings, "imported_from": str(source)})

@@ -18,6 +18,7 @@ import torch
 import checkpoint
 import errors
 import hf
+from config import model_config
 from data import tokenizer as tokenizers
 from errors import UserError
 from kernels import backend
@@ -36,8 +37,9 @@ def load(path, device="auto", dtype="float32", which="latest"):
     else:
         step_folder = checkpoint.find(path, which)
         fields = ModelConfig.__dataclass_fields__
-        stored = checkpoint.read_manifest(step_folder)["config"]
-        model = build(ModelConfig(**{key: value for key, value in stored.items() if key in fields}), device)
+        manifest = checkpoint.read_manifest(step_folder)
+        stored = {key: value for key, value in manifest["config"].items() if key in fields}
+        model = build(model_config(stored, f"in {manifest.path}"), device)
         checkpoint.load(step_folder, checkpoint.named_tensors(model))
         tokenizer_folder = step_folder.parent.parent / "tokenizer"
     model.compute_dtype = getattr(torch, dtype)

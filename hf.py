@@ -4,17 +4,18 @@ Our parameters already carry Hugging Face's names; the only difference on disk i
 matrix is a tensor of its own. Used by export.py (out and in) and generate.py (loading an exported directory).
 """
 
-import json
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from config import checked, model_config
 from data.convert import byte_letters, merge_parts
+from data.shards import read_json
 from data.tokenizer import UNKNOWN, WORD, SentencePiece, Words, end_of_text
 from errors import UserError
-from model import ModelConfig, build
+from model import build
 
 # config.json fields with the same name and meaning on both sides
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
@@ -27,10 +28,7 @@ SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size
 def is_hf(folder):
     """Whether a folder is a Hugging Face directory, as opposed to a run, whose config.json has no model_type."""
     path = Path(folder) / "config.json"
-    try:
-        return path.is_file() and "model_type" in json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    return path.is_file() and "model_type" in read_json(path)
 
 
 # ----------------------------------------------------------------------------- config.json
@@ -55,7 +53,8 @@ def to_hf_config(config, encoder, dtype):
 
 def from_hf_config(folder):
     """The ModelConfig of a DeepSeek-V3-architecture directory, in the published form or as transformers 5 writes it."""
-    stored = json.loads((Path(folder) / "config.json").read_text())
+    path = Path(folder) / "config.json"
+    stored = read_json(path)
     if stored.get("model_type") not in ("deepseek_v3", "kimi_k2"):
         raise UserError(f"{folder} is a {stored.get('model_type')!r} model; only the DeepSeek-V3 architecture is read "
                         "(model_type deepseek_v3 or kimi_k2)")
@@ -65,15 +64,13 @@ def from_hf_config(folder):
             raise UserError(f"{folder}/config.json has {key}={stored[key]!r}; nanok2 has only {expected!r}")
     if "quantization_config" in stored:
         raise UserError(f"{folder} holds quantised weights: convert them to bfloat16 first")
-    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-    fields = {name: stored[name] for name in SAME if name in stored}
-    fields["rope_theta"] = float(stored.get("rope_theta") or rope.get("rope_theta", 10000.0))
+    rope = checked("rope_scaling", stored.get("rope_parameters") or stored.get("rope_scaling") or {}, f"in {path}")
+    fields = {name: stored[name] for name in (*SAME, "aux_loss_alpha") if name in stored}
+    fields["rope_theta"] = stored.get("rope_theta") or rope.get("rope_theta", 10000.0)
     kind = rope.get("type", rope.get("rope_type", "default"))
     said = {k: v for k, v in rope.items() if k != "rope_theta" and v is not None and (k, v) != ("truncate", True)}
     fields["rope_scaling"] = None if kind == "default" else said
-    config = ModelConfig(aux_loss_alpha=stored.get("aux_loss_alpha", 0.0), **fields)
-    config.check_model()
-    return config
+    return model_config({"aux_loss_alpha": 0.0} | fields, f"in {path}")
 
 
 # ----------------------------------------------------------------------------- weights
@@ -116,20 +113,23 @@ def load_model(folder, device="cpu"):
             raise UserError(f"{folder} lacks the tensor {name}")
         unused.discard(name)
         return where[name].get_tensor(name)
+
+    def stacked(name):
+        """The tensor of that name, or what the experts' own matrices make it."""
+        stem, experts = name.rpartition(".")[0], range(config.n_routed_experts)
+        if name.endswith("experts.gate_up_proj") and name not in where:
+            return torch.stack([torch.cat((take(f"{stem}.{i}.gate_proj.weight"), take(f"{stem}.{i}.up_proj.weight")))
+                                for i in experts])
+        if name.endswith("experts.down_proj") and name not in where:
+            return torch.stack([take(f"{stem}.{i}.down_proj.weight") for i in experts])
+        return take(name)
     for name, parameter in model.state_dict().items():
-        if name in where:
-            source = take(name)
-        elif name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and config.tie_word_embeddings and name not in where:
             continue
-        elif name.endswith("experts.gate_up_proj"):
-            stem = name.removesuffix("gate_up_proj")
-            source = torch.stack([torch.cat((take(f"{stem}{i}.gate_proj.weight"), take(f"{stem}{i}.up_proj.weight")))
-                                  for i in range(config.n_routed_experts)])
-        elif name.endswith("experts.down_proj"):
-            stem = name.removesuffix("down_proj")
-            source = torch.stack([take(f"{stem}{i}.down_proj.weight") for i in range(config.n_routed_experts)])
-        else:
-            take(name)  # raises
+        try:
+            source = stacked(name)
+        except (RuntimeError, SafetensorError) as error:  # experts of unlike shapes, a type that torch lacks
+            raise UserError(f"{folder}: {name} cannot be read: {error}") from error
         if source.shape != parameter.shape:
             raise UserError(f"{folder}: {name} is {tuple(source.shape)}, config.json implies {tuple(parameter.shape)}")
         parameter.copy_(source)

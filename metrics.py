@@ -21,7 +21,7 @@ PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100": 989e12,
               "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-SAMPLE, SAMPLE_HEAD = "\n## step {}\n\n~~~\n{}", r"\n## step (\d+)\n\n~~~\n"
+SAMPLE, SAMPLE_HEAD = "\n## step {}\n\n~~~\n{}", r"\n## step ([0-9]{1,18})\n\n~~~\n"
 
 
 def peak_flops(device):
@@ -59,7 +59,7 @@ class RunLog:
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
         samples = self.folder / "samples.md"
         if samples.exists():
-            head, *parts = re.split(SAMPLE_HEAD, samples.read_text())  # numbers and texts take turns
+            head, *parts = re.split(SAMPLE_HEAD, samples.read_text(errors="replace"))  # numbers and texts take turns
             kept = [SAMPLE.format(number, text) for number, text in zip(parts[::2], parts[1::2]) if int(number) <= step]
             replace_text(samples, head + "".join(kept))
         self.file = open(self.path, "a", buffering=1)  # a line at a time, so that a kill loses at most one
@@ -119,16 +119,17 @@ def replace_text(path, text):
 
 
 def read_records(path):
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The records of a metrics.jsonl; what is none, such as a last line that a kill cut short, is left out."""
     if not Path(path).exists():
         return []
     records = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_bytes().split(b"\n"):
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step")) is int \
+                and 0 <= record["step"] < 2**63:
             records.append(record)
     return records
 
@@ -211,8 +212,10 @@ def draw_curves(folder):
 
     folder = Path(folder)
     records = read_records(folder / "metrics.jsonl")
-    train = [record for record in records if record["kind"] == "train"]
-    val = [record for record in records if record["kind"] == "val"]
+
+    def points(kind, key):  # null stands for what was not finite, and a damaged line can hold anything
+        return [(record["step"], record[key]) for record in records if record["kind"] == kind
+                and isinstance(record.get(key), int | float) and abs(record[key]) < 1e100]
     panels = [("loss", "nats per token", ["loss"]), ("learning rate", "", ["lr"]),
               ("gradient norm", "", ["grad_norm"]), ("throughput", "tokens/s", ["tokens_per_second"]),
               ("largest attention logit", "", ["max_attention_logit"]),
@@ -220,12 +223,10 @@ def draw_curves(folder):
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (title, unit, keys) in zip(axes.flat, panels):
         for key in keys:
-            points = [(record["step"], record[key]) for record in train if record.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points), label=key.replace("_", " "), linewidth=1)
-        if title == "loss" and val:
-            axis.plot([record["step"] for record in val], [record["loss"] for record in val], "o-", markersize=3,
-                      label="validation")
+            if found := points("train", key):
+                axis.plot(*zip(*found), label=key.replace("_", " "), linewidth=1)
+        if title == "loss" and (found := points("val", key)):
+            axis.plot(*zip(*found), "o-", markersize=3, label="validation")
         if len(axis.lines) > 1:
             axis.legend(frameon=False)
         axis.set(title=title, ylabel=unit, xlabel="step")

@@ -29,6 +29,9 @@ def setting(default, why, group="model"):
     return field(default=default, metadata={"why": why, "group": group})
 
 
+MOST, MOST_EXPERTS = 2**24, 2**13  # of any size; default_scaling_factor draws 20,000 numbers an expert
+
+
 @dataclass
 class ModelConfig:
     attention: Literal["mla", "mha"] = setting(
@@ -63,7 +66,7 @@ class ModelConfig:
     z_loss: float = setting(0.0, "weight of the logits' squared log-sum-exp, in the gradient only; 0: none, as K2")
 
     def __post_init__(self):
-        if self.routed_scaling_factor is None and 0 < self.num_experts_per_tok <= self.n_routed_experts:
+        if self.routed_scaling_factor is None and 0 < self.num_experts_per_tok <= self.n_routed_experts <= MOST_EXPERTS:
             self.routed_scaling_factor = default_scaling_factor(self.n_routed_experts, self.num_experts_per_tok)
 
     def check_model(self):
@@ -75,15 +78,15 @@ class ModelConfig:
         if self.n_routed_experts:
             sizes += ("moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group")
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1 and at most {MOST:,}")
         rope_dim = self.qk_rope_head_dim if self.attention == "mla" else self.v_head_dim
         E, K, G = self.n_routed_experts, self.num_experts_per_tok, self.n_group
         for ok, message in (
                 (rope_dim % 2 == 0, f"RoPE turns pairs: its head width {rope_dim} must be even"),
-                (self.q_lora_rank is None or self.q_lora_rank > 0, "q_lora_rank must be None or at least 1"),
-                (E >= 0, "n_routed_experts must be 0 (dense) or more"),
-                (self.n_shared_experts >= 0, "n_shared_experts must be 0 or more"),
+                (self.q_lora_rank is None or 0 < self.q_lora_rank <= MOST, "q_lora_rank must be None or at least 1"),
+                (0 <= E <= MOST_EXPERTS, f"n_routed_experts must be 0 (dense) or more, at most {MOST_EXPERTS:,}"),
+                (0 <= self.n_shared_experts <= MOST_EXPERTS, "n_shared_experts must be 0 or more"),
                 (self.rms_norm_eps > 0 and self.initializer_range > 0 and self.rope_theta > 0,
                  "rms_norm_eps, initializer_range and rope_theta must be above 0"),
                 (E == 0 or K <= E, f"num_experts_per_tok={K} must be at most n_routed_experts={E}"),
@@ -97,12 +100,16 @@ class ModelConfig:
             if not ok:
                 raise UserError(message)
         if self.rope_scaling is not None:
+            numbers = {key: value for key, value in self.rope_scaling.items() if key not in ("type", "rope_type")}
             kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
-            needed = {"factor", "original_max_position_embeddings"}
-            known = needed | {"type", "rope_type", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-            if kind != "yarn" or not needed <= self.rope_scaling.keys() <= known:
-                raise UserError(f"rope_scaling={self.rope_scaling} must be None or a dict of type 'yarn' with "
-                                f"{', '.join(sorted(needed))} and at most {', '.join(sorted(known - needed))}")
+            needed = {"factor": 1, "original_max_position_embeddings": 1}  # and the least that each can be
+            known = needed | {"beta_fast": 1e-3, "beta_slow": 1e-3, "mscale": 0, "mscale_all_dim": 0}
+            if kind != "yarn" or not needed.keys() <= numbers.keys() <= known.keys() or not all(
+                    type(value) in (int, float) and known[key] <= value <= 1e9 for key, value in numbers.items()):
+                raise UserError(f"rope_scaling must be None or a dict of type 'yarn' with {', '.join(needed)} and at "
+                                f"most these numbers, each from here to 1e9: {known}")
+            if self.rope_theta <= 1:
+                raise UserError(f"rope_theta={self.rope_theta} must be above 1 with rope_scaling")
 
     def is_moe_layer(self, index):
         return self.n_routed_experts > 0 and index >= self.first_k_dense_replace

@@ -6,10 +6,9 @@ parts that the merges of lower ids leave of it are a listed merge, and these mer
 is checked here, and what cannot be expressed is refused. Next: tokenizer.py, which loads the result.
 """
 
-import json
 import re
-from pathlib import Path
 
+from data.shards import read_json
 from errors import UserError
 
 # How ByteLevel alone cuts words: GPT-2's way.
@@ -28,13 +27,13 @@ def read_hf(path):
     """(pattern, {bytes: rank}, {text: id} of the added tokens) of a tokenizer.json; UserError if it is none, or one
     that is not plain byte-level BPE. What the post-processor adds around a text is left out: data/ puts separators."""
     try:
-        about = json.loads(Path(path).read_text(encoding="utf-8"))
+        about = read_json(path)
         model, added = about["model"], about.get("added_tokens") or []
         special_tokens = {token["content"]: token["id"] for token in added}
         blank = [token["content"] for token in added if not token["content"].strip()]
         vocab, merges = model["vocab"], model["merges"]
         pattern, problem = _pattern(about.get("pre_tokenizer"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no tokenizer.json of a BPE model: {type(error).__name__} {error}") from error
     extras = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
               if model.get(key)]

@@ -163,7 +163,7 @@ class TrainStream:
     def go_to(self, places):
         """Continue from earlier places()."""
         for name, source in zip(self.folders, self.sources):
-            if name in places:
+            if name in places and is_stream(name):
                 source.go_to(places[name])
 
     def epochs(self, sequences):

@@ -246,8 +246,9 @@ def main(argv=None):
            if key not in ("out", "overwrite", "workers", "no_streaming") and value is not None}
     how |= {"found": len(files), "bytes": sum(file.stat().st_size for file in files)}
     if out.exists() and not args.overwrite:
-        before = read_meta(out).get("prepared_by") or {}
-        if {key: value for key, value in before.items() if value is not None} == how and args.source != "stdin":
+        before = read_meta(out).get("prepared_by")
+        known = {key: value for key, value in before.items() if value is not None} if isinstance(before, dict) else {}
+        if known == how and args.source != "stdin":
             print(f"{out} is ready (made earlier in the same way)")
             return out
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")

@@ -121,11 +121,28 @@ def read_meta(folder):
     if not path.exists():
         return {}
     try:
-        meta = json.loads(path.read_text())
-        meta["vocab_size"], [meta["splits"][split]["shards"] for split in SPLITS]
+        meta = read_json(path)
+        for info in (meta["splits"][split] for split in SPLITS):
+            numbers = [shard[key] for shard in info["shards"] for key in ("tokens", "max_id", "crc32")]
+            if not all(type(number) is int and number >= 0 for number in (info["bytes"], *numbers)) \
+                    or info["tokens"] != sum(shard["tokens"] for shard in info["shards"]):
+                raise ValueError("its numbers are no counts, or do not add up")
+            if not all(Path(shard["file"]).name == shard["file"] for shard in info["shards"]):
+                raise ValueError("a shard lies outside of the folder")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the data again") from error
     return meta
+
+
+def read_json(path):
+    """The object in a JSON file, or a UserError that names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} cannot be read (it holds no JSON object)")
+    return value
 
 
 def open_split(folder, split, verify=True, share=(0, 1)):
@@ -147,6 +164,9 @@ def open_split(folder, split, verify=True, share=(0, 1)):
                 raise UserError(f"{path} holds {len(array)} tokens, meta.json says {shard['tokens']}: prepare it again")
             if verify and i % share[1] == share[0] and file_crc32(path) != shard["crc32"]:
                 raise UserError(f"{path} is damaged: its checksum differs from meta.json; prepare the data again")
+            if verify and i % share[1] == share[0] and array.max() > shard["max_id"]:
+                raise UserError(f"{path} holds token id {array.max()}, meta.json says at most {shard['max_id']}: "
+                                "prepare the data again")
         max_id = max(max_id, recorded["shards"][i]["max_id"] if recorded else int(array.max()))
         arrays.append(array)
     ratio = recorded["bytes"] / recorded["tokens"] if recorded else None

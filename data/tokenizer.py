@@ -20,6 +20,7 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 from data.convert import byte_letters, read_hf
+from data.shards import read_json
 from errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document; generation stops at it
@@ -60,7 +61,7 @@ def load(spec, texts=None):
         _check_round_trip(encoder, path)
         return encoder
     if path.suffix == ".model" and path.read_bytes()[:1] == b"\n":  # ranks files have this ending too
-        return SentencePiece(path.read_bytes(), name)
+        return SentencePiece(path.read_bytes(), name, path)
     ranks = read_ranks(path)
     if path.stem in tiktoken.list_encoding_names():
         about = _around(path.stem, ranks)
@@ -103,6 +104,8 @@ def _check_round_trip(encoder, path):
 def encoding(name, ranks, pattern=PATTERN, special_tokens=None):
     """A tiktoken.Encoding; without special_tokens it gets END_OF_TEXT after the last rank."""
     special_tokens = special_tokens or {END_OF_TEXT: max(ranks.values()) + 1}
+    if not all(type(i) is int and 0 <= i < 2**31 for i in (*ranks.values(), *special_tokens.values())):
+        raise UserError(f"the ranks or special tokens of {name} have ids that are no whole numbers from 0 to 2**31")
     if not set(ranks.values()).isdisjoint(special_tokens.values()):
         raise UserError(f"the ranks of {name} contain ids of its special tokens: they are of another tokenizer")
     try:
@@ -163,14 +166,15 @@ def save(encoder, folder):
 
 def _load_folder(folder):
     try:
-        about = json.loads((folder / "encoding.json").read_text())
+        about = read_json(folder / "encoding.json")
         if about.get("kind") == "words":
-            return Words(about["words"])
+            return Words([word + "" for word in about["words"]])  # here and below, a TypeError if it is no text
         if about.get("kind") == "sentencepiece":
-            return SentencePiece((folder / "tokenizer.model").read_bytes(), about["name"])
+            model = folder / "tokenizer.model"
+            return SentencePiece(model.read_bytes(), about["name"] + "", model)
         ranks = read_ranks(folder / "ranks.tiktoken")
-        return encoding(about["name"], ranks, about["pattern"], about["special_tokens"])
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        return encoding(about["name"] + "", ranks, about["pattern"], about["special_tokens"])
+    except (OSError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{folder} is no tokenizer folder (encoding.json and its files): {error}") from error
 
 
@@ -294,8 +298,8 @@ class SentencePiece:
     """A SentencePiece model, through the package of that name. Whether decoding gives the text back is the model's
     affair: one with byte fallback and without normalization does."""
 
-    def __init__(self, model, name):
-        """model: the bytes of the .model file."""
+    def __init__(self, model, name, path):
+        """model: the bytes of the .model file; path: where they come from, for errors."""
         try:
             import sentencepiece
         except ImportError as error:
@@ -303,7 +307,7 @@ class SentencePiece:
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise UserError(f"the SentencePiece model of {name} is damaged: {error}") from error
+            raise UserError(f"the SentencePiece model {path} is damaged: {error}") from error
         self.model, self.name, self.n_vocab = model, name, self.processor.vocab_size()
         self.parts = ("sentencepiece", model)
         special = filter(lambda i: self.processor.is_control(i) or self.processor.is_unknown(i), range(self.n_vocab))
