@@ -162,6 +162,7 @@ def test_a_malicious_index_runs_no_code(run, tmp_path):
     import zlib
 
     manifest["files"][".metadata"] = {"size": len(raw), "crc32": zlib.crc32(raw)}
+    manifest["crc32"] = checkpoint._own_crc32(manifest)
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="has no place in a checkpoint index"):
         checkpoint.load(checkpoint.find(newest), tensors(0))

@@ -273,7 +273,31 @@ def test_manifests_and_pointers(area, trained):
             return not problem
         return False
 
-    fuzz(200, test, kinds, json_file(json.loads(files[step / "manifest.json"])), pointer, st.data())
+    fuzz(200, test, kinds, json_file(unsealed(files[step / "manifest.json"])), pointer, st.data())
+
+
+def unsealed(manifest):
+    """A manifest as it was before it had a checksum of its own: what it says is all there is to judge by."""
+    return {name: value for name, value in json.loads(manifest).items() if name != "crc32"}
+
+
+def test_a_manifest_protects_itself(area, trained):
+    step = area / "sealed/checkpoints/step_00000002"
+    shutil.copytree(trained[1], area / "sealed")
+    good = json.loads((step / "manifest.json").read_text())
+
+    def test(raw):
+        (step / "manifest.json").write_bytes(raw)
+        reason, _ = attempt(lambda: checkpoint.damage(step), step)
+        try:
+            read = json.loads(raw)
+            same = json.dumps(read, sort_keys=True) == json.dumps(good, sort_keys=True)  # 1 is not 1.0 here
+        except (ValueError, RecursionError):
+            read, same = None, False
+        assert (reason == "") == same or type(read) is dict and "crc32" not in read
+        return same
+
+    fuzz(200, test, json_file(good), refused=0.3)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits memory as Linux does")
@@ -289,6 +313,7 @@ def test_indices_and_tensors_with_a_matching_checksum(area, trained):
         (copy_ / name).write_bytes(raw)
         manifest = json.loads((run / "manifest.json").read_text())
         manifest["files"][name] = {"size": len(raw), "crc32": zlib.crc32(raw)}
+        manifest["crc32"] = checkpoint._own_crc32(manifest)
         (copy_ / "manifest.json").write_text(json.dumps(manifest))
         assert checkpoint.damage(copy_) == ""
         with memory_of(2**32):
@@ -314,7 +339,7 @@ def test_resuming_from_a_changed_manifest(area, trained, monkeypatch):
             assert all(tensor.isfinite().all() for tensor in final_tensors(out).values())
         return not problem
 
-    fuzz(40, test, json_file(json.loads(raw_good)), refused=0)  # a manifest that is refused makes it go on from step 1
+    fuzz(40, test, json_file(unsealed(raw_good)), refused=0)  # a manifest that is refused makes it go on from step 1
 
 
 # ---------------------------------------------------------------------- tokenizers and Hugging Face directories

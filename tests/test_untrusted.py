@@ -179,6 +179,7 @@ def replace(step, name, raw):
     (step / name).write_bytes(raw)
     manifest = json.loads((step / "manifest.json").read_text())
     manifest["files"][name] = {"size": len(raw), "crc32": zlib.crc32(raw)}
+    manifest["crc32"] = checkpoint._own_crc32(manifest)
     (step / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.damage(step) == ""
 
