@@ -109,8 +109,11 @@ def encoding(name, ranks, pattern=PATTERN, special_tokens=None):
     if not set(ranks.values()).isdisjoint(special_tokens.values()):
         raise UserError(f"the ranks of {name} contain ids of its special tokens: they are of another tokenizer")
     try:
-        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-    except ValueError as error:
+        encoder = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+        if regex.fullmatch(pattern, ""):
+            raise ValueError("it matches the empty text, which makes encoding panic")
+        return encoder
+    except (ValueError, regex.error) as error:
         raise UserError(f"tiktoken cannot read the pattern of {name}: {error}") from error
 
 

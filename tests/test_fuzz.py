@@ -140,7 +140,7 @@ def assert_possible(config):
 def assert_given(config, values):
     """The settings have the values that were asked for."""
     for name, value in values.items():
-        if value is None and name in ("out_dir", "routed_scaling_factor"):
+        if value in (None, "") and name in ("out_dir", "routed_scaling_factor"):
             continue  # filled in
         value = list(value) if type(value) is tuple else value
         assert getattr(config, name) == value, (name, value)
