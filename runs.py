@@ -20,6 +20,7 @@ import guard
 import metrics
 import parallel
 from data import tokenizer
+from data.shards import read_json
 from errors import UserError
 from model import ModelConfig
 
@@ -135,7 +136,7 @@ def provenance(run, config, config_file, argv):
     """Write config.json: settings, versions, commit and command. Returns the run's id, which a resumed run keeps."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "config.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
+    earlier = read_json(path) if path.exists() else {}
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         commit = git.stdout.strip() or None
