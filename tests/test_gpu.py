@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import guard
 import parallel
 from dispatch import ExpertParallel
 from kernels import attention, backend, experts, triton_experts
@@ -115,3 +116,30 @@ def test_dispatch_over_nccl_equals_local_dispatch_with_one_sync(monkeypatch, tri
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.distributed.destroy_process_group()
+
+
+LITTLE = """import runpy, sys, torch
+torch.cuda.set_per_process_memory_fraction(0.02)
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("launch", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]],
+                         ids=["alone", "torchrun"])
+def test_a_gpu_that_is_too_small_starts_again_with_less(tmp_path, data, launch):
+    """The driver gives a process that became another one all its memory back, or the second start would fail too."""
+    config = make_config(tmp_path / "c.py", data=str(data), out_dir=str(tmp_path / "run"), device="cuda", max_steps=2,
+                         hidden_size=512, sequence_length=64, global_batch_size=8192, micro_batch_size=8192)
+    (tmp_path / "little.py").write_text(LITTLE)
+    words = [*launch, tmp_path / "little.py"] if launch else ["-c", LITTLE]
+    done = run_script(*words, config, check=0, env={"PYTHONPATH": "."})
+    assert "out of memory in step 1 with 8192 sequences a forward: starting again with 4096" in done.stderr
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
+
+
+def test_the_guard_on_cuda():
+    tensors = [torch.randn(100), torch.randn(7, 3).bfloat16(), torch.tensor(3), torch.empty(0, 4)]
+    for tensor in tensors:
+        assert guard._bit_sum(tensor.cuda()).item() == guard._bit_sum(tensor).item()
+    assert 0 < guard._probe(torch.device("cuda")) < 0.1
