@@ -98,8 +98,8 @@ class Config(ModelConfig):
         6.0, "a loss so many standard deviations above the mean of the last 128 is recorded as a spike; 0: none is",
         "faults")
     max_rollbacks: int = setting(
-        0, "how often a spike, or too many non-finite steps, take the run back to its newest checkpoint, leaving out "
-        "the data since", "faults")
+        0, "how often after a start a spike, or too many non-finite steps, take the run back to its newest "
+        "checkpoint, leaving out the data since", "faults")
     step_timeout: int = setting(
         600, "seconds after which a step that does not end ends the run, with the stacks of all ranks", "faults")
     check_interval: int = setting(
@@ -270,5 +270,11 @@ def help_text():
     return "\n".join(lines)
 
 
-if __name__ == "__main__":  # for launch/multinode.sh: check the settings and say where the run will lie
-    errors.run(lambda argv: print(load(argv)[0].out_dir))
+def about_the_start(argv):
+    """For launch/multinode.sh: where the run will lie, and whether its start is one that must not be repeated."""
+    config, _ = load(argv)
+    print(config.out_dir, "once" if config.overwrite or config.resume not in (False, "auto") else "any", sep="\n")
+
+
+if __name__ == "__main__":
+    errors.run(about_the_start)

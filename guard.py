@@ -9,6 +9,7 @@ import faulthandler
 import fcntl
 import math
 import os
+import select
 import signal
 import socket
 import statistics
@@ -23,6 +24,7 @@ import torch
 import parallel
 from errors import UserError
 
+SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
 LOCK = ".lock"  # in a run folder: held by the process that trains into it
 HUNG = 124  # exit status of a rank whose step did not end, as that of timeout(1)
 EARLY = 3  # steps in which compilers are at work, and in which memory may turn out to be too small
@@ -32,8 +34,8 @@ class Guard:
     """Watches the loop of a run from its begin() to the end of the with statement.
 
     Signals: SIGTERM, SIGINT and SIGUSR1 are noted in `signal`, so that the loop can finish its step and save; a second
-    one ends at once, but not its echo: some launchers deliver a signal to the ranks twice. Ranks act only on what they
-    have agreed on: `agreed` counts those whose signal the last reduction carried.
+    one ends at once, even inside a collective, but not its echo: some launchers deliver a signal to the ranks twice.
+    Ranks act only on what they have agreed on: `agreed` counts those whose signal the last reduction carried.
 
     Hung steps: the loop says what it is about to do with beat(). If that takes longer than step_timeout, the stacks of
     all threads go to out_dir/stacks/ and the process ends. A step that hangs on one rank hangs on all, so every rank
@@ -44,22 +46,23 @@ class Guard:
     """
 
     def __init__(self, words):
-        self.words, self.config = words, None
-        self.signal, self.agreed, self.noted = None, 0, 0.0
-        self.doing, self.deadline, self.early, self.listening = "the start", math.inf, False, False
+        self.words, self.config, self.log = words, None, None
+        self.signal, self.agreed, self.noted = os.environ.pop(SIGNAL, None), 0, -math.inf
+        self.doing, self.since, self.deadline, self.early, self.listening = "the start", 0.0, math.inf, False, False
         self.over, self.handlers, self.lock = threading.Event(), {}, None
         self.parent = os.getppid()
 
     def claim(self, run):
         """Refuse a folder into which another process is training. The system frees the lock however this one ends."""
-        run.mkdir(parents=True, exist_ok=True)
+        if self.lock or not run.is_dir():
+            return
         self.lock = open(run / LOCK, "a+")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.lock.seek(0)
             raise UserError(f"{run} is in use by {self.lock.read().strip()}: wait for its end, or choose another "
-                            "--out_dir") from error
+                            f"--out_dir; if that machine is gone, remove {run / LOCK}") from error
         except OSError as error:  # some network file systems have no locks
             print(f"warning: {run} cannot be locked ({error.strerror}): start no second run there")
         self.lock.truncate(0)
@@ -70,6 +73,9 @@ class Guard:
         self.config = config
         self.handlers = {number: signal.signal(number, self._note)
                          for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        self.inbox, outbox = socket.socketpair()
+        outbox.setblocking(False)
+        self.outbox, self.woken = outbox, signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
         self.beat("the first batch", patient=True)
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
 
@@ -78,9 +84,9 @@ class Guard:
         files are written."""
         early = patient and doing.startswith("step ")
         self.listening = early or self.early  # a rank that runs out of memory may be one step behind
-        self.doing, self.early = doing, early
+        self.doing, self.early, self.since = doing, early, time.monotonic()
         allowed = self.config.step_timeout * (12 if patient else 1)
-        self.deadline = time.monotonic() + allowed
+        self.deadline = self.since + allowed
         # Python's own timer needs no interpreter lock: it ends what our thread could not.
         faulthandler.dump_traceback_later(1.2 * allowed + 10, exit=True, file=sys.__stderr__)
 
@@ -92,9 +98,12 @@ class Guard:
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.handlers:
+            signal.set_wakeup_fd(self.woken)
         if self.lock:
             self.lock.close()
-        if self.listening and error is not None and (words := parallel.asked_to_restart()):
+        if self.listening and error is not None and (words := parallel.note("restart")):
+            self._prepare_restart()
             raise parallel.Restart(words) from error  # a rank that started again was missed in a collective
         if is_out_of_memory(error):
             self._out_of_memory(error)
@@ -108,26 +117,43 @@ class Guard:
             signal.raise_signal(number)
 
     def _watch(self):
-        while not self.over.wait(min(1.0, self.config.step_timeout / 10)):
-            if self.listening and (words := parallel.asked_to_restart()):
+        first = math.inf
+        while not self.over.is_set():
+            if select.select([self.inbox], [], [], min(1.0, self.config.step_timeout / 10))[0]:
+                for number in self.inbox.recv(64):  # Python's handlers wait until the main thread leaves native code
+                    if number in self.handlers and (time.monotonic() > first + 5 or first < math.inf
+                                                    and number == signal.SIGINT):
+                        time.sleep(1)  # where the main thread can, it has ended by now
+                        os._exit(128 + number)
+                    first = min(first, time.monotonic())
+            if self.listening and (words := parallel.note("restart")):
+                self._prepare_restart()
                 parallel.start_again(words)
             if self.signal is None and os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
                 self.signal = "the loss of the launcher"  # nobody would end us: its next start wants the run folder
-            if time.monotonic() > self.deadline:
+            if time.monotonic() > self.deadline or parallel.note("hung"):
                 self._give_up()
 
     def _give_up(self):
+        parallel.leave_note("hung", True)  # all others write down where they are
+        seconds = time.monotonic() - self.since
+        said = f"rank {parallel.rank()} on {socket.gethostname()} has been in {self.doing} for {seconds:.0f} s"
         path = Path(self.config.out_dir) / "stacks" / f"rank_{parallel.rank():05d}.txt"
-        said = f"rank {parallel.rank()} on {socket.gethostname()} did not get through {self.doing} in time"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w") as file:
             file.write(f"{said}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        print(f"error: {said}; the stacks of all ranks are in {path.parent}/, and --resume continues from the last "
-              "checkpoint. If nothing hangs, raise --step_timeout", file=sys.stderr, flush=True)
-        time.sleep(min(5.0, self.config.step_timeout))  # the first to end ends the others: let them write too
+        print(f"error: {said}: hung? The stacks of all ranks are in {path.parent}/, and --resume continues from the "
+              "last checkpoint. If nothing hangs, raise --step_timeout", file=sys.stderr, flush=True)
+        time.sleep(5)  # the first to end ends the others: let them write too
         os._exit(HUNG)
+
+    def _prepare_restart(self):
+        if self.signal:
+            os.environ[SIGNAL] = self.signal
+        if self.log:
+            self.log.close()  # W&B lets nobody else continue an open run
 
     def _out_of_memory(self, error):
         if self.config is None:
@@ -143,7 +169,8 @@ class Guard:
                 words += ["--resume=auto", "--no-overwrite"]
             elif self.config.resume != "auto":
                 words.append("--overwrite")  # of the folder that this start has made
-            parallel.ask_to_restart(words)
+            self._prepare_restart()
+            parallel.leave_note("restart", words)
             raise parallel.Restart(words) from error
         raise UserError(f"out of memory in {self.doing} ({_first_line(error)}). What lowers it: --micro_batch_size "
                         f"(now {size}), --activation_checkpointing=full, a shorter --sequence_length, more ranks, "
@@ -177,7 +204,9 @@ class Spikes:
         if self.sigmas and len(self.losses) >= 32:
             mean = statistics.fmean(self.losses)
             deviation = max(statistics.pstdev(self.losses, mean), 0.01 * mean)
-            height = (loss - mean) / deviation if loss - mean > self.sigmas * deviation else None
+            if loss - mean > self.sigmas * deviation:
+                height = (loss - mean) / deviation
+                loss = mean + self.sigmas * deviation  # remembered as it is, it would hide the next
         self.losses.append(loss)
         return height
 
@@ -233,11 +262,13 @@ def stragglers(waited, device):
 
 
 def _probe(device):
-    """Seconds for a matrix product that keeps the device busy for about a millisecond; the best of five."""
-    n, times = (4096 if device.type == "cuda" else 256), []
-    x = torch.ones(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    """Seconds for matrix products that keep the device busy for less than a millisecond; the best of five."""
+    n, repeat, dtype = (2048, 10, torch.bfloat16) if device.type == "cuda" else (256, 1, torch.float32)
+    x, times = torch.zeros(n, n, device=device, dtype=dtype), []
     for _ in range(5):
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for the device
+        start, y = time.perf_counter(), x
+        for _ in range(repeat):
+            y = y @ x
+        y[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - start)
     return min(times)

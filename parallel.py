@@ -40,10 +40,9 @@ from muon import local_rows
 SAC_IGNORED_OPS.update((torch.ops.profiler._record_function_enter_new.default,
                         torch.ops.profiler._record_function_exit._RecordFunction))
 
-TIMEOUT = datetime.timedelta(minutes=20)  # of a collective, where guard.py has not ended a hanging rank before
+TIMEOUT = datetime.timedelta(hours=2)  # of a collective: ranks wait for files too. guard.py ends a hanging step before
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
         "remote process exited", "unhandled system error")  # what gloo and NCCL say
-PATIENCE = datetime.timedelta(hours=2)    # where ranks wait for files: a slow disk is no hanging rank
 
 
 # ----------------------------------------------------------------------------- start and end
@@ -128,16 +127,22 @@ def starts():
     return int(os.environ.get("NANOK2_STARTS", 0))
 
 
-def ask_to_restart(words):
-    """Let all ranks, wherever they wait, know that they have to start again with these words."""
+def leave_note(name, value):
+    """Let all ranks know something, wherever they wait."""
     if _notes is not None:
-        _notes.set(f"start_{starts()}/restart", json.dumps(words))
+        with contextlib.suppress(dist.DistError):  # the launcher is gone, and its store with it
+            _notes.set(f"start_{starts()}/{name}", json.dumps(value))
 
 
-def asked_to_restart():
-    """The words of ask_to_restart of any rank, None if none has called it."""
-    key = f"start_{starts()}/restart"
-    return json.loads(_notes.get(key)) if _notes is not None and _notes.check([key]) else None
+def note(name):
+    """What any rank of this start left under a name, else None."""
+    global _notes
+    key = f"start_{starts()}/{name}"
+    try:
+        return json.loads(_notes.get(key)) if _notes is not None and _notes.check([key]) else None
+    except dist.DistError:
+        _notes = None
+        return None
 
 
 def local_rank():
@@ -231,7 +236,7 @@ def choose_kernels(config, device):
 def second_group():
     """Another group of all ranks, for what waits long or runs in a thread of its own: two threads in one group would
     mix up their collectives."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE) if ranks() > 1 else None
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if ranks() > 1 else None
 
 
 # ----------------------------------------------------------------------------- layout

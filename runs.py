@@ -6,6 +6,7 @@ another model, tokenizer or data, a disk that is too small. Next: train.py, whic
 
 import dataclasses
 import json
+import os
 import platform
 import secrets
 import shutil
@@ -21,11 +22,12 @@ import metrics
 import parallel
 from data import tokenizer
 from data.shards import read_json
-from errors import UserError
+from errors import STOPPED, UserError
 from model import ModelConfig
 
 FREE = {"aux_loss_alpha", "z_loss", "initializer_range", "max_position_embeddings"}  # of the model, without a tensor
-PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "new_data", "wandb", "wandb_project"}
+PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_rollbacks", "new_data", "wandb",
+         "wandb_project"}
 
 
 def find_source(run, config):
@@ -80,31 +82,44 @@ def _same(before, now):
     return len(before) == len(now) and all(a == b for pair in zip(before.values(), now.values()) for a, b in zip(*pair))
 
 
-def require_room(run, n_bytes, steps, config):
+def require_room(run, source, n_bytes, steps, config):
     """Refuse a run whose checkpoints, of n_bytes each, the disk cannot hold, or whose folder cannot be written.
     steps: how many are still to come."""
     folder = run / "checkpoints"
-    existing = sum(path.stat().st_size for path in folder.glob("step_*/*"))  # to be replaced by what will be saved
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
             free = shutil.disk_usage(there).free
     except OSError as error:
         raise UserError(f"{run} cannot be written ({error.strerror}): choose another --out_dir") from error
+    present = checkpoint.step_folders(folder)
+    staying = [path for path in present if not rewound(config) or path.name <= source.name] \
+        if is_within(source, run) else []
+    taken = lambda paths: sum(file.stat().st_size for path in paths for file in path.iterdir())
+    free += taken(present) - taken(staying)
     saves = -(-steps // config.save_interval) if config.save_interval else 1
-    copies = min(saves, config.keep_checkpoints + 1 + bool(config.eval_interval))  # one more while it is written; best
-    if copies * n_bytes > free + existing:
+    most = config.keep_checkpoints + 1 + bool(config.eval_interval)  # one more while it is written; the best
+    need = max(min(saves + len(staying), most) * n_bytes - taken(staying), n_bytes) if steps > 0 else 0
+    if need > free:
         gb = lambda n: f"{n / 1e9:,.2f} GB"
-        raise UserError(f"{run}: {copies} checkpoints of {gb(n_bytes)} each will lie there at a time, but only "
-                        f"{gb(free + existing)} are free: make room, choose another --out_dir, lower "
-                        "--keep_checkpoints or set --save_interval=0")
+        raise UserError(f"{run}: its checkpoints, of {gb(n_bytes)} each, will need {gb(need)} more, but only "
+                        f"{gb(free)} are free: make room, choose another --out_dir, lower --keep_checkpoints or set "
+                        "--save_interval=0")
 
 
-def roll_back(run, reason, step, sequences, config, words, log):
+def rewound(config):
+    """Whether a run starts from a step that was named, rather than from the newest."""
+    return type(config.resume) is str and checkpoint.STEP.search(config.resume.rstrip("/")) is not None
+
+
+def roll_back(run, reason, step, sequences, config, watch, log):
     """Start again from the newest checkpoint, leaving out the sequences since; returns if there is none. sequences: how
-    many the run has read."""
+    many the run has read. Where a signal has come, the next start will meet the same trouble, and go back then."""
     if not parallel.once(checkpoint.step_folders, run / "checkpoints"):
         return
+    if watch.agreed:
+        log.close()
+        raise SystemExit(STOPPED)
     source = checkpoint.find(run)
     manifest = parallel.once(checkpoint.read_manifest, source)
     skipped = sequences - manifest["sequences"]
@@ -112,7 +127,7 @@ def roll_back(run, reason, step, sequences, config, words, log):
               sequences=[manifest["sequences"], sequences])
     print(f"step {step}: {reason}: back to {source}, leaving out {skipped} sequences", flush=True)
     log.close()
-    raise parallel.Restart([*words, f"--resume={source}", f"--skip_sequences={skipped}", "--no-overwrite",
+    raise parallel.Restart([*watch.words, f"--resume={source}", f"--skip_sequences={skipped}", "--no-overwrite",
                             f"--max_rollbacks={config.max_rollbacks - 1}"])  # later words win
 
 
@@ -120,6 +135,9 @@ def open_run(run, source, start, config, config_file, argv, encoder):
     """Make the run folder, or clear away what a new or rewound run replaces; returns the run's id. Only now, when
     everything that could be refused has been."""
     if config.overwrite and holds_run(run) and not is_within(source, run):
+        shutil.rmtree(run / ".deleted", ignore_errors=True)
+        if (run / "checkpoints").is_dir():
+            os.rename(run / "checkpoints", run / ".deleted")  # at once: half a deletion would look like a run
         for path in run.iterdir():
             if path.name != guard.LOCK:  # which this process holds
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -127,8 +145,7 @@ def open_run(run, source, start, config, config_file, argv, encoder):
     if encoder:
         tokenizer.save(encoder, run / "tokenizer")
     if source:
-        rewound = type(config.resume) is str and checkpoint.STEP.search(config.resume.rstrip("/")) is not None
-        checkpoint.drop_after(run / "checkpoints", start, rewound)
+        checkpoint.drop_after(run / "checkpoints", start, rewound(config))
     return run_id
 
 

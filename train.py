@@ -70,6 +70,7 @@ def train(argv, watch):
 
     # ------------------------------------------------------------------ run folder
     run = Path(config.out_dir)
+    parallel.once(watch.claim, run)  # before a checkpoint is chosen: its owner may still be saving
     source = runs.find_source(run, config)  # the step folder to resume from, or None
     parallel.once(runs.refuse_to_mix, run, source, config)
     parallel.once(metrics.require_wandb, config)
@@ -98,7 +99,7 @@ def train(argv, watch):
     sequences, tokens = manifest.get("sequences", 0) + config.skip_sequences, manifest.get("tokens", 0)  # seen so far
     spikes = guard.Spikes(config.spike_sigmas, manifest.get("losses", ()))
     state = checkpoint.named_tensors(model, optimizer)
-    parallel.once(runs.require_room, run, checkpoint.size(state), config.max_steps - start, config)
+    parallel.once(runs.require_room, run, source, checkpoint.size(state), config.max_steps - start, config)
     if source is None:
         model.init_weights(config.seed, local_rows)
     elif checkpoint.has_optimizer(source):
@@ -109,10 +110,11 @@ def train(argv, watch):
     else:
         checkpoint.load(source, checkpoint.named_tensors(model))
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
-    parallel.once(watch.claim, run)
+    parallel.once(run.mkdir, parents=True, exist_ok=True)
+    parallel.once(watch.claim, run)  # if it is new
     run_id = parallel.once(runs.open_run, run, source, start, config, config_file, argv, encoder)
-    log = metrics.RunLog(run, config, start, run_id, active=parallel.rank() == 0)
-    if parallel.starts():
+    log = watch.log = metrics.RunLog(run, config, start, run_id, active=parallel.rank() == 0)
+    if parallel.starts() and not config.skip_sequences:
         log.write("event", start, event="restart", command=argv)
     if source:
         stream.go_to({} if config.new_data else manifest.get("places", {}))
@@ -206,8 +208,9 @@ def train(argv, watch):
         optimizer.zero_grad()
         sequences, tokens = sequences + config.global_batch_size, tokens + tokens_per_step
         if trouble and config.max_rollbacks:
+            watch.beat("the way back", patient=True)
             report_save(saver.outcome(wait=True), log, final=False)
-            runs.roll_back(run, trouble, step, sequences, config, argv, log)  # returns if there is no checkpoint yet
+            runs.roll_back(run, trouble, step, sequences, config, watch, log)  # returns if there is no checkpoint yet
         if skipped >= config.max_skipped_steps:
             raise UserError(f"{trouble}: lower the learning rates and --resume from the last checkpoint in "
                             f"{run}/checkpoints")
@@ -226,14 +229,7 @@ def train(argv, watch):
             eta = (config.max_steps - step) * seconds / steps_timed
             print(metrics.step_line(record, config.max_steps, eta), flush=True)
             seconds, steps_timed = 0.0, 0
-        save_now = last or (config.save_interval and step % config.save_interval == 0)
-        if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
-            guard.refuse_drift(checkpoint.named_tensors(model, optimizer), [step, sequences, optimizer.steps], step)
-            for slow in guard.stragglers(waited, device):
-                log.write("event", step, event="straggler", **slow)
-                print("step {step}: rank {rank} on {host} is slow in {what}: {seconds:.3f} s, the median is "
-                      "{median:.3f} s".format(step=step, **slow), flush=True)
-            waited = 0.0
+        save_now = last or (config.save_interval and step % config.save_interval == 0 and not skipped)
         validated = None
         if config.eval_interval and (save_now or step % config.eval_interval == 0) and not watch.agreed:
             validated = evaluate(model, validation, stream.starts, micro_batch_size, device, watch)
@@ -245,6 +241,13 @@ def train(argv, watch):
             watch.beat(f"the samples of step {step}", patient=True)
             for prompt in config.sample_prompts:
                 log.sample(step, prompt, sample(model, encoder, prompt, config, step))
+        if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
+            guard.refuse_drift(checkpoint.named_tensors(model, optimizer), [step, sequences, optimizer.steps], step)
+            for slow in guard.stragglers(waited, device):
+                log.write("event", step, event="straggler", **slow)
+                print("step {step}: rank {rank} on {host} is slow in {what}: {seconds:.3f} s, the median is "
+                      "{median:.3f} s".format(step=step, **slow), flush=True)
+            waited = 0.0
         if save_now or watch.agreed:
             watch.beat(f"the save of step {step}", patient=True)
             report_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way

@@ -16,10 +16,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${NPROC_PER_NODE:=auto}"
 : "${PYTHON:=python}" "${MAX_FAILURES:=3}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
+export PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's option: else it dies of USR1
 
 # Refuses mistakes in the settings before any rank starts, and knows where the run will lie.
-out="$("$PYTHON" -m config "$@")" || exit 2
+about="$("$PYTHON" -m config "$@")" || exit 2
+out="${about%$'\n'*}" start="${about##*$'\n'}"
 latest() { cat "$out/checkpoints/latest" 2>/dev/null; }
+mkdir -p "$(dirname "$out")" && launched="$(mktemp "$(dirname "$out")/.launched.XXXXXX")" || exit 2
+trap 'rm -f "$launched"' EXIT
 
 child="" stopping=""
 # shellcheck disable=SC2329  # a trap calls it
@@ -29,16 +33,26 @@ stop() {
 }
 trap stop TERM INT USR1
 
-again=()
-for word in "$@"; do  # a restart continues; what the first attempt was told about starting is spent
-    case "$word" in --overwrite | --resume | --resume=* | --skip_sequences=*) ;; *) again+=("$word") ;; esac
-done
-words=("$@")
-[ ${#again[@]} -eq $# ] && words+=("--resume=auto")
+# What the first attempt was told about its start, to overwrite, to resume from elsewhere, to skip data, is spent only
+# when a checkpoint of this launch is there; until then it holds for what this launch itself has begun. Later words win.
+continuing=("$@" --resume=auto --no-overwrite --skip_sequences=0)
+choose_words() {
+    local newest
+    newest="$(latest)"
+    if [ "$start" = any ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] \
+        || { [ -n "$newest" ] && [ "$out/checkpoints/$newest" -nt "$launched" ]; }; then
+        words=("${continuing[@]}")
+    elif [ "$out/config.json" -nt "$launched" ]; then
+        words=("$@" --overwrite)
+    else
+        words=("$@")
+    fi
+}
 
 failures=0
 while [ -z "$stopping" ]; do
     before="$(latest)"
+    choose_words "$@"
     "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC_PER_NODE" \
         --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --max_restarts=0 train.py "${words[@]}" &
     child=$!
@@ -57,7 +71,6 @@ while [ -z "$stopping" ]; do
         exit 1
     fi
     echo "multinode.sh: torchrun ended with status $status; continuing from ${before:+the newest checkpoint of }$out" >&2
-    words=("${again[@]}" "--resume=auto")
     sleep 1
 done
 exit 75

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import resource
+import signal
 import socket
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from tests.helpers import (
     losses,
     records,
     run_restarting,
+    run_stopped,
     run_train,
 )
 
@@ -43,6 +45,7 @@ def test_a_spike_is_told_by_hand_computed_statistics():
     values = [*before, 3.59]
     expected = (4.2 - statistics.fmean(values)) / statistics.pstdev(values)
     assert spikes.height(4.2) == pytest.approx(expected) and expected > 6
+    assert spikes.height(4.2) > 5.9  # one spike does not hide the next
     assert spikes.height(-4.2) is None  # only upwards
     flat = guard.Spikes(6.0, [2.0] * 64)
     assert flat.height(2.11) is None and flat.height(2.2) is not None  # a deviation of at least 1 % of the mean
@@ -118,6 +121,36 @@ def test_non_finite_steps_roll_back_too_as_often_as_allowed(config, tmp_path, mo
         run_restarting(*words, "--resume", "--max_steps=30")
     with pytest.raises(UserError, match="non-finite steps in a row"):  # nothing to go back to
         run_restarting(*words, "--overwrite")
+
+
+def test_nothing_is_saved_while_steps_are_not_finite(config, tmp_path, monkeypatch):
+    """Retention would delete what to go back to."""
+    original, turns = K2.forward, iter(range(10**6))
+
+    def forward(self, *args, **options):
+        loss, *rest = original(self, *args, **options)
+        return (loss * math.nan if next(turns) >= 20 else loss), *rest  # from step 11 on
+
+    monkeypatch.setattr(K2, "forward", forward)
+    words = [config, "--save_interval=2", "--keep_checkpoints=2", "--max_skipped_steps=8"]
+    with pytest.raises(UserError, match="8 non-finite steps in a row"):
+        run_train(*words)
+    assert [p.name[-2:] for p in checkpoint.step_folders(tmp_path / "run/checkpoints")] == ["08", "10"]
+
+
+def test_a_signal_together_with_a_rollback_stops_the_run(config, tmp_path, monkeypatch):
+    original, turns = K2.forward, iter(range(10**6))
+
+    def forward(self, *args, **options):
+        loss, *rest = original(self, *args, **options)
+        if next(turns) != 22:  # in step 12
+            return loss, *rest
+        signal.raise_signal(signal.SIGTERM)
+        return loss * math.nan, *rest
+
+    monkeypatch.setattr(K2, "forward", forward)
+    run_stopped(config, "--save_interval=10", "--max_skipped_steps=1", "--max_rollbacks=1")
+    assert checkpoint.find(tmp_path / "run").name == "step_00000010"
 
 
 def test_skipping_needs_a_step_to_go_back_to(config):
@@ -211,7 +244,7 @@ def slow_rank(*words):
 
     def late(self, first, size):
         if parallel.rank() == 2:
-            time.sleep(0.7)
+            time.sleep(1.0)
         return batch(self, first, size)
 
     with pytest.MonkeyPatch.context() as patch:

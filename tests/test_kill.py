@@ -95,8 +95,9 @@ def test_a_short_soak(tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_do_not_outlive_their_launcher(often_saved, tmp_path):
+@pytest.mark.parametrize("step", [1, 8])
+def test_ranks_do_not_outlive_their_launcher(often_saved, tmp_path, step):
     attempt = Attempt([often_saved, "--max_steps=100000"], tmp_path / "run", ranks=2)
-    attempt.wait_for_step(3)
+    attempt.wait_for_step(step)
     attempt.process.kill()
     attempt.wait(10)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import config as settings
-from tests.helpers import ROOT, assert_equal_runs, final_tensors, losses, make_config, run_script
+from tests.helpers import ROOT, assert_equal_runs, final_tensors, losses, make_config, run_script, run_train
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -95,7 +95,7 @@ def slow_config(tmp_path, data):
                        save_interval=3, keep_checkpoints=2)
 
 
-KILLS = int(os.environ.get("KILLS", 2))
+KILLS = int(os.environ.get("KILLS", 1))
 
 
 @pytest.mark.slow
@@ -141,6 +141,40 @@ def test_a_signal_to_the_launcher_saves_and_the_next_start_continues(slow_config
     status, output = finished(multinode(slow_config, f"--out_dir={out}", f"--max_steps={step + 2}"))
     assert status == 0 and losses(out)[-1][0] == step + 2, output
     assert final_tensors(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--resume=OTHER"], ["--overwrite"]], ids=" ".join)
+def test_how_a_run_was_to_begin_holds_until_it_has_saved(slow_config, tmp_path, pool, words):
+    """A rank dies before the first checkpoint: the next attempt begins as the first did, not from nothing, and not from
+    what was to be overwritten."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    here = other if "--resume=OTHER" in words else out
+    pool.run(1, run_train, slow_config, f"--out_dir={here}", "--max_steps=6", "--decay_steps=2", "--save_interval=0")
+    words = [word.replace("OTHER", str(other)) for word in words]
+    first = 7 if here == other else 1
+    process = multinode(slow_config, f"--out_dir={out}", "--max_steps=16", "--decay_steps=2", "--save_interval=0",
+                        *words)
+    wait_for_step(process, out, 10)
+    os.kill(workers(out)[0], signal.SIGKILL)
+    status, output = finished(process)
+    assert status == 0 and output.count("multinode.sh: torchrun ended") == 1, output
+    assert [step for step, _ in losses(out)] == list(range(first, 17))
+    assert not list(tmp_path.glob(".launched*"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_everything_at_once_saves_before_the_launcher_ends(slow_config, tmp_path):
+    """As SLURM sends it to all processes of a step: torchrun too must live to see its ranks save."""
+    out = tmp_path / "run"
+    process = multinode(slow_config, f"--out_dir={out}", "--save_interval=0", "--max_steps=500")
+    wait_for_step(process, out, 3)
+    for pid in workers(out):
+        os.kill(pid, signal.SIGUSR1)
+    os.killpg(process.pid, signal.SIGUSR1)  # multinode.sh and torchrun
+    status, output = finished(process)
+    assert status == 75 and not workers(out), output
+    assert (out / "checkpoints/latest").read_text().strip() == f"step_{losses(out)[-1][0]:08d}"
 
 
 @pytest.mark.slow
