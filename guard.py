@@ -56,7 +56,10 @@ class Guard:
         """Refuse a folder into which another process is training. The system frees the lock however this one ends."""
         if self.lock or not run.is_dir():
             return
-        self.lock = open(run / LOCK, "a+")
+        try:
+            self.lock = open(run / LOCK, "a+")
+        except OSError as error:
+            raise UserError(f"{run} cannot be written ({error.strerror}): choose another --out_dir") from error
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

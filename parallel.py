@@ -131,18 +131,21 @@ def leave_note(name, value):
     """Let all ranks know something, wherever they wait."""
     if _notes is not None:
         with contextlib.suppress(dist.DistError):  # the launcher is gone, and its store with it
-            _notes.set(f"start_{starts()}/{name}", json.dumps(value))
+            _notes.set(_key(name), json.dumps(value))
 
 
 def note(name):
     """What any rank of this start left under a name, else None."""
     global _notes
-    key = f"start_{starts()}/{name}"
     try:
-        return json.loads(_notes.get(key)) if _notes is not None and _notes.check([key]) else None
+        return json.loads(_notes.get(_key(name))) if _notes is not None and _notes.check([_key(name)]) else None
     except dist.DistError:
         _notes = None
         return None
+
+
+def _key(name):  # torchrun's own restarts keep the store
+    return f"notes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{starts()}/{name}"
 
 
 def local_rank():

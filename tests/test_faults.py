@@ -66,7 +66,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_at_the_start(config,
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for out in (tmp_path / "file", tmp_path / "file/run", "/proc/nanok2"):
+    for out in (tmp_path / "file", tmp_path / "file/run", "/proc/nanok2", "/proc/self"):
         with pytest.raises(UserError, match=f"{out} cannot be written .*: choose another --out_dir"):
             run_train(config, f"--out_dir={out}")
 
