@@ -145,8 +145,9 @@ def system_v():
 
 
 def abandoned(before):
-    """What of segments() is new and belongs to no process any more; others on this machine make some too."""
-    new = segments() - before
+    """What of segments() is new and belongs to no process any more; others on this machine make some too, such as the
+    semaphores of multiprocessing, which training does not use."""
+    new = {name for name in segments() - before if "/sem.mp-" not in str(name)}
     mapped = {line.split()[-1] for pid in all_pids() for line in "\n".join(words_of(pid, "maps")).splitlines()
               if "/dev/shm/" in line}
     attached = {row["shmid"] for row in system_v() if row["nattch"] != "0"}

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_triton_*.py", "test_kernel_choice.py"]
 
+import metrics  # noqa: E402
 from tests.helpers import make_config, make_data  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 
@@ -26,6 +27,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Drawing takes most of a tiny run's time; the tests that look at curves.png are marked."""
+    if not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr(metrics, "draw_curves", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

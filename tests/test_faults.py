@@ -200,7 +200,8 @@ def test_peers_of_a_rank_with_an_error_say_a_line_and_no_traceback(short, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(short, tmp_path):
+def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(short, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")  # torchrun's patience with the rank that hangs
     attempt = Attempt([short], tmp_path / "run", 2, "hang@6:1")
     try:
         attempt.wait_for_step(5)

@@ -173,6 +173,7 @@ def is_record(line):
     )
 
 
+@pytest.mark.curves
 def test_metrics_jsonl(area):
     folder, config, drawn = area / "log", types.SimpleNamespace(wandb="off"), []
 

@@ -48,6 +48,7 @@ TRAIN_KEYS = {
 # ---------------------------------------------------------------------- what a run does and leaves behind
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize("optimizer", ["muonclip", "muon", "adamw"])
 def test_a_run_learns_and_writes_what_it_should(config, tmp_path, optimizer, capsys):
     last = run_train(
