@@ -280,8 +280,9 @@ def main(argv=None):
     print(f"{runs} runs of {STEPS} steps on {options.ranks} ranks, {len(soak.children)} starts, "
           f"{time.monotonic() - began:.0f} s; lost or different: {len(lost)}; left: {left}; flat: {long['flat']}; "
           f"after the loss of a rank all were gone within {soak.slowest:.1f} s")
-    bench.save("soak", {**vars(options), "runs": runs, "starts": len(soak.children), "disturbances": table,
-                        "slowest end (s)": soak.slowest, "long run": long, "left": left, "lost": lost})
+    bench.save(f"soak-{options.ranks}-ranks", {
+        **vars(options), "runs": runs, "starts": len(soak.children), "disturbances": table,
+        "slowest end (s)": soak.slowest, "long run": long, "left": left, "lost": lost})
     return 1 if lost or any(left.values()) or long["flat"] is False else 0
 
 
