@@ -12,7 +12,7 @@ from tests.attempts import GONE, Attempt, abandoned, assert_tidy, debris, newest
 from tests.helpers import assert_equal_runs, make_config, records, run_script, run_train
 
 KILLS = int(os.environ.get("KILLS", 0))
-STEPS = 40
+STEPS = 40 if KILLS else 20
 
 
 @pytest.fixture

@@ -96,6 +96,7 @@ def slow_config(tmp_path, data):
 
 
 KILLS = int(os.environ.get("KILLS", 1))
+STEPS = 12 + 6 * KILLS
 
 
 @pytest.mark.slow
@@ -103,11 +104,11 @@ def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path):
     """Scorecard 1. A random rank gets SIGKILL at random moments; the job goes on by itself and ends bitwise as if
     undisturbed."""
     out, rng = tmp_path / "killed", random.Random(0)
-    process = multinode(slow_config, f"--out_dir={out}", "--max_steps=24")
+    process = multinode(slow_config, f"--out_dir={out}", f"--max_steps={STEPS}")
     restarts = []
     for kill in range(KILLS):
         done = max((step for step, _ in losses(out)), default=0) if (out / "metrics.jsonl").exists() else 0
-        wait_for_step(process, out, min(max(done, 3 * kill) + 1 + rng.randrange(3), 23))
+        wait_for_step(process, out, min(max(done, 3 * kill) + 1 + rng.randrange(3), STEPS - 1))
         time.sleep(rng.random() * 0.3)
         if victims := workers(out):
             killed = time.monotonic()
@@ -120,8 +121,8 @@ def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path):
     assert status == 0, output
     assert output.count("multinode.sh: torchrun ended") == KILLS, output
     print(f"{KILLS} kills; the other ranks ended within {max(restarts):.1f} s")
-    assert [step for step, _ in losses(out)] == list(range(1, 25))
-    status, output = finished(multinode(slow_config, f"--out_dir={tmp_path / 'whole'}", "--max_steps=24"))
+    assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
+    status, output = finished(multinode(slow_config, f"--out_dir={tmp_path / 'whole'}", f"--max_steps={STEPS}"))
     assert status == 0, output
     assert_equal_runs(out, tmp_path / "whole")
     assert not workers(out)
@@ -153,13 +154,13 @@ def test_how_a_run_was_to_begin_holds_until_it_has_saved(slow_config, tmp_path, 
     pool.run(1, run_train, slow_config, f"--out_dir={here}", "--max_steps=6", "--decay_steps=2", "--save_interval=0")
     words = [word.replace("OTHER", str(other)) for word in words]
     first = 7 if here == other else 1
-    process = multinode(slow_config, f"--out_dir={out}", "--max_steps=16", "--decay_steps=2", "--save_interval=0",
+    process = multinode(slow_config, f"--out_dir={out}", "--max_steps=12", "--decay_steps=2", "--save_interval=0",
                         *words)
-    wait_for_step(process, out, 10)
+    wait_for_step(process, out, 8)
     os.kill(workers(out)[0], signal.SIGKILL)
     status, output = finished(process)
     assert status == 0 and output.count("multinode.sh: torchrun ended") == 1, output
-    assert [step for step, _ in losses(out)] == list(range(first, 17))
+    assert [step for step, _ in losses(out)] == list(range(first, 13))
     assert not list(tmp_path.glob(".launched*"))
 
 
@@ -181,14 +182,14 @@ def test_a_signal_to_everything_at_once_saves_before_the_launcher_ends(slow_conf
 def test_two_nodes_survive_the_loss_of_a_rank(slow_config, tmp_path):
     """Two launchers as on two nodes, one rank each; a killed rank on the second makes both start again and finish."""
     out, port = tmp_path / "run", free_port()
-    nodes = [multinode(slow_config, f"--out_dir={out}", NNODES="2", NODE_RANK=rank, MASTER_PORT=port,
+    nodes = [multinode(slow_config, f"--out_dir={out}", "--max_steps=12", NNODES="2", NODE_RANK=rank, MASTER_PORT=port,
                        NPROC_PER_NODE="1") for rank in "01"]
     wait_for_step(nodes[0], out, 4)
     os.kill(workers_of(nodes[1], out)[0], signal.SIGKILL)
     for node in nodes:
         status, output = finished(node)
         assert status == 0 and output.count("multinode.sh: torchrun ended") == 1, output
-    assert [step for step, _ in losses(out)] == list(range(1, 25)) and not workers(out)
+    assert [step for step, _ in losses(out)] == list(range(1, 13)) and not workers(out)
 
 
 def test_a_mistake_is_refused_once_before_any_rank_starts(slow_config):
