@@ -23,6 +23,7 @@ import torch
 
 import parallel
 from errors import UserError
+from muon import local_rows
 
 SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
 LOCK = ".lock"  # in a run folder: held by the process that trains into it
@@ -245,7 +246,7 @@ def refuse_drift(tensors, numbers, step):
 
 def _bit_sum(tensor):
     """The sum of a tensor's bits as integers: what one flipped bit changes, and the order of adding does not."""
-    local = parallel.local(tensor)
+    local, _ = local_rows(tensor)
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
     return local.contiguous().view(kind).sum(dtype=torch.int64)
 

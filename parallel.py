@@ -218,11 +218,6 @@ def part_of(tensor):
     return " ".join(f"{name} {at}" for name, at, placement in places if not placement.is_replicate()) or "all"
 
 
-def local(tensor):
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def choose_kernels(config, device):
     """Decide which kernels compute, the same on every rank; returns the decision in words."""
     dtype = getattr(torch, config.dtype)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import metrics
 import parallel
 import train
 from data import tokenizer
@@ -129,6 +130,18 @@ def make_config(path, **changes):
 def run_train(*words):
     """train.main in this process."""
     return train.main([str(word) for word in words])
+
+
+def small_run(folder, **changes):
+    """Data, a config file and a run of a step or two in `folder`, without curves; returns the config file."""
+    folder.mkdir(exist_ok=True)
+    data = make_data(folder / "data", 2000, 300)
+    small = dict(hidden_size=16, num_hidden_layers=2, global_batch_size=2, micro_batch_size=2)
+    path = make_config(folder / "tiny.py", data=str(data), out_dir=str(folder / "run"), **small | changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "draw_curves", lambda folder: None)
+        run_train(path)
+    return path
 
 
 def run_stopped(*words):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import checkpoint
 import config as settings
 import generate
-import metrics
 import train
 from data import tokenizer
 from data.shards import Writer
@@ -307,7 +306,6 @@ RUNS = dict(
 
 def test_whole_runs(area, monkeypatch):
     """One step and its checkpoint with any settings: refused, or a finite loss and a model that loads and computes."""
-    monkeypatch.setattr(metrics, "draw_curves", lambda folder: None)
     monkeypatch.setattr(train, "sample", functools.partial(short_sample, train.sample))
     data = {"train": str(make_data(area / "text", 2000, 300)), "pieces": str(area / "pieces")}
     with Writer(data["pieces"], 257) as writer:

@@ -23,7 +23,7 @@ from data import tokenizer
 from data.loader import Windows
 from data.shards import Writer, open_split
 from tests.fuzzing import FUZZ, ODD_JSON, attempt, damaged, fuzz, is_sound, json_file
-from tests.helpers import final_tensors, make_config, make_data, run_train
+from tests.helpers import final_tensors, make_data, run_train, small_run
 
 
 @pytest.fixture(scope="module")
@@ -208,23 +208,7 @@ def test_metrics_jsonl(area):
 @pytest.fixture(scope="module")
 def trained(area):
     """A run of two saved steps with its data: (config file, run folder)."""
-    data = make_data(area / "text", 2000, 300)
-    path = make_config(
-        area / "tiny.py",
-        data=str(data),
-        out_dir=str(area / "run"),
-        hidden_size=16,
-        save_interval=1,
-        num_hidden_layers=2,
-        max_steps=2,
-        global_batch_size=2,
-        micro_batch_size=2,
-        eval_interval=1,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "draw_curves", lambda folder: None)
-        run_train(path)
-    return path, area / "run"
+    return small_run(area / "trained", save_interval=1, max_steps=2, eval_interval=1), area / "trained/run"
 
 
 @contextlib.contextmanager
@@ -324,10 +308,9 @@ def test_indices_and_tensors_with_a_matching_checksum(area, trained):
     fuzz(200, test, st.sampled_from([".metadata", "__0_0.distcp"]), st.data(), accepted=0.05)
 
 
-def test_resuming_from_a_changed_manifest(area, trained, monkeypatch):
+def test_resuming_from_a_changed_manifest(area, trained):
     path, run = trained
     out, raw_good = area / "resumed", (run / "checkpoints/step_00000002/manifest.json").read_text()
-    monkeypatch.setattr(metrics, "draw_curves", lambda folder: None)
 
     def test(raw):
         shutil.rmtree(out, ignore_errors=True)

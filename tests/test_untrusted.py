@@ -20,10 +20,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 import checkpoint
 import export
 import generate
-import metrics
 from data import prepare, tokenizer
 from errors import UserError
-from tests.helpers import ROOT, make_config, make_data, run_train
+from tests.helpers import ROOT, run_train, small_run
 
 
 class Payload:
@@ -66,20 +65,7 @@ KINDS = ["pickle protocol 0", "pickle protocol 2", "pickle protocol 4", "torch.s
 def good(tmp_path_factory):
     """A good data folder, run and exported directory to spoil."""
     folder = tmp_path_factory.mktemp("good")
-    make_data(folder / "data", 2000, 300)
-    path = make_config(
-        folder / "tiny.py",
-        data=str(folder / "data"),
-        out_dir=str(folder / "run"),
-        hidden_size=16,
-        num_hidden_layers=2,
-        max_steps=1,
-        global_batch_size=2,
-        micro_batch_size=2,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "draw_curves", lambda folder: None)
-        run_train(path)
+    small_run(folder, max_steps=1)
     export.export(folder / "run", folder / "hf")
     return folder
 
