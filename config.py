@@ -137,6 +137,9 @@ class Config(ModelConfig):
                  f"sequence_length={self.sequence_length} exceeds "
                  f"max_position_embeddings={self.max_position_embeddings}"),
                 (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
+                (self.num_experts_per_tok > 1 or not self.norm_topk_prob or not self.n_routed_experts,
+                 "num_experts_per_tok=1 with norm_topk_prob: a single weight, normalised, is always 1, so that the "
+                 "router would learn nothing from the loss: set --no-norm_topk_prob, or choose two experts or more"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
                 ((self.decay_steps or 0) >= 0, f"decay_steps={self.decay_steps} must be at least 0"),
                 (self.data, "data is empty: name a folder of shards"),

@@ -130,10 +130,18 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-aten, ours = torch.ops.aten, torch.ops.nanok2
-KEEP_MATMULS = functools.partial(checkpoint.create_selective_checkpoint_contexts, [
-    aten.mm.default, aten.bmm.default, aten.addmm.default, aten._grouped_mm.default, aten.sort.stable,
-    ours.causal_attention.default, ours.route.default, ours.sort_by_expert.default, ours.experts.default])
+KEPT = ("nanok2::", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_grouped_mm", "aten::_scaled_",
+        "aten::_flash_attention", "aten::_efficient_attention", "flex_attention", "aten::sort", "aten::topk")
+
+
+def keep_matmuls(context, operator, *args, **kwargs):
+    """The policy of selective recomputation: kept are the results of matmuls, of sorts, of our own operators and of
+    attention, whichever library computes it; pointwise work, copies and views are computed again."""
+    kept = operator.name().startswith(KEPT)
+    return checkpoint.CheckpointPolicy.MUST_SAVE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KEEP_MATMULS = functools.partial(checkpoint.create_selective_checkpoint_contexts, keep_matmuls)
 
 
 class Block(nn.Module):

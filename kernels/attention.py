@@ -266,4 +266,4 @@ def choose_arm(q_shape, value_width, dtype, device, documents=False):
     REASONS[key] = {name: why for name, why in reasons.items() if why}
     ARM[key] = min(speeds, key=speeds.get, default=None)  # None: the default
     return f"attention {Q}/{V}{' with documents' * documents}: {ARM[key]}, ms: " + ", ".join(
-        f"{name} {speeds[name]:.2f}" if name in speeds else f"{name} -" for name in ARMS)
+        f"{name} {speeds[name]:.2f}" if name in speeds else f"{name} - ({reasons[name]:.80})" for name in ARMS)

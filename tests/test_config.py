@@ -86,6 +86,7 @@ def test_wrong_flags_say_what_would_be_valid(word, message):
     [
         ("--n_group=3", "n_group=3 must divide"),
         ("--num_experts_per_tok=99", "at most n_routed_experts"),
+        ("--num_experts_per_tok=1", "no-norm_topk_prob"),
         ("--topk_group=2", "at most n_group"),
         ("--qk_rope_head_dim=15", "must be even"),
         ("--sequence_length=4096", "exceeds max_position_embeddings"),

@@ -8,6 +8,7 @@ import parallel
 from dispatch import ExpertParallel
 from kernels import attention, backend, experts, triton_experts
 from tests.helpers import losses, make_config, run_script, run_train, tiny_model, tokens
+from tests.test_model import CHEAP, recomputed
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +47,14 @@ def test_model_on_cuda_equals_the_cpu():
     other, other_balance = model(x[:, :-1].cuda(), x[:, 1:].cuda())
     assert abs(loss.item() / other.item() - 1) < 1e-4 and abs(balance.item() / other_balance.item() - 1) < 1e-4
     assert torch.equal(counts, model.expert_counts.cpu())
+
+
+@pytest.mark.parametrize("arm", ["triton", "cudnn", "flash", "sdpa", "math"])  # flex runs compiled only
+def test_a_selective_block_computes_nothing_dear_again(arm):
+    with backend.running(True):
+        again = recomputed("selective", arm, "cuda", torch.bfloat16, qk_nope_head_dim=48, qk_rope_head_dim=16,
+                           v_head_dim=32, hidden_size=64)
+    assert again["silu"] and set(again) <= CHEAP, set(again) - CHEAP
 
 
 @pytest.mark.parametrize(

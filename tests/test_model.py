@@ -1,14 +1,20 @@
 """The model against transformers' DeepseekV3ForCausalLM, and the leaks that other projects have."""
 
+import collections
 import json
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 import hf
+from kernels import attention, backend
 from kernels.cross_entropy import IGNORE
-from model import ModelConfig, build, count_parameters, flops_per_token
+from model import ModelConfig, build, count_parameters, flops_per_token, keep_matmuls
 from tests.helpers import tiny_config, tiny_model, tokens
 
 YARN = {
@@ -185,6 +191,68 @@ def test_activation_checkpointing_changes_nothing(mode):
     assert torch.equal(loss, loss2) and torch.equal(counts, counts2) and torch.equal(maxima, maxima2)
     assert counts.sum() == 2 * 3 * 32 * 2  # MoE layers x tokens x choices, not doubled by the recompute
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, grads2))
+
+
+# What a selective block may compute again: pointwise work, sums over a row, copies and views. Nothing else.
+CHEAP = set("""
+    _safe_softmax _softmax _to_copy _unsafe_view add add_ alias amax arange cat clamp clone copy_ cumsum cumsum_
+    detach div empty_like eq expand fill_ floor_divide full gather ge gt index index_put_ index_select item le
+    lt masked_fill mean mul mul_ ne neg new_empty new_zeros ones ones_like permute pow reshape rsqrt
+    scalar_tensor scatter_ scatter_add scatter_add_ select sigmoid silu slice split split_with_sizes squeeze
+    stack sub sum t to transpose tril triu_ unbind unsqueeze view where zeros zeros_like
+""".split())
+
+
+class Called(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names[operator.name().split("::")[-1].split(".")[0]] += 1
+        return operator(*args, **kwargs or {})
+
+
+def recomputed(mode, arm, device="cpu", dtype=torch.float32, **changes):
+    """The operators that the backward of a block runs in that mode beyond those of a block that keeps everything."""
+    called = []
+    for setting in ("none", mode):
+        model = tiny_model(num_hidden_layers=1, first_k_dense_replace=0, **changes).to(device)
+        model.layers[0].recompute = setting
+        x = torch.randn(2, 16, model.config.hidden_size, device=device, dtype=dtype, requires_grad=True)
+        with mock.patch.object(attention, "_default_arm", lambda *about: arm):
+            y = model.layers[0](x, model.rope(0, 16))[0].sum()
+            with Called() as counted:
+                y.backward()
+        called.append(counted.names)
+    return called[1] - called[0]
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("arm, changes", [("triton", {}), ("math", {}), ("sdpa", {}), ("sdpa", {"attention": "mha"})])
+def test_a_selective_block_computes_nothing_dear_again(arm, changes, triton):
+    """For every arm that runs on a CPU; test_gpu.py asks the others. mha: equal widths, which sdpa does in one go."""
+    if triton and not backend.INTERPRETED or arm == "triton" and not triton:
+        pytest.skip("Triton's kernels do not run here")
+    with backend.running(triton):
+        again = recomputed("selective", arm, **changes)
+        assert again["silu"] and set(again) <= CHEAP, set(again) - CHEAP
+        full = recomputed("full", arm, **changes)
+    assert full["causal_attention" if arm == "triton" else "bmm"] or full["_scaled_dot_product_flash_attention_for_cpu"]
+
+
+def test_selective_recomputation_keeps_every_library_attention():
+    """All that PyTorch has under that name, and what its FLOP counter takes for arithmetic in a forward."""
+    names = [name for name in dir(torch.ops.aten) if name.startswith("_scaled_dot_product") and "backward" not in name]
+    assert {"_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention"} <= set(names)
+    counted = [str(packet).removeprefix("aten.") for packet in flop_registry]
+    counted = [name for name in counted if "backward" not in name and "conv" not in name]
+    for name in [*names, *counted, "_grouped_mm", "sort", "topk"]:
+        packet = getattr(torch.ops.aten, name, None) or getattr(torch.ops.higher_order, name)
+        for operator in [getattr(packet, o) for o in packet.overloads()] if hasattr(packet, "overloads") else [packet]:
+            assert keep_matmuls(None, operator) == CheckpointPolicy.MUST_SAVE, operator
 
 
 def test_statistics_gather_over_micro_batches_and_not_in_evaluation():

@@ -163,6 +163,61 @@ def test_an_idle_expert_moves_on_along_its_decaying_momentum():
     assert optimizer.state[stack]["momentum"][1].abs().max() < 1e-8 and stack.isfinite().all()
 
 
+def after_one_step(seen=16, **changes):
+    """The parameters of a tiny model before and after a Muon step on sequences of `seen` tokens, with the gradients."""
+    model, x = tiny_model(**changes), tokens(8, seen + 1)
+    model(x[:, :-1], x[:, 1:])[0].div(8 * seen).backward()
+    optimizer = Muon(model.named_parameters(), lr=1e-2, weight_decay=0.0)
+    found = {name: [p.detach().clone(), p.grad.clone()] for name, p in model.named_parameters()}
+    optimizer.step()
+    return {name: (*found[name], p.detach(), optimizer.state[p]) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("what, seen, changes", [
+    ("mlp.gate.weight", 16, {"num_experts_per_tok": 1}),  # its one weight is s / s
+    ("mlp.gate.weight", 16, {"num_experts_per_tok": 1, "n_routed_experts": 1}),
+    ("self_attn.q_proj.weight", 1, {}),  # a softmax over one key
+])
+def test_a_matrix_whose_gradient_is_rounding_noise_is_left_alone(what, seen, changes):
+    """The exact gradient of these is zero; what rounding leaves would move them as far as any other matrix."""
+    moved = {}
+    for name, (before, grad, after, state) in after_one_step(seen, **changes).items():
+        moved[name] = (after - before).pow(2).mean().sqrt().item()
+        if name.endswith(what):
+            assert grad.abs().max() < 1e-8 and moved.pop(name) == 0 and not state["momentum"].any(), name
+        elif "self_attn.o_proj" in name or "shared_experts" in name:
+            assert moved[name] > 5e-4, name  # 0.2 lr, less where eight tokens make a matrix of rank eight
+
+
+def test_routers_with_a_gradient_move_at_full_size():
+    for changes in ({}, {"num_experts_per_tok": 1, "norm_topk_prob": False}):
+        for name, (before, _, after, _) in after_one_step(**changes).items():
+            if name.endswith("gate.weight"):
+                assert (after - before).pow(2).mean().sqrt().item() == pytest.approx(0.2 * 1e-2, rel=0.3)
+
+
+def test_noise_is_judged_matrix_by_matrix_and_beside_all_gradients():
+    """Bitwise as if it were zero, whatever the scale of all; alone it is no noise, and nothing else is hidden."""
+    weights, grads = torch.randn(3, 8, 16), torch.randn(3, 8, 16)
+
+    def moved(grads):
+        stack = torch.nn.Parameter(weights.clone())  # three experts
+        optimizer = Muon([("w", stack)], lr=0.1, routes={"w": Route("muon", 8)})
+        for size in (1.0, *grads.new_ones(2)):
+            stack.grad = grads * size
+            optimizer.step()
+        return torch.stack((stack.detach(), optimizer.state[stack]["momentum"]))
+
+    zeros, noise, small = grads.clone(), grads.clone(), grads.clone()
+    zeros[1], noise[1], small[1] = 0, noise[1] * 1e-7, small[1] * 1e-5
+    for scale in (1.0, 1e-9, 1e6):
+        assert torch.equal(moved(noise * scale), moved(zeros * scale))
+    assert not torch.equal(moved(small)[0, 1], moved(zeros)[0, 1]) and moved(small)[1, 1].all()
+    assert moved(noise[1].expand(3, 8, 16))[1].all()
+    noise[2, 0, 0] = torch.nan
+    assert moved(noise)[1, 2].isnan().any()
+
+
 # ---------------------------------------------------------------------- routing
 
 
