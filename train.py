@@ -308,8 +308,8 @@ def evaluate(model, validation, starts, batch_size, device, watch):
     model.train()
     if watch.agreed or not math.isfinite(total):
         return None
-    loss, ratio = total / count, validation.bytes_per_token
-    bits_per_byte = loss / math.log(2) / ratio if ratio else None
+    loss = total / count
+    bits_per_byte = total / math.log(2) / validation.bytes if validation.bytes else None
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
 
 

@@ -9,11 +9,13 @@ Shapes: B sequences, T tokens each. Next: stream.py, where the data is no folder
 """
 
 import bisect
+import contextlib
 import functools
 import itertools
 import queue
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,6 +57,28 @@ class Windows:
 
     def window(self, index):
         return self.read(index * self.T, self.T + 1)
+
+    def text_bytes(self, count, encoder):
+        """Bytes of text behind the tokens 1..count: those that the tokenizer has for them, none for special tokens,
+        times what the text had over what the tokenizer has for the whole split; that is 1 unless text was repaired or
+        the tokenizer is lossy. None if there is no tokenizer, no text, or ids that the tokenizer does not have."""
+        recorded = self.split.bytes
+        if encoder is None or recorded == 0:
+            return None
+        if self.split.max_id >= encoder.n_vocab:
+            print(f"the tokenizer {encoder.name} does not have id {self.split.max_id} of val: no bits_per_byte")
+            return None
+        of_targets = self._token_bytes(1, count + 1, encoder)
+        if recorded is None:
+            return of_targets
+        whole = self._token_bytes(0, 1, encoder) + of_targets + self._token_bytes(count + 1, self.split.tokens, encoder)
+        return of_targets * recorded / whole if whole else None
+
+    def _token_bytes(self, start, end, encoder, block=2**22):
+        table = token_bytes(encoder)
+        counts = sum((np.bincount(self.read(at, min(block, end - at), dtype=None), minlength=len(table))
+                      for at in range(start, end, block)), np.zeros(len(table), np.int64))
+        return int(counts @ table)
 
 
 class Packed(Windows):
@@ -182,7 +206,8 @@ class TrainStream:
 
 class ValidationSet:
     """The first `sequences` windows of the val split of every folder, the last one padded with IGNORE targets, so
-    that a split shorter than one sequence is evaluated too."""
+    that a split shorter than one sequence is evaluated too. `bytes`: of text behind just these targets, None where it
+    is not known; the encoder is for that, None: that of each folder."""
 
     def __init__(self, data, sequence_length, sequences, verify=True, share=(0, 1), encoder=None):
         folders = data if isinstance(data, dict) else {data: 1.0}
@@ -190,11 +215,11 @@ class ValidationSet:
         self.sources = [Windows(folder, "val", sequence_length, verify, share,
                                 held_out(folder, encoder, self.sequences * self.T + 1) if is_stream(folder) else None)
                         for folder in folders]
-        ratios = [source.split.bytes_per_token for source in self.sources]
-        targets = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
-        self.bytes_per_token = None  # unknown where a folder has no meta.json
-        if None not in ratios:
-            self.bytes_per_token = sum(ratio * n for ratio, n in zip(ratios, targets)) / sum(targets)
+        counts = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
+        found = [source.text_bytes(count, encoder or _own_tokenizer(folder))
+                 for folder, source, count in zip(folders, self.sources, counts)]
+        self.bytes = None if None in found else sum(found)
+        self.bytes_per_token = self.bytes and self.bytes / sum(counts)
 
     def batches(self, batch_size, rank=0, ranks=1):
         """Yields this rank's share as (inputs, targets), (B, T) tensors; the last batch is smaller if need be, and the
@@ -217,6 +242,21 @@ class ValidationSet:
 
     def max_id(self):
         return max(source.split.max_id for source in self.sources)
+
+
+def _own_tokenizer(folder):
+    stored = Path(folder) / "tokenizer"
+    return tokenizer.load(stored) if stored.is_dir() else None
+
+
+@functools.lru_cache(4)
+def token_bytes(encoder):
+    """How many bytes every id of a tokenizer stands for, int64; 0 for special tokens and ids without a text."""
+    special, lengths = set(encoder._special_tokens.values()), np.zeros(encoder.n_vocab, np.int64)
+    for id_ in set(range(encoder.n_vocab)) - special:
+        with contextlib.suppress(KeyError):  # ids between the ranks and the special tokens
+            lengths[id_] = len(encoder.decode_single_token_bytes(id_))
+    return lengths
 
 
 def prefetch(stream, device, steps, sequences, per_step, size, rank=0, ranks=1, ahead=3, timeout=600.0):

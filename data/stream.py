@@ -111,7 +111,7 @@ def held_out(spec, encoder, tokens):
         found, n_bytes = found + len(pieces[-1]), n_bytes + len(text.encode("utf-8", "surrogatepass"))
     if found < 2:
         raise UserError(f"data={spec!r}: no text for validation; set ?validation=N documents or ?validation=SPLIT")
-    return Split([np.concatenate(pieces)], found, encoder.n_vocab - 1, n_bytes / found)
+    return Split([np.concatenate(pieces)], found, encoder.n_vocab - 1, n_bytes)
 
 
 def _documents(spec, opened, held_out, epoch, row):

@@ -96,7 +96,7 @@ def test_the_first_documents_are_held_out_or_a_split_is(jsonl, in_memory):
     seen = [id_ for inputs, targets in validation.batches(4) for id_ in targets[targets != IGNORE].tolist()]
     texts = [id_ for text in TEXTS[:5] for id_ in (END, *text.encode())]
     assert seen == texts[1:]
-    assert validation.bytes_per_token == pytest.approx(sum(len(t) for t in TEXTS[:5]) / len(texts))
+    assert validation.bytes_per_token == pytest.approx(sum(len(t) for t in TEXTS[:5]) / (len(texts) - 1))
     validation = ValidationSet("hf:some/repo:de?split=train&column=c&validation=test", 16, 100, encoder=BYTES)
     assert in_memory[-1] == ("some/repo", "test", "de", "c")
     assert bytes(validation.sources[0].split.arrays[0][1:].tolist()) == b"held out text " * 3
