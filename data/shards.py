@@ -216,8 +216,8 @@ def _tell(folder, shards, meta):
     left = sorted(str(path.relative_to(folder)) for path in set(_bin_files(folder)) - set(read))
     if left:
         why = "meta.json does not list them" if meta else "they are hidden, for tests, or in folders beside others"
-        names = ", ".join(left[:5]) + " ..." * (len(left) > 5)
-        print(f"{folder}: {len(left)} .bin files are left out, as {why}: {names}")
+        names = ", ".join(left[:5]) + f" ... ({len(left)} in all)" * (len(left) > 5)
+        print(f"{folder}: .bin files left out, as {why}: {names}")
     if meta:
         contents = {folder / shard["file"]: (shard["tokens"], shard["crc32"])
                     for split in SPLITS for shard in meta["splits"][split]["shards"]}

@@ -1,0 +1,167 @@
+"""Folders of shards made elsewhere, what a wrong --data advises, and the bytes that bits_per_byte divides by."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data import tokenizer
+from data.loader import ValidationSet
+from data.shards import Writer, open_split
+from errors import UserError
+from kernels.cross_entropy import IGNORE
+from tests.helpers import make_data
+
+
+def foreign(path, tokens, dtype=np.uint16):
+    """A shard as llm.c writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = np.zeros(256, np.int32)
+    header[:3] = *((20240520, 1) if dtype == np.uint16 else (20240801, 7)), len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype).tobytes())
+
+
+# ---------------------------------------------------------------------- no meta.json
+
+
+@pytest.mark.parametrize("train, val", [
+    ("fineweb_train_000001.bin", "fineweb_val_000000.bin"), ("pretrain_train_1.bin", "pretrain_val_000000.bin"),
+    ("TRAIN01.BIN", "Valid-0.bin"), ("train.interval.bin", "dev.pretrain.bin"), ("a-training-0.bin", "eval000.Bin"),
+    ("trainval_train_0.bin", "trainval_validation_0.bin"), ("train/000001.bin", "val/000001.bin"),
+    ("Train/shard_0.bin", "validation/shard_0.bin")])
+def test_foreign_shards_go_to_splits_by_whole_words_of_their_names(tmp_path, train, val):
+    foreign(tmp_path / "retrain" / train, [1, 2, 3] * 30)  # words of the folder's own name do not count
+    foreign(tmp_path / "retrain" / val, [4, 5] * 20)
+    got = {split: np.concatenate(open_split(tmp_path / "retrain", split).arrays) for split in ("train", "val")}
+    assert got["train"].tolist() == [1, 2, 3] * 30 and got["val"].tolist() == [4, 5] * 20
+
+
+@pytest.mark.parametrize("name", ["train_val_0.bin", "dev_train.bin", "retrain_0.bin", "interval_0.bin", "trainval.bin",
+                                  "pytorch_model.bin", "train_test.bin"])
+def test_a_foreign_shard_that_could_be_of_both_splits_or_of_none_is_refused_by_name(tmp_path, name):
+    for path in ("train_0.bin", "val_0.bin", name):
+        foreign(tmp_path / path, [1, 2, 3])
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=f"{name} (could be of|names no split).*rename it.*or move it"):
+            open_split(tmp_path, split)
+    (tmp_path / name).rename(tmp_path / "train_1.bin")
+    assert open_split(tmp_path, "train").tokens == 6
+
+
+def test_what_is_left_out_of_a_folder_or_stands_in_it_twice_is_told(tmp_path, capsys):
+    for name, ids in (("train_0.bin", [1, 2, 3]), ("train_1.bin", [2, 3, 4]), ("val_0.bin", [2, 3, 4]),
+                      ("test_0.bin", [7]), ("._val_0.bin", [8]), ("val/0.bin", [9])):
+        foreign(tmp_path / "f" / name, ids)
+    (tmp_path / "f/train_2.bin").symlink_to("train_0.bin")
+    assert [open_split(tmp_path / "f", split).tokens for split in ("train", "val")] == [9, 3]
+    said = capsys.readouterr().out
+    assert ".bin files left out, as they are hidden, for tests, or in folders beside others: ._val_0.bin, test" in said
+    assert "train_2.bin holds the same tokens as train_0.bin: they count twice" in said
+    assert "val_0.bin holds the same tokens as train_1.bin: validation measures what was trained on" in said
+    foreign(tmp_path / "f/train_3.bin", [1, 70_000], np.uint32)
+    assert open_split(tmp_path / "f", "train").max_id == 70_000
+    assert "some hold uint16 and some uint32" in capsys.readouterr().out
+    with Writer(tmp_path / "d", 1000) as writer:
+        for split in ("train", "val"):
+            writer.write(split, [1, 2, 3], 9)
+        writer.finish(lambda path: None)
+    foreign(tmp_path / "d/train_000001.bin", [1])
+    assert open_split(tmp_path / "d", "train").tokens == 3
+    said = capsys.readouterr().out
+    assert ".bin files left out, as meta.json does not list them: train_000001.bin" in said
+    assert "val_000000.bin holds the same tokens as train_000000.bin: validation" in said
+    make_data(tmp_path / "e", 100, 50)
+    open_split(tmp_path / "e", "train")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_split_without_shards_and_a_broken_link_are_named(tmp_path):
+    foreign(tmp_path / "train_0.bin", [1, 2, 3])
+    with pytest.raises(UserError, match="no val shards: rename one of its .bin files, as in val_000000.bin"):
+        open_split(tmp_path, "val")
+    (tmp_path / "val_0.bin").symlink_to("nowhere.bin")
+    with pytest.raises(UserError, match="val_0.bin is missing"):
+        open_split(tmp_path, "val")
+    assert open_split(tmp_path, "train").tokens == 3
+
+
+# ---------------------------------------------------------------------- bytes of what is evaluated
+
+EASY, HARD = [f"{i} plain words of a text, {i * i} of them" for i in range(20)], ["これは日本語の文です。é" * 9] * 8
+ENCODERS = {"bytes": lambda: tokenizer.load("bytes"), "bpe": lambda: tokenizer.train_bpe(EASY, 400),
+            "words": lambda: tokenizer.train_words(EASY, 10),
+            "above 65,536 ids": lambda: tokenizer.encoding("wide", {bytes([i]): i for i in range(256)}, special_tokens={
+                "<|endoftext|>": 70_000, "<|pad|>": 300})}
+
+
+def text_folder(folder, encoder, val, repaired=0):
+    """A folder whose text had `repaired` bytes less than it has now."""
+    with Writer(folder, encoder.n_vocab, 300) as writer:
+        for split, texts in (("train", EASY), ("val", val)):
+            for text in texts:
+                writer.write(split, tokenizer.encode(encoder, text), len(text.encode()) - repaired)
+        writer.finish(lambda path: tokenizer.save(encoder, path), **tokenizer.describe(encoder))
+    return str(folder)
+
+
+def bytes_by_hand(validation, encoder, ranks):
+    """Of the targets that the ranks get together, decoded one by one."""
+    ids = [id_ for rank in range(ranks) for _, targets in validation.batches(3, rank, ranks)
+           for id_ in targets[targets != IGNORE].tolist()]
+    special = encoder._special_tokens.values()
+    return sum(len(encoder.decode_bytes([id_])) for id_ in ids if id_ not in special), len(ids)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "words"])
+def test_bytes_are_those_of_the_evaluated_targets_on_any_ranks(tmp_path, kind):
+    encoder = ENCODERS[kind]()
+    a = text_folder(tmp_path / "a", encoder, HARD + EASY)
+    b = text_folder(tmp_path / "b", encoder, EASY)
+    for data in (a, {a: 3, b: 1}):
+        ratios = set()
+        for sequences in (2, 8, 10_000):
+            validation = ValidationSet(data, 16, sequences)  # the tokenizer is found
+            for ranks in (1, 2, 3):
+                n_bytes, count = bytes_by_hand(validation, encoder, ranks)
+                assert (validation.bytes, validation.bytes_per_token) == (n_bytes, n_bytes / count)
+            assert ValidationSet(data, 16, sequences, encoder=encoder).bytes == n_bytes
+            ratios.add(n_bytes / count)
+        assert len(ratios) > 1  # the case is one in which the part is unlike the whole
+    whole = json.loads((tmp_path / "a/meta.json").read_text(encoding="utf-8"))["splits"]["val"]["bytes"]
+    assert ValidationSet(a, 16, 10_000).bytes == whole == sum(len(text.encode()) for text in HARD + EASY)
+
+
+def test_bytes_of_repaired_text_and_of_lossy_tokenizers_are_those_of_the_source(tmp_path):
+    encoder = ENCODERS["bpe"]()
+    folder = text_folder(tmp_path / "a", encoder, HARD + EASY, repaired=2)
+    validation = ValidationSet(folder, 16, 6)
+    text = sum(len(text.encode()) for text in HARD + EASY)
+    assert validation.bytes == pytest.approx(bytes_by_hand(validation, encoder, 1)[0] * (text - 2 * 28) / text)
+    assert ValidationSet(folder, 16, 10_000).bytes == text - 2 * 28
+    words = ENCODERS["words"]()
+    folder = text_folder(tmp_path / "b", words, EASY)
+    assert ValidationSet(folder, 8, 10_000).bytes == sum(len(text.encode()) for text in EASY)
+    of = lambda ids: sum(len(words.texts[id_]) + (words.texts[id_] not in tokenizer.CLOSING) for id_ in ids
+                         if 0 < id_ < words.n_vocab - 1)  # the word and its space, of what is known
+    ids = [id_ for text in EASY for id_ in tokenizer.encode(words, text).tolist()]
+    expected = of(ids[1:17]) / of(ids) * sum(map(len, EASY))
+    assert ValidationSet(folder, 8, 2).bytes == pytest.approx(expected)
+
+
+def test_foreign_shards_get_bytes_from_the_tokenizer_that_is_named_and_nothing_is_made_up(tmp_path, capsys):
+    encoder = ENCODERS["bytes"]()
+    foreign(tmp_path / "f/train_0.bin", [1, 2, 3])
+    foreign(tmp_path / "f/val_0.bin", [256, *b"abc", 256, *b"defg"])
+    assert ValidationSet(str(tmp_path / "f"), 4, 1, encoder=encoder).bytes == 3  # a b c and a separator
+    assert ValidationSet(str(tmp_path / "f"), 4, 2, encoder=encoder).bytes == 7
+    assert ValidationSet(str(tmp_path / "f"), 4, 2).bytes is ValidationSet(str(tmp_path / "f"), 4, 2).bytes_per_token
+    foreign(tmp_path / "f/val_0.bin", [256, 1, 2, 257])
+    validation = ValidationSet(str(tmp_path / "f"), 4, 1, encoder=encoder)
+    assert validation.bytes is None and "does not have id 257" in capsys.readouterr().out
+    with Writer(tmp_path / "random", 200) as writer:
+        for split in ("train", "val"):
+            writer.write(split, [1, 2, 3], 0)  # no text at all, as `random` writes it
+        writer.finish(lambda path: None)
+    mixture = {str(tmp_path / "random"): 1, text_folder(tmp_path / "a", encoder, EASY): 1}
+    for data in (str(tmp_path / "random"), mixture):
+        assert ValidationSet(data, 4, 2, encoder=encoder).bytes_per_token is None
