@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import math
 import threading
 import time
 import tracemalloc
@@ -320,6 +321,24 @@ def test_the_loss_of_packed_sequences_is_the_mean_over_the_targets_there_are(con
     record = records(tmp_path / "run")[0]
     assert record["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-2)  # the balance loss has a part in it
+
+
+def test_bits_per_byte_of_a_run_is_by_the_bytes_of_what_it_evaluated(config, pool, tmp_path):
+    val = [id_ for i in range(60) for id_ in (END, *([i] * 9 if i > 30 else []))]  # many separators at the beginning
+    with Writer(tmp_path / "d", 257) as writer:
+        for split, ids in (("train", [END, *[7] * 20] * 200), ("val", val)):
+            writer.write(split, ids, sum(id_ != END for id_ in ids))
+        writer.finish(lambda path: tokenizer.save(BYTES, path), **tokenizer.describe(BYTES))
+    words = [config, f"--data={tmp_path / 'd'}", "--eval_interval=1", "--eval_batches=1", "--schedule=constant"]
+    packed = ["--packing=best_fit", "--document_mask"]
+    run_train(*words, f"--out_dir={tmp_path / 'one'}", "--max_steps=1")
+    pool.run(2, run_train, *words, f"--out_dir={tmp_path / 'one'}", "--max_steps=2", "--resume")
+    run_train(*words, *packed, f"--out_dir={tmp_path / 'packed'}", "--max_steps=1", "--micro_batch_size=8")
+    targets, found = val[1:257], [*records(tmp_path / "one", "val"), *records(tmp_path / "packed", "val")]
+    for record in found:
+        bits = record["loss"] * len(targets) / math.log(2)
+        assert record["bits_per_byte"] == pytest.approx(bits / sum(id_ != END for id_ in targets))
+    assert len(found) == 3 and len(val) > 300
 
 
 def test_more_than_four_epochs_are_warned_of(tmp_path, config, capsys):
