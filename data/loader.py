@@ -68,11 +68,9 @@ class Windows:
         if self.split.max_id >= encoder.n_vocab:
             print(f"the tokenizer {encoder.name} does not have id {self.split.max_id} of val: no bits_per_byte")
             return None
-        of_targets = self._token_bytes(1, count + 1, encoder)
-        if recorded is None:
-            return of_targets
-        whole = self._token_bytes(0, 1, encoder) + of_targets + self._token_bytes(count + 1, self.split.tokens, encoder)
-        return of_targets * recorded / whole if whole else None
+        found = self._token_bytes(1, count + 1, encoder)
+        whole = self._token_bytes(0, self.split.tokens, encoder) if recorded else None
+        return found * recorded / whole if whole else found
 
     def _token_bytes(self, start, end, encoder, block=2**22):
         table = token_bytes(encoder)

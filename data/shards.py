@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import advice
 from errors import UserError
 
 HEADER = 256 * 4
@@ -78,12 +79,9 @@ class Writer:
         self.pending[split], self.pending_tokens[split] = [tokens[whole:]], len(tokens) - whole
 
     def _write_shard(self, split, tokens):
-        magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == self.dtype)
-        header = np.zeros(256, dtype=np.int32)
-        header[:3] = magic, FORMATS[magic][0], len(tokens)
         shards = self.splits[split]["shards"]
         name = f"{split}_{len(shards):06d}.bin"
-        content = header.tobytes() + tokens.tobytes()
+        content = shard_bytes(tokens)
         with open(self.temporary / name, "wb") as file:
             file.write(content)
             file.flush()
@@ -108,6 +106,23 @@ class Writer:
         os.rename(self.temporary, self.folder)
 
 
+def shard_bytes(tokens):
+    """What stands in the file of a shard of these tokens, uint16 or uint32."""
+    magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == tokens.dtype)
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, FORMATS[magic][0], len(tokens)
+    return header.tobytes() + tokens.tobytes()
+
+
+def add_headers(folder, out, shard_tokens=100_000_000):
+    """Copy .bin files of uint16 ids without a header, as nanoGPT makes them, to shards in the folder `out`."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for path in Path(folder).glob("*.bin"):
+        ids = np.memmap(path, np.uint16, mode="r")
+        for number, start in enumerate(range(0, len(ids), shard_tokens)):
+            Path(out, f"{path.stem}_{number:06d}.bin").write_bytes(shard_bytes(ids[start:start + shard_tokens]))
+
+
 @dataclass
 class Split:
     """The tokens of one split of one folder, as a list of memory-mapped arrays, and what is recorded about them."""
@@ -121,8 +136,8 @@ class Split:
 def read_meta(folder):
     """meta.json of a folder of shards as a dict; {} for a foreign folder that has shards but no meta.json."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no data folder {folder}: make it with  python -m data.prepare stdlib --out={folder}")
+    if not advice.has_shards(folder):
+        raise UserError(advice.about(folder))
     path = folder / "meta.json"
     if not path.exists():
         return {}
@@ -154,15 +169,16 @@ def read_json(path):
 def open_split(folder, split, verify=True, share=(0, 1)):
     """Open all shards of a split; every header and size is checked, and with `verify` every recorded checksum; of
     share=(i, n), n readers of the same folder, this one reads only every n-th shard from the i-th on for that."""
-    folder, meta = Path(folder), read_meta(folder)
-    recorded = meta.get("splits", {}).get(split)
-    shards = {name: [folder / shard["file"] for shard in meta["splits"][name]["shards"]] for name in SPLITS} \
-        if meta else find_shards(folder)
+    folder, splits = Path(folder), read_meta(folder).get("splits")
+    recorded = splits and splits[split]
+    shards = {name: [folder / shard["file"] for shard in splits[name]["shards"]] for name in SPLITS} if splits \
+        else find_shards(folder)
     if split == "train":  # said once
-        _tell(folder, shards, meta)
+        _tell(folder, shards, "meta.json does not list them" if splits else
+              "they are hidden, for tests, or in folders beside others")
     if not shards[split]:
         raise UserError(f"{folder} has no {split} shards: " + (
-            "prepare the data again" if meta else f"rename one of its .bin files, as in {split}_000000.bin"))
+            "prepare the data again" if recorded else f"rename one of its .bin files, as in {split}_000000.bin"))
     arrays, max_id = [], 0
     for i, path in enumerate(shards[split]):
         array = _open_shard(path)
@@ -210,24 +226,15 @@ def _splits(name):
     return {WORDS[word] for word in re.findall(r"[^\W\d_]+", str(name).lower()) if word in WORDS}
 
 
-def _tell(folder, shards, meta):
+def _tell(folder, shards, why):
     """Print which .bin files of a folder are left out, and which hold the same as another."""
-    read = [path for split in SPLITS for path in shards[split]]
+    read, first = [*shards["train"], *shards["val"]], {}
     left = sorted(str(path.relative_to(folder)) for path in set(_bin_files(folder)) - set(read))
     if left:
-        why = "meta.json does not list them" if meta else "they are hidden, for tests, or in folders beside others"
-        names = ", ".join(left[:5]) + f" ... ({len(left)} in all)" * (len(left) > 5)
-        print(f"{folder}: .bin files left out, as {why}: {names}")
-    if meta:
-        contents = {folder / shard["file"]: (shard["tokens"], shard["crc32"])
-                    for split in SPLITS for shard in meta["splits"][split]["shards"]}
-    else:
-        contents = {path: (path.stat().st_size, np.fromfile(path, "u1", 2**16).tobytes())
-                    for path in read if path.is_file()}
-    first = {}
-    for path, content in contents.items():
-        other = first.setdefault(content, path)
-        if other != path and (meta or filecmp.cmp(other, path, shallow=False)):
+        print(f"{folder}: {len(left)} .bin file(s) left out, as {why}: {', '.join(left[:5])}{' ...' * (len(left) > 5)}")
+    for path in filter(Path.is_file, read):
+        other = first.setdefault((path.stat().st_size, np.fromfile(path, "u1", 2**16).tobytes()), path)
+        if other != path and filecmp.cmp(other, path, shallow=False):
             leak = other in shards["train"] and path in shards["val"]
             print(f"warning: {path} holds the same tokens as {other.name}: "
                   + ("validation measures what was trained on" if leak else "they count twice"))
@@ -248,7 +255,8 @@ def _open_shard(path):
         raise UserError(f"{path} is missing: prepare the data again")
     header = np.fromfile(path, dtype=np.int32, count=256)
     if len(header) < 256 or int(header[0]) not in FORMATS:
-        raise UserError(f"{path} is no token shard: its first number is not {' or '.join(map(str, FORMATS))}")
+        raise UserError(f"{path} is no token shard: its first number is not {' or '.join(map(str, FORMATS))}"
+                        + ("" if (path.parent / "meta.json").exists() else advice.without_header(path)))
     version, dtype = FORMATS[int(header[0])]
     count, size = int(header[2]), path.stat().st_size
     if header[1] != version:

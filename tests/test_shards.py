@@ -1,16 +1,23 @@
 """Folders of shards made elsewhere, what a wrong --data advises, and the bytes that bits_per_byte divides by."""
 
+import contextlib
+import gzip
+import io
 import json
+import re
+import shlex
 
+import datasets
 import numpy as np
 import pytest
 
-from data import tokenizer
+import train
+from data import advice, prepare, tokenizer
 from data.loader import ValidationSet
-from data.shards import Writer, open_split
+from data.shards import Writer, add_headers, open_split, read_meta
 from errors import UserError
 from kernels.cross_entropy import IGNORE
-from tests.helpers import make_data
+from tests.helpers import ROOT, make_data
 
 
 def foreign(path, tokens, dtype=np.uint16):
@@ -55,7 +62,7 @@ def test_what_is_left_out_of_a_folder_or_stands_in_it_twice_is_told(tmp_path, ca
     (tmp_path / "f/train_2.bin").symlink_to("train_0.bin")
     assert [open_split(tmp_path / "f", split).tokens for split in ("train", "val")] == [9, 3]
     said = capsys.readouterr().out
-    assert ".bin files left out, as they are hidden, for tests, or in folders beside others: ._val_0.bin, test" in said
+    assert ".bin file(s) left out, as they are hidden, for tests, or in folders beside others: ._val_0.bin, te" in said
     assert "train_2.bin holds the same tokens as train_0.bin: they count twice" in said
     assert "val_0.bin holds the same tokens as train_1.bin: validation measures what was trained on" in said
     foreign(tmp_path / "f/train_3.bin", [1, 70_000], np.uint32)
@@ -68,7 +75,7 @@ def test_what_is_left_out_of_a_folder_or_stands_in_it_twice_is_told(tmp_path, ca
     foreign(tmp_path / "d/train_000001.bin", [1])
     assert open_split(tmp_path / "d", "train").tokens == 3
     said = capsys.readouterr().out
-    assert ".bin files left out, as meta.json does not list them: train_000001.bin" in said
+    assert ".bin file(s) left out, as meta.json does not list them: train_000001.bin" in said
     assert "val_000000.bin holds the same tokens as train_000000.bin: validation" in said
     make_data(tmp_path / "e", 100, 50)
     open_split(tmp_path / "e", "train")
@@ -165,3 +172,113 @@ def test_foreign_shards_get_bytes_from_the_tokenizer_that_is_named_and_nothing_i
     mixture = {str(tmp_path / "random"): 1, text_folder(tmp_path / "a", encoder, EASY): 1}
     for data in (str(tmp_path / "random"), mixture):
         assert ValidationSet(data, 4, 2, encoder=encoder).bytes_per_token is None
+
+
+# ---------------------------------------------------------------------- a --data that is no folder of shards
+
+TEXTS = [f"document {i} " + "and more words " * (i + 5) for i in range(40)]
+
+
+def make_texts(kind, path):
+    """TEXTS in a file of that kind, or in a folder of files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    if kind == "folder":
+        for i, text in enumerate(TEXTS):
+            make_texts("text", path / f"{i}.md").write_text(text, encoding="utf-8")
+        (path / ".git").mkdir()
+        (path / ".git/objects.csv").write_text("x" * 100_000, encoding="utf-8")
+        (path / "picture.png").write_bytes(bytes(100_000))
+    elif kind in ("parquet", "arrow"):
+        table = datasets.Dataset.from_dict({"text": TEXTS})
+        table.to_parquet(path) if kind == "parquet" else table.save_to_disk(path)
+    elif kind == "gz":
+        path.write_bytes(gzip.compress(rows.encode()))
+    else:
+        lines = {"csv": "\n".join(["text", *TEXTS]), "text": "\n".join(TEXTS)}.get(kind, rows)
+        path.write_text(lines, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind, name, source", [
+    ("text", "book.txt", "text"), ("text", "my book", "text"), ("folder", "notes/", "text"),
+    ("folder", "my notes", "text"), ("folder", "data/it's", "text"), ("jsonl", "a.jsonl", "jsonl"),
+    ("jsonl", "d/a.jsonl", "jsonl"), ("gz", "a.jsonl.gz", "jsonl"), ("jsonl", "d/a.ndjson", "jsonl"),
+    ("csv", "t.csv", "csv"), ("csv", "t/a.tsv", "csv"), ("json", "a.json", "hf"), ("parquet", "p/a.parquet", "parquet"),
+    ("arrow", "saved", "hf")])
+def test_a_file_or_folder_of_text_gets_the_command_that_prepares_it(tmp_path, monkeypatch, kind, name, source):
+    monkeypatch.chdir(tmp_path)
+    make_texts(kind, tmp_path / name)
+    name = name if kind == "folder" or "/" not in name else name.split("/")[0]
+    for read in (read_meta, lambda path: open_split(path, "train")):
+        with pytest.raises(UserError, match="holds no shards but") as error:
+            read(name)
+    command, data = re.search(r"make them with  (python .*?)  and train with  --data=(.*)$", str(error.value)).groups()
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "data.prepare", source]
+    prepare.main([*words[3:], "--tokenizer=bytes", "--val_fraction=0.3"])
+    assert open_split(*shlex.split(data), "train").tokens > 1000
+    if not name.startswith("data/"):
+        with pytest.raises(UserError, match="did you mean --data=" + re.escape(data)):  # it is there now
+            read_meta(name)
+
+
+def test_names_that_do_not_exist_get_what_fits_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    make_data(tmp_path / "data/stdlib", 100, 50)
+    make_data(tmp_path / "home/my set", 100, 50)
+    foreign(tmp_path / "tokens/fineweb_train_0.bin", [1, 2])
+    (tmp_path / "empty").mkdir()
+    for name, advised in {
+            "data/fineweb": "python -m data.prepare fineweb --tokenizer=gpt2 --limit=1000000 --out=data/fineweb",
+            "tinystories": "python -m data.prepare tinystories --out=data/tinystories",
+            "/elsewhere/fineweb-edu": "--limit=1000000 --out=/elsewhere/fineweb-edu",
+            "data/tinystory": "python -m data.prepare tinystories --out=data/tinystories",
+            "HuggingFaceFW/fineweb": "python -m data.prepare hf HuggingFaceFW/fineweb --out=data/fineweb  or, to read "
+                                     "it while training,  --data=hf:HuggingFaceFW/fineweb --tokenizer=gpt2",
+            "https://huggingface.co/datasets/allenai/c4": "hf allenai/c4 --out=data/c4",
+            "data/stdilb": "did you mean --data=data/stdlib", "stdlib": "did you mean --data=data/stdlib",
+            "data/Stdlib/": "did you mean --data=data/stdlib", "data": "did you mean --data=data/stdlib",
+            "tokens/*train*.bin": "did you mean --data=tokens",
+            "tokens/fineweb_train_0.bin": "did you mean --data=tokens",
+            "data/stdlib/meta.json": "did you mean --data=data/stdlib", "~/my set": f"--data='{tmp_path}/home/my set'",
+            "no/such/folder": "python -m data.prepare text FILES --out=no/such/folder",
+            "empty": "python -m data.prepare stdlib --vocab_size=2048  makes  --data=data/stdlib"}.items():
+        with pytest.raises(UserError) as error:
+            read_meta(name)
+        assert advised in str(error.value) and ("stdlib" in advised or "FILES" in advised or
+                                                "stdlib" not in str(error.value)), (name, str(error.value))
+    for words in (["--data=data/stdilb"], ["--data={'data/stdlib': 1, 'data/stdilb': 2}"]):
+        with pytest.raises(UserError, match="no data folder data/stdilb: did you mean --data=data/stdlib"):
+            train.main([str(ROOT / "configs/debug.py"), "--vocab_size=257", "--device=cpu", *words])
+
+
+def test_advised_sources_are_those_of_prepare_that_want_no_files():
+    for source, options in advice.SOURCES.items():
+        assert prepare.parse([source, *options.split()]).source == source
+    files = re.search(r"{(.*?)}", prepare_usage()).group(1).split(",")
+    assert set(files) - {"text", "jsonl", "parquet", "csv", "hf", "stdin"} == set(advice.SOURCES)
+
+
+def prepare_usage():
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        prepare.parse(["--help"])
+    return out.getvalue()
+
+
+def test_nanogpts_files_without_a_header_get_the_command_that_adds_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "it's char"
+    folder.mkdir()
+    for split, ids in (("train", range(500)), ("val", range(9))):
+        np.array(ids, np.uint16).tofile(folder / f"{split}.bin")
+    with pytest.raises(UserError, match="train.bin is no token shard.*nanoGPT") as error:
+        open_split("it's char", "train")
+    words = shlex.split(str(error.value).split("make shards of them with  ")[1])
+    assert words[:2] == ["python", "-c"]
+    exec(words[2])
+    assert np.concatenate(open_split("it's char-shards", "train").arrays).tolist() == list(range(500))
+    add_headers(folder, "parts", shard_tokens=200)
+    assert [len(array) for array in open_split("parts", "train").arrays] == [200, 200, 100]
+    assert open_split("parts", "val").tokens == 9
