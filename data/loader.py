@@ -93,7 +93,13 @@ class Packed(Windows):
         if not firsts:
             raise UserError(f"{folder} holds no separator (id {separator}) between documents, so best_fit cannot find "
                             "them: set --packing=concat or the --tokenizer that the data was made with")
-        self.blocks = [*firsts, self.split.tokens]  # what stands before the first separator is left out
+        if firsts[0] > 0.01 * self.split.tokens:
+            raise UserError(f"{folder}: its first separator (id {separator}) is token {firsts[0]:,} of "
+                            f"{self.split.tokens:,}, and best_fit would leave out what is before it: set "
+                            "--packing=concat or the --tokenizer that the data was made with")
+        if firsts[0]:
+            print(f"{folder}: best_fit leaves out the {firsts[0]:,} tokens before the first separator")
+        self.blocks = [*firsts, self.split.tokens]
         counts, filled = [0], 0
         for number in range(len(self.blocks) - 1):
             rows = self._layout(number)[1]

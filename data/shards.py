@@ -48,7 +48,7 @@ class Writer:
 
     def __enter__(self):
         for left in self.folder.parent.glob(f".{self.folder.name}.*.partial"):
-            if not _is_running(int(left.name.split(".")[-2])):
+            if (pid := left.name.split(".")[-2]).isdecimal() and not _is_running(int(pid)):
                 shutil.rmtree(left, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         return self
@@ -135,11 +135,10 @@ class Split:
 
 def read_meta(folder):
     """meta.json of a folder of shards as a dict; {} for a foreign folder that has shards but no meta.json."""
-    folder = Path(folder)
-    if not advice.has_shards(folder):
-        raise UserError(advice.about(folder))
-    path = folder / "meta.json"
+    path = Path(folder) / "meta.json"
     if not path.exists():
+        if not path.parent.is_dir() or not _bin_files(path.parent):
+            raise UserError(advice.about(folder))
         return {}
     try:
         meta = read_json(path)
@@ -174,6 +173,9 @@ def open_split(folder, split, verify=True, share=(0, 1)):
     shards = {name: [folder / shard["file"] for shard in splits[name]["shards"]] for name in SPLITS} if splits \
         else find_shards(folder)
     if split == "train":  # said once
+        if not splits:
+            print(f"{folder} has no meta.json: by their names {len(shards['train'])} shard(s) are train and "
+                  f"{len(shards['val'])} val, and no checksum is compared")
         _tell(folder, shards, "meta.json does not list them" if splits else
               "they are hidden, for tests, or in folders beside others")
     if not shards[split]:

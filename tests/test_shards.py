@@ -62,6 +62,7 @@ def test_what_is_left_out_of_a_folder_or_stands_in_it_twice_is_told(tmp_path, ca
     (tmp_path / "f/train_2.bin").symlink_to("train_0.bin")
     assert [open_split(tmp_path / "f", split).tokens for split in ("train", "val")] == [9, 3]
     said = capsys.readouterr().out
+    assert "no meta.json: by their names 3 shard(s) are train and 1 val, and no checksum is compared" in said
     assert ".bin file(s) left out, as they are hidden, for tests, or in folders beside others: ._val_0.bin, te" in said
     assert "train_2.bin holds the same tokens as train_0.bin: they count twice" in said
     assert "val_0.bin holds the same tokens as train_1.bin: validation measures what was trained on" in said
