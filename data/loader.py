@@ -108,6 +108,7 @@ class Packed(Windows):
         self.rows, self.count = np.cumsum(counts), sum(counts)
         self.padding = 1 - filled / (self.count * (self.T + 1))
         self.layout = functools.lru_cache(64)(self._layout)
+        print(f"{folder}: {self.padding:.2%} of the places of packed sequences stay empty")
 
     def _separators(self, start, end):
         """Where separators stand in start..end of the split."""
@@ -154,6 +155,10 @@ class TrainStream:
             if source.count < 1:
                 raise UserError(f"{folder}: {source.split.tokens} training tokens are fewer than one sequence of "
                                 f"{sequence_length + 1}; lower sequence_length or add text")
+            rest = 0 if packing == "best_fit" or is_stream(folder) else (source.split.tokens - 1) % sequence_length
+            if rest > 0.01 * source.split.tokens:
+                print(f"{folder}: its last {rest:,} of {source.split.tokens:,} training tokens fill no sequence and are "
+                      "left out: lower sequence_length or add text")
         self.shares = _whole_shares([weight / sum(weights.values()) for weight in weights.values()], MIXTURE_BLOCK)
         if not all(self.shares):
             raise UserError(f"data={data}: a weight below {1 / MIXTURE_BLOCK:.4f} of the sum never gets a turn")
@@ -256,8 +261,9 @@ def _own_tokenizer(folder):
 @functools.lru_cache(4)
 def token_bytes(encoder):
     """How many bytes every id of a tokenizer stands for, int64; 0 for special tokens and ids without a text."""
-    special, lengths = set(encoder._special_tokens.values()), np.zeros(encoder.n_vocab, np.int64)
-    for id_ in set(range(encoder.n_vocab)) - special:
+    lengths, steps = np.zeros(encoder.n_vocab, np.int64), getattr(encoder, "steps", None) or {"added": ()}
+    plain = {token["id"] for token in steps["added"]}  # added tokens that stand for text like any other
+    for id_ in set(range(encoder.n_vocab)) - (set(encoder._special_tokens.values()) - plain):
         with contextlib.suppress(KeyError):  # ids between the ranks and the special tokens
             lengths[id_] = len(encoder.decode_single_token_bytes(id_))
     return lengths

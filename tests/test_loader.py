@@ -98,6 +98,8 @@ def test_the_first_documents_are_held_out_or_a_split_is(jsonl, in_memory):
     texts = [id_ for text in TEXTS[:5] for id_ in (END, *text.encode())]
     assert seen == texts[1:]
     assert validation.bytes_per_token == pytest.approx(sum(len(t) for t in TEXTS[:5]) / (len(texts) - 1))
+    part = ValidationSet("hf:some/repo?validation=5", 16, 2, encoder=BYTES)
+    assert part.bytes == 32 - texts[1:33].count(END) < validation.bytes
     validation = ValidationSet("hf:some/repo:de?split=train&column=c&validation=test", 16, 100, encoder=BYTES)
     assert in_memory[-1] == ("some/repo", "test", "de", "c")
     assert bytes(validation.sources[0].split.arrays[0][1:].tolist()) == b"held out text " * 3

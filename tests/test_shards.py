@@ -139,6 +139,15 @@ def test_bytes_are_those_of_the_evaluated_targets_on_any_ranks(tmp_path, kind):
     assert ValidationSet(a, 16, 10_000).bytes == whole == sum(len(text.encode()) for text in HARD + EASY)
 
 
+def test_bytes_of_added_tokens_are_those_of_their_text_unless_they_are_special(tmp_path):
+    encoder = tokenizer.encoding("added", {bytes([i]): i for i in range(256)}, special_tokens={
+        "<|endoftext|>": 256, "<think>": 258, "é": 259})
+    encoder.steps = {"added": [{"id": 258}, {"id": 259}]}  # 257 is nothing
+    foreign(tmp_path / "train_0.bin", [1, 2])
+    foreign(tmp_path / "val_0.bin", [256, 258, 65, 256, 257, 259])
+    assert ValidationSet(str(tmp_path), 8, 1, encoder=encoder).bytes == len("<think>") + len("A") + 2
+
+
 def test_bytes_of_repaired_text_and_of_lossy_tokenizers_are_those_of_the_source(tmp_path):
     encoder = ENCODERS["bpe"]()
     folder = text_folder(tmp_path / "a", encoder, HARD + EASY, repaired=2)
