@@ -280,8 +280,8 @@ def open_tokenizer(config):
     else:
         stored = next((Path(folder) / "tokenizer" for folder in folders if (Path(folder) / "tokenizer").is_dir()), None)
         if stored is None:
-            print("the data names no tokenizer (set --tokenizer=...): no samples, no bits_per_byte, and generate.py will "
-                  "want one")
+            print("the data names no tokenizer (set --tokenizer=...): no samples, no bits_per_byte, and generate.py "
+                  "will want one")
             return None
         encoder = tokenizer.load(stored)
     for folder, known in recorded.items():

@@ -157,8 +157,8 @@ class TrainStream:
                                 f"{sequence_length + 1}; lower sequence_length or add text")
             rest = 0 if packing == "best_fit" or is_stream(folder) else (source.split.tokens - 1) % sequence_length
             if rest > 0.01 * source.split.tokens:
-                print(f"{folder}: its last {rest:,} of {source.split.tokens:,} training tokens fill no sequence and are "
-                      "left out: lower sequence_length or add text")
+                print(f"{folder}: its last {rest:,} of {source.split.tokens:,} training tokens fill no sequence and "
+                      "are left out: lower sequence_length or add text")
         self.shares = _whole_shares([weight / sum(weights.values()) for weight in weights.values()], MIXTURE_BLOCK)
         if not all(self.shares):
             raise UserError(f"data={data}: a weight below {1 / MIXTURE_BLOCK:.4f} of the sum never gets a turn")
