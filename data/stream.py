@@ -45,6 +45,9 @@ def parse(spec):
     repo, known, validation = sources.KNOWN.get(repo, (repo, None, None))
     opened = (repo, options.get("split", "train"), config or known, options.get("column"))
     validation = options.get("validation", validation or "1000")
+    if validation == opened[1]:
+        raise UserError(f"data={spec!r}: validation={validation} is the split that is trained on: name another, or a "
+                        "number of documents to hold out")
     return (opened, None, int(validation)) if validation.isdecimal() else (opened, validation, 0)
 
 

@@ -110,6 +110,8 @@ def test_the_first_documents_are_held_out_or_a_split_is(jsonl, in_memory):
 
 @pytest.mark.parametrize("spec, message", [
     ("hf:", "expected hf:REPO"), ("hf:a/b?colum=x", "unknown: colum"), ("hf:a/b?split=", "expected hf:REPO"),
+    ("hf:a/b?validation=train", "is the split that is trained on"),
+    ("hf:tinystories?split=validation", "is the split that is trained on"),
     ("hf:a/b?validation=60", "no text beyond its first 60")])
 def test_wrong_specs_are_named(in_memory, spec, message):
     with pytest.raises(UserError, match=message):
