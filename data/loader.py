@@ -155,9 +155,9 @@ class TrainStream:
             if source.count < 1:
                 raise UserError(f"{folder}: {source.split.tokens} training tokens are fewer than one sequence of "
                                 f"{sequence_length + 1}; lower sequence_length or add text")
-            rest = 0 if packing == "best_fit" or is_stream(folder) else (source.split.tokens - 1) % sequence_length
-            if rest > 0.01 * source.split.tokens:
-                print(f"{folder}: its last {rest:,} of {source.split.tokens:,} training tokens fill no sequence and "
+            tokens = source.split.tokens
+            if type(source) is Windows and (rest := (tokens - 1) % sequence_length) > 0.01 * tokens:
+                print(f"{folder}: its last {rest:,} of {tokens:,} training tokens fill no sequence and "
                       "are left out: lower sequence_length or add text")
         self.shares = _whole_shares([weight / sum(weights.values()) for weight in weights.values()], MIXTURE_BLOCK)
         if not all(self.shares):
