@@ -6,6 +6,7 @@ Commands are quoted for a shell and run as they stand. Next: shards.py, which ra
 import collections
 import difflib
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -50,7 +51,7 @@ def has_shards(folder):
 
 def without_header(path):
     """What to do about a .bin file that is no shard."""
-    code = f"from data.shards import add_headers; add_headers({str(path.parent)!r}, {str(path.parent) + '-shards'!r})"
+    code = f"from data.shards import add_headers; add_headers({json.dumps(str(path.parent))}, {json.dumps(f'{path.parent}-shards')})"
     return f"; if it is nanoGPT's, uint16 ids alone, make shards of them with  python -c {quote(code)}"
 
 
