@@ -51,7 +51,8 @@ def has_shards(folder):
 
 def without_header(path):
     """What to do about a .bin file that is no shard."""
-    code = f"from data.shards import add_headers; add_headers({json.dumps(str(path.parent))}, {json.dumps(f'{path.parent}-shards')})"
+    names = ", ".join(json.dumps(name) for name in (str(path.parent), f"{path.parent}-shards"))
+    code = f"from data.shards import add_headers; add_headers({names})"
     return f"; if it is nanoGPT's, uint16 ids alone, make shards of them with  python -c {quote(code)}"
 
 
