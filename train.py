@@ -280,7 +280,8 @@ def open_tokenizer(config):
     else:
         stored = next((Path(folder) / "tokenizer" for folder in folders if (Path(folder) / "tokenizer").is_dir()), None)
         if stored is None:
-            print("the data names no tokenizer (set --tokenizer=...): no samples, and generate.py will want one")
+            print("the data names no tokenizer (set --tokenizer=...): no samples, no bits_per_byte, and generate.py "
+                  "will want one")
             return None
         encoder = tokenizer.load(stored)
     for folder, known in recorded.items():
@@ -308,8 +309,8 @@ def evaluate(model, validation, starts, batch_size, device, watch):
     model.train()
     if watch.agreed or not math.isfinite(total):
         return None
-    loss, ratio = total / count, validation.bytes_per_token
-    bits_per_byte = loss / math.log(2) / ratio if ratio else None
+    loss = total / count
+    bits_per_byte = total / math.log(2) / validation.bytes if validation.bytes else None
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
 
 

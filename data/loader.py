@@ -9,11 +9,13 @@ Shapes: B sequences, T tokens each. Next: stream.py, where the data is no folder
 """
 
 import bisect
+import contextlib
 import functools
 import itertools
 import queue
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,6 +58,26 @@ class Windows:
     def window(self, index):
         return self.read(index * self.T, self.T + 1)
 
+    def text_bytes(self, count, encoder):
+        """Bytes of text behind the tokens 1..count: those that the tokenizer has for them, none for special tokens,
+        times what the text had over what the tokenizer has for the whole split; that is 1 unless text was repaired or
+        the tokenizer is lossy. None if there is no tokenizer, no text, or ids that the tokenizer does not have."""
+        recorded = self.split.bytes
+        if encoder is None or recorded == 0:
+            return None
+        if self.split.max_id >= encoder.n_vocab:
+            print(f"the tokenizer {encoder.name} does not have id {self.split.max_id} of val: no bits_per_byte")
+            return None
+        found = self._token_bytes(1, count + 1, encoder)
+        whole = self._token_bytes(0, self.split.tokens, encoder) if recorded else None
+        return found * recorded / whole if whole else found
+
+    def _token_bytes(self, start, end, encoder, block=2**22):
+        table = token_bytes(encoder)
+        counts = sum((np.bincount(self.read(at, min(block, end - at), dtype=None), minlength=len(table))
+                      for at in range(start, end, block)), np.zeros(len(table), np.int64))
+        return int(counts @ table)
+
 
 class Packed(Windows):
     """Rows of T+1 tokens in which no document that fits into one is split. Blocks of documents, so many as start within
@@ -71,7 +93,13 @@ class Packed(Windows):
         if not firsts:
             raise UserError(f"{folder} holds no separator (id {separator}) between documents, so best_fit cannot find "
                             "them: set --packing=concat or the --tokenizer that the data was made with")
-        self.blocks = [*firsts, self.split.tokens]  # what stands before the first separator is left out
+        if firsts[0] > 0.01 * self.split.tokens:
+            raise UserError(f"{folder}: its first separator (id {separator}) is token {firsts[0]:,} of "
+                            f"{self.split.tokens:,}, and best_fit would leave out what is before it: set "
+                            "--packing=concat or the --tokenizer that the data was made with")
+        if firsts[0]:
+            print(f"{folder}: best_fit leaves out the {firsts[0]:,} tokens before the first separator")
+        self.blocks = [*firsts, self.split.tokens]
         counts, filled = [0], 0
         for number in range(len(self.blocks) - 1):
             rows = self._layout(number)[1]
@@ -80,6 +108,7 @@ class Packed(Windows):
         self.rows, self.count = np.cumsum(counts), sum(counts)
         self.padding = 1 - filled / (self.count * (self.T + 1))
         self.layout = functools.lru_cache(64)(self._layout)
+        print(f"{folder}: {self.padding:.2%} of the places of packed sequences stay empty")
 
     def _separators(self, start, end):
         """Where separators stand in start..end of the split."""
@@ -126,6 +155,10 @@ class TrainStream:
             if source.count < 1:
                 raise UserError(f"{folder}: {source.split.tokens} training tokens are fewer than one sequence of "
                                 f"{sequence_length + 1}; lower sequence_length or add text")
+            tokens = source.split.tokens
+            if type(source) is Windows and (rest := (tokens - 1) % sequence_length) > 0.01 * tokens:
+                print(f"{folder}: its last {rest:,} of {tokens:,} training tokens fill no sequence and "
+                      "are left out: lower sequence_length or add text")
         self.shares = _whole_shares([weight / sum(weights.values()) for weight in weights.values()], MIXTURE_BLOCK)
         if not all(self.shares):
             raise UserError(f"data={data}: a weight below {1 / MIXTURE_BLOCK:.4f} of the sum never gets a turn")
@@ -182,7 +215,8 @@ class TrainStream:
 
 class ValidationSet:
     """The first `sequences` windows of the val split of every folder, the last one padded with IGNORE targets, so
-    that a split shorter than one sequence is evaluated too."""
+    that a split shorter than one sequence is evaluated too. `bytes`: of text behind just these targets, None where it
+    is not known; the encoder is for that, None: that of each folder."""
 
     def __init__(self, data, sequence_length, sequences, verify=True, share=(0, 1), encoder=None):
         folders = data if isinstance(data, dict) else {data: 1.0}
@@ -190,11 +224,11 @@ class ValidationSet:
         self.sources = [Windows(folder, "val", sequence_length, verify, share,
                                 held_out(folder, encoder, self.sequences * self.T + 1) if is_stream(folder) else None)
                         for folder in folders]
-        ratios = [source.split.bytes_per_token for source in self.sources]
-        targets = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
-        self.bytes_per_token = None  # unknown where a folder has no meta.json
-        if None not in ratios:
-            self.bytes_per_token = sum(ratio * n for ratio, n in zip(ratios, targets)) / sum(targets)
+        counts = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
+        found = [source.text_bytes(count, encoder or _own_tokenizer(folder))
+                 for folder, source, count in zip(folders, self.sources, counts)]
+        self.bytes = None if None in found else sum(found)
+        self.bytes_per_token = self.bytes and self.bytes / sum(counts)
 
     def batches(self, batch_size, rank=0, ranks=1):
         """Yields this rank's share as (inputs, targets), (B, T) tensors; the last batch is smaller if need be, and the
@@ -217,6 +251,22 @@ class ValidationSet:
 
     def max_id(self):
         return max(source.split.max_id for source in self.sources)
+
+
+def _own_tokenizer(folder):
+    stored = Path(folder) / "tokenizer"
+    return tokenizer.load(stored) if stored.is_dir() else None
+
+
+@functools.lru_cache(4)
+def token_bytes(encoder):
+    """How many bytes every id of a tokenizer stands for, int64; 0 for special tokens and ids without a text."""
+    lengths, steps = np.zeros(encoder.n_vocab, np.int64), getattr(encoder, "steps", None) or {"added": ()}
+    plain = {token["id"] for token in steps["added"]}  # added tokens that stand for text like any other
+    for id_ in set(range(encoder.n_vocab)) - (set(encoder._special_tokens.values()) - plain):
+        with contextlib.suppress(KeyError):  # ids between the ranks and the special tokens
+            lengths[id_] = len(encoder.decode_single_token_bytes(id_))
+    return lengths
 
 
 def prefetch(stream, device, steps, sequences, per_step, size, rank=0, ranks=1, ahead=3, timeout=600.0):

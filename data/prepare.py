@@ -246,7 +246,7 @@ def main(argv=None):
            if key not in ("out", "overwrite", "workers", "no_streaming") and value is not None}
     how |= {"found": len(files), "bytes": sum(file.stat().st_size for file in files)}
     if out.exists() and not args.overwrite:
-        before = read_meta(out).get("prepared_by")
+        before = read_meta(out).get("prepared_by") if (out / "meta.json").is_file() else None
         known = {key: value for key, value in before.items() if value is not None} if isinstance(before, dict) else {}
         if known == how and args.source != "stdin":
             print(f"{out} is ready (made earlier in the same way)")

@@ -3,11 +3,14 @@
 A shard is 256 int32 of header (magic, version, token count), then the tokens: magic 20240520 version 1 holds uint16
 ids, magic 20240801 version 7 uint32 ids for vocabularies above 65,536. meta.json records tokenizer, vocabulary,
 documents, tokens and bytes of each split, and size, largest id and CRC32 of every shard. Folders of llm.c or
-modded-nanogpt, which have no meta.json, are read as they are. Next: loader.py.
+modded-nanogpt, which have no meta.json, are read as they are: whole words of the file names tell the splits apart.
+Next: loader.py.
 """
 
+import filecmp
 import json
 import os
+import re
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -15,11 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data import advice
 from errors import UserError
 
 HEADER = 256 * 4
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}  # magic -> version, dtype
 SPLITS = ("train", "val")
+# What a word of a file's name says of it, where no meta.json does; a test shard is for neither split.
+WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+         "eval": "val", "evaluation": "val", "test": "test", "testing": "test"}
 
 
 def dtype_for(vocab_size):
@@ -41,7 +48,7 @@ class Writer:
 
     def __enter__(self):
         for left in self.folder.parent.glob(f".{self.folder.name}.*.partial"):
-            if not _is_running(int(left.name.split(".")[-2])):
+            if (pid := left.name.split(".")[-2]).isdecimal() and not _is_running(int(pid)):
                 shutil.rmtree(left, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         return self
@@ -72,12 +79,9 @@ class Writer:
         self.pending[split], self.pending_tokens[split] = [tokens[whole:]], len(tokens) - whole
 
     def _write_shard(self, split, tokens):
-        magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == self.dtype)
-        header = np.zeros(256, dtype=np.int32)
-        header[:3] = magic, FORMATS[magic][0], len(tokens)
         shards = self.splits[split]["shards"]
         name = f"{split}_{len(shards):06d}.bin"
-        content = header.tobytes() + tokens.tobytes()
+        content = shard_bytes(tokens)
         with open(self.temporary / name, "wb") as file:
             file.write(content)
             file.flush()
@@ -95,11 +99,28 @@ class Writer:
                 self._flush(split, everything=True)
         save_tokenizer(self.temporary / "tokenizer")
         meta = {**about, "vocab_size": self.vocab_size, "splits": self.splits}
-        (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)
         os.rename(self.temporary, self.folder)
+
+
+def shard_bytes(tokens):
+    """What stands in the file of a shard of these tokens, uint16 or uint32."""
+    magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == tokens.dtype)
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, FORMATS[magic][0], len(tokens)
+    return header.tobytes() + tokens.tobytes()
+
+
+def add_headers(folder, out, shard_tokens=100_000_000):
+    """Copy .bin files of uint16 ids without a header, as nanoGPT makes them, to shards in the folder `out`."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for path in Path(folder).glob("*.bin"):
+        ids = np.memmap(path, np.uint16, mode="r")
+        for number, start in enumerate(range(0, len(ids), shard_tokens)):
+            Path(out, f"{path.stem}_{number:06d}.bin").write_bytes(shard_bytes(ids[start:start + shard_tokens]))
 
 
 @dataclass
@@ -108,17 +129,16 @@ class Split:
     arrays: list
     tokens: int
     max_id: int
-    bytes_per_token: float | None  # None where no meta.json says it
+    bytes: int | None  # of the text before it was tokenised; None where no meta.json says it, 0 where there was none
     fingerprint: int | str | None = None  # of the content; None where no meta.json has checksums
 
 
 def read_meta(folder):
     """meta.json of a folder of shards as a dict; {} for a foreign folder that has shards but no meta.json."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no data folder {folder}: make it with  python -m data.prepare stdlib --out={folder}")
-    path = folder / "meta.json"
+    path = Path(folder) / "meta.json"
     if not path.exists():
+        if not path.parent.is_dir() or not _bin_files(path.parent):
+            raise UserError(advice.about(folder))
         return {}
     try:
         meta = read_json(path)
@@ -148,15 +168,21 @@ def read_json(path):
 def open_split(folder, split, verify=True, share=(0, 1)):
     """Open all shards of a split; every header and size is checked, and with `verify` every recorded checksum; of
     share=(i, n), n readers of the same folder, this one reads only every n-th shard from the i-th on for that."""
-    folder, recorded = Path(folder), read_meta(folder).get("splits", {}).get(split)
-    if recorded:
-        paths = [folder / shard["file"] for shard in recorded["shards"]]
-    else:
-        paths = sorted(folder.glob(f"*{split}*.bin"))
-    if not paths:
-        raise UserError(f"{folder} has no {split} shards (*{split}*.bin): prepare the data again")
+    folder, splits = Path(folder), read_meta(folder).get("splits")
+    recorded = splits and splits[split]
+    shards = {name: [folder / shard["file"] for shard in splits[name]["shards"]] for name in SPLITS} if splits \
+        else find_shards(folder)
+    if split == "train":  # said once
+        if not splits:
+            print(f"{folder} has no meta.json: by their names {len(shards['train'])} shard(s) are train and "
+                  f"{len(shards['val'])} val, and no checksum is compared")
+        _tell(folder, shards, "meta.json does not list them" if splits else
+              "they are hidden, for tests, or in folders beside others")
+    if not shards[split]:
+        raise UserError(f"{folder} has no {split} shards: " + (
+            "prepare the data again" if recorded else f"rename one of its .bin files, as in {split}_000000.bin"))
     arrays, max_id = [], 0
-    for i, path in enumerate(paths):
+    for i, path in enumerate(shards[split]):
         array = _open_shard(path)
         if recorded:
             shard = recorded["shards"][i]
@@ -169,9 +195,51 @@ def open_split(folder, split, verify=True, share=(0, 1)):
                                 "prepare the data again")
         max_id = max(max_id, recorded["shards"][i]["max_id"] if recorded else int(array.max()))
         arrays.append(array)
-    ratio = recorded["bytes"] / recorded["tokens"] if recorded else None
+    if len({array.dtype for array in arrays}) > 1:
+        print(f"warning: of the {split} shards of {folder} some hold uint16 and some uint32: of one tokenizer?")
     fingerprint = zlib.crc32(repr([shard["crc32"] for shard in recorded["shards"]]).encode()) if recorded else None
-    return Split(arrays, sum(map(len, arrays)), max_id, ratio, fingerprint)
+    return Split(arrays, sum(map(len, arrays)), max_id, recorded["bytes"] if recorded else None, fingerprint)
+
+
+def find_shards(folder):
+    """{split: sorted paths} of a folder without meta.json, by whole words of the names; "test" is a split here too. If
+    the folder itself has no .bin files, those of its folders train/, val/ and the like are meant."""
+    files = [path for path in _bin_files(folder) if path.name[0] != "."]
+    found = {"train": [], "val": [], "test": []}
+    for path in sorted([path for path in files if path.parent == folder] or files):
+        splits = _splits(path.relative_to(folder).with_suffix(""))
+        if len(splits) != 1:
+            raise UserError(f"{path} {'could be of ' if splits else 'names no split, neither train nor val'}"
+                            f"{' or '.join(sorted(splits))}: rename it so that one word of its name says which, as in "
+                            "train_000001.bin or val_000000.bin, or move it elsewhere")
+        found[splits.pop()].append(path)
+    return found
+
+
+def _bin_files(folder):
+    """The .bin files of a folder and of those in it that are named for a split."""
+    inside = [path for path in folder.iterdir() if path.is_dir() and _splits(path.name)]
+    return [path for place in (folder, *inside) for path in place.iterdir()
+            if path.suffix.lower() == ".bin" and not path.is_dir()]
+
+
+def _splits(name):
+    """What the words of a name say, in any case; words are runs of letters."""
+    return {WORDS[word] for word in re.findall(r"[^\W\d_]+", str(name).lower()) if word in WORDS}
+
+
+def _tell(folder, shards, why):
+    """Print which .bin files of a folder are left out, and which hold the same as another."""
+    read, first = [*shards["train"], *shards["val"]], {}
+    left = sorted(str(path.relative_to(folder)) for path in set(_bin_files(folder)) - set(read))
+    if left:
+        print(f"{folder}: {len(left)} .bin file(s) left out, as {why}: {', '.join(left[:5])}{' ...' * (len(left) > 5)}")
+    for path in filter(Path.is_file, read):
+        other = first.setdefault((path.stat().st_size, np.fromfile(path, "u1", 2**16).tobytes()), path)
+        if other != path and filecmp.cmp(other, path, shallow=False):
+            leak = other in shards["train"] and path in shards["val"]
+            print(f"warning: {path} holds the same tokens as {other.name}: "
+                  + ("validation measures what was trained on" if leak else "they count twice"))
 
 
 def _is_running(pid):
@@ -189,7 +257,8 @@ def _open_shard(path):
         raise UserError(f"{path} is missing: prepare the data again")
     header = np.fromfile(path, dtype=np.int32, count=256)
     if len(header) < 256 or int(header[0]) not in FORMATS:
-        raise UserError(f"{path} is no token shard: its first number is not {' or '.join(map(str, FORMATS))}")
+        raise UserError(f"{path} is no token shard: its first number is not {' or '.join(map(str, FORMATS))}"
+                        + ("" if (path.parent / "meta.json").exists() else advice.without_header(path)))
     version, dtype = FORMATS[int(header[0])]
     count, size = int(header[2]), path.stat().st_size
     if header[1] != version:

@@ -45,6 +45,9 @@ def parse(spec):
     repo, known, validation = sources.KNOWN.get(repo, (repo, None, None))
     opened = (repo, options.get("split", "train"), config or known, options.get("column"))
     validation = options.get("validation", validation or "1000")
+    if validation == opened[1]:
+        raise UserError(f"data={spec!r}: validation={validation} is the split that is trained on: name another, or a "
+                        "number of documents to hold out")
     return (opened, None, int(validation)) if validation.isdecimal() else (opened, validation, 0)
 
 
@@ -111,7 +114,7 @@ def held_out(spec, encoder, tokens):
         found, n_bytes = found + len(pieces[-1]), n_bytes + len(text.encode("utf-8", "surrogatepass"))
     if found < 2:
         raise UserError(f"data={spec!r}: no text for validation; set ?validation=N documents or ?validation=SPLIT")
-    return Split([np.concatenate(pieces)], found, encoder.n_vocab - 1, n_bytes / found)
+    return Split([np.concatenate(pieces)], found, encoder.n_vocab - 1, n_bytes)
 
 
 def _documents(spec, opened, held_out, epoch, row):

@@ -46,7 +46,7 @@ def test_shards_are_llm_c_files(tmp_path, vocab, magic, version, dtype):
     assert raw.tolist() == ids.tolist()
     split = open_split(tmp_path / "d", "train")
     assert np.concatenate(split.arrays).tolist() == ids.tolist()
-    assert (split.tokens, split.max_id, split.bytes_per_token) == (2500, vocab - 1, 3.0)
+    assert (split.tokens, split.max_id, split.bytes) == (2500, vocab - 1, 7500)
     meta = json.loads((tmp_path / "d/meta.json").read_text())
     assert meta["splits"]["train"]["documents"] == 2
     assert meta["splits"]["train"]["shards"][1]["crc32"] == zlib.crc32(files[1].read_bytes())
@@ -57,7 +57,7 @@ def test_foreign_llm_c_folder_is_read_without_meta(tmp_path):
     (tmp_path / "d/meta.json").unlink()
     (tmp_path / "d/train_000000.bin").rename(tmp_path / "d/fineweb_train_000001.bin")
     split = open_split(tmp_path / "d", "train")
-    assert split.tokens == 40_000 and split.max_id == 63 and split.bytes_per_token is None
+    assert split.tokens == 40_000 and split.max_id == 63 and split.bytes is None
 
 
 def test_writer_refuses_ids_that_do_not_fit_and_leaves_nothing(tmp_path):
@@ -156,22 +156,20 @@ def test_validation_is_all_of_val_in_order_even_below_one_sequence(tmp_path):
     assert len(list(ValidationSet(str(folder), 10, 2).batches(2))) == 1  # no more than asked for
 
 
+def test_tokens_that_fill_no_sequence_are_told(tmp_path, capsys):
+    folder = write(tmp_path / "d", 1000, [("train", np.arange(500)), ("val", np.arange(5))])
+    for length, said in ((300, "its last 199 of 500 training tokens fill no sequence"), (499, ""), (31, "")):
+        TrainStream(str(folder), length, 0)
+        out = capsys.readouterr().out
+        assert said in out if said else not out
+
+
 def test_too_little_text_is_an_error(tmp_path):
     folder = write(tmp_path / "d", 1000, [("train", np.arange(20)), ("val", np.arange(5))])
     with pytest.raises(UserError, match="fewer than one sequence"):
         TrainStream(str(folder), 20, 0)
     with pytest.raises(UserError, match="no data folder"):
         Windows(tmp_path / "nowhere", "train", 8)
-
-
-def test_bytes_per_token_of_a_mixture_is_weighted_by_its_targets(tmp_path):
-    for name, n, ratio in (("a", 3001, 4), ("b", 101, 1)):
-        with Writer(tmp_path / name, 1000) as writer:
-            writer.write("train", np.arange(50), 50)
-            writer.write("val", np.arange(n) % 900, n * ratio)
-            writer.finish(lambda path: None)
-    both = ValidationSet({str(tmp_path / "a"): 1, str(tmp_path / "b"): 1}, 10, 10_000)
-    assert both.bytes_per_token == pytest.approx((3000 * 4 + 100 * 1) / 3100)
 
 
 # ---------------------------------------------------------------------- tokenizers

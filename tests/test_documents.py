@@ -95,6 +95,13 @@ def test_a_packed_sequence_is_found_without_reading_everything(tmp_path, monkeyp
     assert 0 < sum(read) < 3 * BLOCK_ROWS * 64 < 320_000 / 10
 
 
+def test_what_packing_leaves_out_is_told_or_refused(tmp_path, capsys):
+    Packed(write(tmp_path / "d", [[1, 2], *numbered([40] * 50)], vocab=60_000), END, 16)
+    assert "leaves out the 2 tokens before the first separator" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is token 400 of 2,400, and best_fit would leave out.*--packing=concat"):
+        Packed(write(tmp_path / "e", [[1] * 400, *numbered([40] * 50)], vocab=60_000), END, 16)
+
+
 def test_documents_that_cannot_be_found_are_an_error(tmp_path):
     folder = write(tmp_path / "d", [[1, 2, 3] * 50])
     with pytest.raises(UserError, match="no separator"):

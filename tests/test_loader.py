@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import math
 import threading
 import time
 import tracemalloc
@@ -96,7 +97,9 @@ def test_the_first_documents_are_held_out_or_a_split_is(jsonl, in_memory):
     seen = [id_ for inputs, targets in validation.batches(4) for id_ in targets[targets != IGNORE].tolist()]
     texts = [id_ for text in TEXTS[:5] for id_ in (END, *text.encode())]
     assert seen == texts[1:]
-    assert validation.bytes_per_token == pytest.approx(sum(len(t) for t in TEXTS[:5]) / len(texts))
+    assert validation.bytes_per_token == pytest.approx(sum(len(t) for t in TEXTS[:5]) / (len(texts) - 1))
+    part = ValidationSet("hf:some/repo?validation=5", 16, 2, encoder=BYTES)
+    assert part.bytes == 32 - texts[1:33].count(END) < validation.bytes
     validation = ValidationSet("hf:some/repo:de?split=train&column=c&validation=test", 16, 100, encoder=BYTES)
     assert in_memory[-1] == ("some/repo", "test", "de", "c")
     assert bytes(validation.sources[0].split.arrays[0][1:].tolist()) == b"held out text " * 3
@@ -107,6 +110,8 @@ def test_the_first_documents_are_held_out_or_a_split_is(jsonl, in_memory):
 
 @pytest.mark.parametrize("spec, message", [
     ("hf:", "expected hf:REPO"), ("hf:a/b?colum=x", "unknown: colum"), ("hf:a/b?split=", "expected hf:REPO"),
+    ("hf:a/b?validation=train", "is the split that is trained on"),
+    ("hf:tinystories?split=validation", "is the split that is trained on"),
     ("hf:a/b?validation=60", "no text beyond its first 60")])
 def test_wrong_specs_are_named(in_memory, spec, message):
     with pytest.raises(UserError, match=message):
@@ -320,6 +325,24 @@ def test_the_loss_of_packed_sequences_is_the_mean_over_the_targets_there_are(con
     record = records(tmp_path / "run")[0]
     assert record["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-2)  # the balance loss has a part in it
+
+
+def test_bits_per_byte_of_a_run_is_by_the_bytes_of_what_it_evaluated(config, pool, tmp_path):
+    val = [id_ for i in range(60) for id_ in (END, *([i] * 9 if i > 30 else []))]  # many separators at the beginning
+    with Writer(tmp_path / "d", 257) as writer:
+        for split, ids in (("train", [END, *[7] * 20] * 200), ("val", val)):
+            writer.write(split, ids, sum(id_ != END for id_ in ids))
+        writer.finish(lambda path: tokenizer.save(BYTES, path), **tokenizer.describe(BYTES))
+    words = [config, f"--data={tmp_path / 'd'}", "--eval_interval=1", "--eval_batches=1", "--schedule=constant"]
+    packed = ["--packing=best_fit", "--document_mask"]
+    run_train(*words, f"--out_dir={tmp_path / 'one'}", "--max_steps=1")
+    pool.run(2, run_train, *words, f"--out_dir={tmp_path / 'one'}", "--max_steps=2", "--resume")
+    run_train(*words, *packed, f"--out_dir={tmp_path / 'packed'}", "--max_steps=1", "--micro_batch_size=8")
+    targets, found = val[1:257], [*records(tmp_path / "one", "val"), *records(tmp_path / "packed", "val")]
+    for record in found:
+        bits = record["loss"] * len(targets) / math.log(2)
+        assert record["bits_per_byte"] == pytest.approx(bits / sum(id_ != END for id_ in targets))
+    assert len(found) == 3 and len(val) > 300
 
 
 def test_more_than_four_epochs_are_warned_of(tmp_path, config, capsys):
