@@ -110,7 +110,7 @@ def texts(rows, wanted, where, account, chat=False, names=None, sample=None, uni
             account.add("rows", "read")
             if value is None:
                 account.add("rows", "null, as if empty")
-            elif text.strip():
+            elif column not in account.said and text.strip():
                 account.say(column, f"the text is column {column!r}, which begins {text[:60]!r}")
             yield place, text or ""
         else:

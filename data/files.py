@@ -20,7 +20,7 @@ import re
 import zlib
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, one_line
 
 SHARE = 0.01  # of the characters of a file, or of its rows, that may be damaged
 BLOCK = 2**24  # characters of a text file read at a time
@@ -55,7 +55,7 @@ class Account:
     def add(self, subject, what, name=None, n=1):
         self.counts[subject][what] += n
         if name is not None and len(first := self.names.setdefault(f"{subject} {what}", [])) < 3:
-            first.append(str(name))
+            first.append(one_line(str(name)))
 
     def say(self, what, line):
         """Print what is said of something the first time, by the first rank."""

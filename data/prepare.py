@@ -245,7 +245,7 @@ def write_documents(writer, args, files, encoder, account):
     check_separator(args.split_on, account)
     counts = account.counts["documents"]
     if not counts["kept"]:
-        raise UserError(f"no text: {'; '.join(account.lines())}")
+        raise UserError(f"the train split has 0 tokens: no document holds a text ({'; '.join(account.lines())})")
     if not args.text_column and "column" in account.about and counts["empty ones dropped"] > counts["kept"]:
         column = account.about["column"]
         raise UserError(f"column {column!r} is empty in {counts['empty ones dropped']:,} of {sum(counts.values()):,} "

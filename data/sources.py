@@ -26,7 +26,6 @@ PATTERNS = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet", "csv": "*.
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # of datasets
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 DELIMITERS = ",;\t|"
-STREAMED = Account()  # of the datasets that training reads: it says each thing once
 
 
 # ---------------------------------------------------------------------- Hugging Face datasets
@@ -76,8 +75,14 @@ def _line(error):
 
 def rows(dataset, column, where, first=0, account=None, chat=False):
     """Yield (number of rows up to here, text) of a dataset from row `first` on; rows without a text count as empty."""
-    return columns.texts(_numbered(dataset, column, where, first), column, where, account or STREAMED, chat, [column],
-                         unit="row")
+    return columns.texts(_numbered(dataset, column, where, first), column, where, account or _streamed(where), chat,
+                         [column], unit="row")
+
+
+@functools.cache
+def _streamed(where):
+    """The account of a dataset that training reads: it says each thing once."""
+    return Account()
 
 
 def _numbered(dataset, column, where, row):
