@@ -96,7 +96,9 @@ def texts(rows, wanted, where, account, chat=False, names=None, sample=None, uni
         rows = itertools.chain(first, rows)
         dicts = [row for _, row in first if isinstance(row, dict)]
         names, sample = dict.fromkeys(name for row in dicts for name in row), lambda: dicts
-        if not first:
+        if not dicts:  # an empty file, or nothing but damaged rows
+            for place, row in first:
+                raise UserError(f"{where}, {unit} {place}: {_problem(row, None, chat)} So are all {len(first)} read")
             return
     wanted = wanted or account.about.get("column")
     column = choose(names, sample, wanted, where, chat)

@@ -98,7 +98,7 @@ def list_files(names, pattern, account=None):
             found = [path]
             account.named.add(path)
         else:  # ** is searched as a folder is, since glob's own goes round in circles of links
-            wanted = (deep[2] or "*") if deep else pattern
+            wanted = deep and deep[2] or pattern
             matches = map(Path, glob.glob(deep[1] or "." if deep else str(name)))
             found = sorted(file for match in matches for file in
                            (_walk(match, wanted, account) if match.is_dir() else [match] if match.is_file() else []))

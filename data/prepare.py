@@ -248,8 +248,8 @@ def write_documents(writer, args, files, encoder, account):
         raise UserError(f"the train split has 0 tokens: no document holds a text ({'; '.join(account.lines())})")
     if not args.text_column and "column" in account.about and counts["empty ones dropped"] > counts["kept"]:
         column = account.about["column"]
-        raise UserError(f"column {column!r} is empty in {counts['empty ones dropped']:,} of {sum(counts.values()):,} "
-                        f"rows: if it is the text all the same, set --text_column={column}")
+        raise UserError(f"column {column!r} is empty in {counts['empty ones dropped']:,} rows and holds only "
+                        f"{counts['kept']:,} texts: if it is the text all the same, set --text_column={column}")
 
 
 def write_random(writer, args):
