@@ -48,7 +48,7 @@ def choose(names, sample, wanted, where, chat=False):
     else:
         problem = None if pick else "which column is the text?"
     if problem:
-        remedy = "" if chat or "chat" not in kinds.values() else ", or --chat to make texts of the chats"
+        remedy = "" if chat or "chat" not in kinds.values() else ", or prepare with --chat to make texts of the chats"
         raise UserError(f"{where}: {problem} The columns are {listed}: set --text_column=NAME, or ?column=NAME in "
                         f"data='hf:...'{remedy}")
     return pick

@@ -154,7 +154,8 @@ def open_text(raw, path, account, encoding=None, strict=False):
     binary = _decompressed(raw, path)
     head = binary.peek(HEAD)
     found = next((name for bom, name in BOMS if head.startswith(bom)), None) or (None if encoding else _utf16(head))
-    kind = None if found or (encoding and "utf_" in encoding) else _kind(head)
+    wide = encoding and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))  # full of NULs
+    kind = None if found or wide else _kind(head)
     if kind and (strict or kind == LFS or path in account.named):
         remedy = FETCH if kind == LFS else (
             "unpack it first" if "archive" in kind else "it is read by the source parquet" if "parquet" in kind else
@@ -225,34 +226,22 @@ def each_file(files, parts, account, encoding=None, strict=False):
                 for part in parts(file, path) if file else ():
                     yield done + raw.tell(), part
                     if account.characters - characters > 2**20:
-                        _check_share(path, account, characters, wrong)
+                        check_share(path, account, characters, wrong)
                 if os.fstat(raw.fileno()).st_size != size:
                     account.add("files", "changed while they were read", path)
         except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError) as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-        _check_share(path, account, characters, wrong)
+        check_share(path, account, characters, wrong)
         done += size
 
 
-def _check_share(path, account, characters, wrong):
+def check_share(path, account, characters=0, wrong=0):
+    """Raise UserError if too much is wrong with what was read since the account had counted these numbers."""
     characters, wrong = account.characters - characters, account.wrong - wrong
     if wrong > SHARE * characters:
-        with open(path, "rb", buffering=HEAD) as raw:
-            head = _decompressed(raw, path).peek(HEAD)
-        possible = [name for name in ("cp1252", "gb18030", "big5", "shift_jis", "euc-kr", "koi8-r")
-                    if _decodes(head, name)]
-        hint = f"; without an error it can be read as {', '.join(possible)}, look which is right" if possible else ""
         raise UserError(f"{path}: {wrong:,} of {characters:,} characters ({wrong / characters:.0%}) are NULs or bytes "
-                        f"that are no {account.encoding}: set --encoding=NAME{hint}; or leave the file "
-                        "out by --pattern")
-
-
-def _decodes(head, encoding):
-    try:
-        codecs.getincrementaldecoder(encoding)().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return True
+                        f"that are no {account.encoding}: set --encoding=NAME, as cp1252, gb18030, shift_jis, koi8-r, "
+                        "or leave the file out by --pattern")
 
 
 def split_text(file, path=None, separator=None, account=None):
@@ -292,8 +281,7 @@ def check_separator(separator, account):
 
 def unescape(text):
     r"""The text with \n, \r, \t, \f, \v, \0, \xHH and \uHHHH as the characters that they mean, \\ as one backslash."""
-    return ESCAPES.sub(lambda match: "\\" if match[1] == "\\" else "\0" if match[1] == "0" else
-                       match[0].encode().decode("unicode_escape"), text)
+    return ESCAPES.sub(lambda match: match[0].encode().decode("unicode_escape"), text)
 
 
 def separator_pattern(separator):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import errors
 from data import sources, tokenizer
-from data.files import Account, check_separator, list_files, repair, unescape
+from data.files import Account, check_separator, check_share, list_files, repair, unescape
 from data.shards import Writer, open_split, read_meta
 from errors import UserError
 
@@ -85,7 +85,7 @@ def parse(argv):
 def check(args):
     """Raise UserError for what cannot work; fill in the defaults that depend on the source."""
     source = args.source
-    if source in FILES and not args.files:
+    if source in FILES and not all(args.files or [""]):
         wanted = "REPO" if source == "hf" else "notes/"
         raise UserError(f"{source} needs files or folders:  python -m data.prepare {source} {wanted} --out=data/notes")
     if source not in FILES and args.files:
@@ -243,6 +243,7 @@ def write_documents(writer, args, files, encoder, account):
             bar.set_postfix_str(f"{tokens / (time.time() - started):,.0f} tokens/s", refresh=False)
             bar.update(max(chunk[-1][0] - bar.n, 0))
     check_separator(args.split_on, account)
+    check_share(args.source, account)  # of stdin; files have been looked at one by one
     counts = account.counts["documents"]
     if not counts["kept"]:
         raise UserError(f"the train split has 0 tokens: no document holds a text ({'; '.join(account.lines())})")
@@ -317,6 +318,11 @@ def main(argv=None):
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")
     if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
         raise UserError(f"{out} holds something else than prepared data: delete it yourself or choose another --out")
+    if any(out.absolute() in file.absolute().parents for file in files):
+        raise UserError(f"{out} lies among the files to be read: choose another --out")
+    for file in files if args.source == "text" else ():
+        if file.suffix in (".jsonl", ".csv", ".tsv"):
+            account.add("files", "tables as plain text; the sources jsonl and csv take a column", file)
     started = time.time()
     if args.source == "random":
         with Writer(out, args.vocab_size, args.shard_tokens) as writer:

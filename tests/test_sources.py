@@ -128,7 +128,7 @@ def test_chats_are_refused_or_rendered_on_request(tmp_path, kind):
                                                   {"role": "assistant", "content": f"A number, {i}."}]}
              for i in range(30)]
     words = table_of(kind, tmp_path, chats)
-    refuse(r"is column 'id' the text.*looks like ids.*or --chat", tmp_path / "e", *words)
+    refuse(r"is column 'id' the text.*looks like ids.*or prepare with --chat", tmp_path / "e", *words)
     refuse(r"column 'messages' holds no text but chat: add --chat", tmp_path / "e", *words, "--text_column=messages")
     expected = sorted(f"user: What is {i}?\n\nassistant: A number, {i}." for i in range(30))
     assert everything(run(tmp_path / "d", *words, "--chat")) == expected
@@ -249,7 +249,7 @@ def test_byte_order_marks_utf_16_and_packed_files_are_known(tmp_path, monkeypatc
 def test_other_encodings_need_to_be_named(tmp_path):
     french = "Le café était fermé, là où l'été passe à côté. " * 5
     (path := tmp_path / "a.txt").write_bytes(french.encode("cp1252"))
-    refuse(r"a.txt: 50 of 235 characters \(21%\) are NULs or bytes that are no utf-8: set --encoding=NAME; .*cp1252.*"
+    refuse(r"a.txt: 50 of 235 characters \(21%\) are NULs or bytes that are no utf-8: set --encoding=NAME, as cp1252.*"
            "--pattern", tmp_path / "d", "text", path)
     assert "".join(everything(run(tmp_path / "d", "text", path, "--encoding=cp1252"))).count("é") == 30
     assert account(tmp_path / "d")["encoding"] == {"cp1252": 1}
@@ -257,11 +257,34 @@ def test_other_encodings_need_to_be_named(tmp_path):
     assert account_of(tmp_path, "--encoding=cp1252")["encoding"] == {"cp1252": 1, "utf-8-sig": 1}
     (tmp_path / "b.txt").write_bytes("春眠不觉晓，处处闻啼鸟。".encode("gb18030") * 9)
     refuse("b.txt.*are NULs or bytes that are no utf-8.*gb18030", tmp_path / "e", "text", tmp_path / "b.txt")
+    (tmp_path / "d.txt").write_bytes(french.encode("utf-32-le"))
+    assert "".join(everything(run(tmp_path / "f", "text", tmp_path / "d.txt", "--encoding=UTF_32_LE"))) == french
     (tmp_path / "c.txt").write_bytes(LONG.encode() + b"\0" * 5)
     refuse(r"c.txt: 5 of 341 characters \(1%\) are NULs", tmp_path / "e", "text", tmp_path / "c.txt")
     for word, message in (("--encoding=hex", "no encoding 'hex'"), ("--encoding=undefined", "cannot read .*a.txt"),
                           ("--split_on=", "at least one character"), ("--delimiter=;", "no meaning for text")):
         refuse(message, tmp_path / "e", "text", path, word)
+
+
+def test_standard_input_is_looked_at_too(tmp_path, monkeypatch):
+    for raw, message in ((b"PK\3\4" + bytes(99), "standard input is no text but a zip archive"),
+                         (b"", "no document holds"),
+                         ("Käse ".encode("latin-1") * 99, "stdin: 99 of 495 .* are NULs or bytes that are no utf-8")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(raw))))
+        refuse(message, tmp_path / "d", "stdin")
+
+
+def test_what_is_read_is_what_was_meant(tmp_path):
+    (tmp_path / "a.txt").write_text(LONG)
+    with pytest.raises(UserError, match="text needs files"):
+        prepare.parse(["text", ""])  # an unset variable of the shell is not this folder
+    run(tmp_path / "out", "text", tmp_path)
+    with pytest.raises(UserError, match="out lies among the files to be read"):
+        run(tmp_path / "out", "text", tmp_path, "--overwrite")
+    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in PROSE])
+    run(tmp_path / "d", "text", path)
+    assert account(tmp_path / "d")["names"] == {
+        "files tables as plain text; the sources jsonl and csv take a column": [str(path)]}
 
 
 def account_of(folder, *words):
