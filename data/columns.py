@@ -16,7 +16,7 @@ TEXT_LIKE = frozenset("text texts content contents body document article story p
 OTHER = re.compile(r"(^|[^a-z])(id|ids|idx|index|key|uuid|guid|url|urls|uri|link|href|src|date|time|timestamp|created|"
                    r"updated|year|label|labels|lang|language|source|category|class|tag|tags|topic|hash|sha|sha\d+|md5|"
                    r"path|file|filename|type|kind|name|title|author|user|email|score|split|domain|license|meta|"
-                   r"metadata|subset|status|version)([^a-z]|$)|[;\t|]")
+                   r"metadata|subset|status|version)([^a-z]|$)|[;\t|]|(\S+\s+){3}\S")  # the last: no name, but a text
 LOOKS = (("dates", r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?"), ("numbers", r"[-+$€£]?\d[\d.,\s]*(e[-+]?\d+)?%?"),
          ("addresses", r"(\w{1,10}://|www\.)\S+|\S+@\S+\.\w+"), ("hashes", r"[0-9a-fA-F]{8}[0-9a-fA-F-]{8,}"),
          ("ids", r"(?=\S*[\d_/:.-])[!-~]{1,80}"))
@@ -33,7 +33,7 @@ def choose(names, sample, wanted, where, chat=False):
     listed = ", ".join(f"{name} ({kinds[name]}{f': {str(values[name][0])[:30]!r}' if values[name] else ''})"
                        for name in names)
     found = [name for name in names if ("chat" if chat else "text") in kinds[name]]
-    likely = [name for name in found if name.lower() in TEXT_LIKE]
+    likely = [name for name in found if name.strip().lower() in TEXT_LIKE]
     pick = (likely or found)[0] if len(likely or found) == 1 else None
     look = pick and not chat and looks_like(values[pick])
     if wanted:

@@ -82,7 +82,7 @@ class Account:
                 parts.append(f"{n:,} {what}" + (f" ({', '.join(first)}{more})" if first else ""))
             yield f"{subject:9} {', '.join(parts)}"
         for what, value in self.about.items():
-            yield f"{what:9} {value if isinstance(value, str) else repr(value)}"
+            yield f"{what:9} {'none: documents run together' if value is None else value}"
 
 
 # ---------------------------------------------------------------------- which files
@@ -193,7 +193,7 @@ def git_lfs(path):
 def _utf16(head):
     """The UTF-16 without a byte order mark that a text in the Latin alphabet is in, by where its NULs stand."""
     low, high = head[0::2].count(0), head[1::2].count(0)
-    if len(head) > 3 and max(low, high) > 0.3 * len(head) and min(low, high) <= 0.01 * len(head):
+    if len(head) > 3 and len(head) % 2 == 0 and max(low, high) > 0.3 * len(head) and min(low, high) <= 0.01 * len(head):
         return "utf-16-le" if high > low else "utf-16-be"
     return None
 
@@ -229,7 +229,7 @@ def each_file(files, parts, account, encoding=None, strict=False):
                         check_share(path, account, characters, wrong)
                 if os.fstat(raw.fileno()).st_size != size:
                     account.add("files", "changed while they were read", path)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
         check_share(path, account, characters, wrong)
         done += size

@@ -14,7 +14,6 @@ Next: ../configs/debug.py trains on the result.
 
 import argparse
 import bisect
-import codecs
 import collections
 import hashlib
 import itertools
@@ -98,9 +97,8 @@ def check(args):
     if args.delimiter and len(args.delimiter) > 1:
         raise UserError(f"--delimiter={args.delimiter!r} must be one character")
     try:
-        if args.encoding and not codecs.lookup(args.encoding)._is_text_encoding:
-            raise LookupError
-    except LookupError as error:
+        b"a".decode(args.encoding or "utf-8", "nanok2.escape")
+    except (LookupError, UnicodeError) as error:
         raise UserError(f"no encoding {args.encoding!r}: give one of Python's, as utf-8, cp1252, utf-16-le, gb18030, "
                         "shift_jis, euc-kr or koi8-r") from error
     for option, places in OPTIONS.items():
@@ -343,8 +341,6 @@ def main(argv=None):
     seconds = time.time() - started
     print(f"wrote {out} in {seconds:.1f} s, {sum(s['tokens'] for s in writer.splits.values()) / seconds:,.0f} tokens/s")
     print(*account.lines(), sep="\n")
-    if account.about.get("end_of_text", "") is None:
-        print("warning: this tokenizer has no end-of-text token: documents run together, and no sample ends by itself")
     return out
 
 

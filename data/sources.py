@@ -125,15 +125,14 @@ def jsonl_rows(file, path):
             yield place, row
 
 
-def csv_rows(file, path, delimiter=None, account=None):
+def csv_rows(file, path, delimiter, account):
     """Yield (line, {column: cell}) of a table whose first line names the columns; (line, problem) where a row has more
     or fewer cells than that."""
     csv.field_size_limit(2**31 - 1)
     start = list(itertools.islice(file, 1000))
     delimiter = delimiter or _delimiter(start, path)
     rows = csv.reader(itertools.chain(start, file), delimiter=delimiter)
-    if account:
-        account.add("delimiter", "none" if delimiter == "\x1f" else repr(delimiter))
+    account.add("delimiter", "none" if delimiter == "\x1f" else repr(delimiter))
     try:
         header = next((row for row in rows if row), [])
         names = [name if header.count(name) == 1 else f"{name} (column {i})" for i, name in enumerate(header, 1)]
@@ -150,10 +149,7 @@ def _delimiter(lines, path):
     character that nobody writes where there is but one column."""
     lengths = {}
     for delimiter in DELIMITERS:
-        try:
-            cells = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
-        except csv.Error:
-            continue
+        cells = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
         if cells and cells[0] > 1:
             lengths[delimiter] = cells[:-1] if len(lines) == 1000 and len(cells) > 2 else cells  # the last may be cut
     share = {delimiter: cells.count(cells[0]) / len(cells) for delimiter, cells in lengths.items()}

@@ -4,7 +4,6 @@ import bz2
 import csv
 import gzip
 import importlib.util
-import io
 import json
 import lzma
 import subprocess
@@ -14,10 +13,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from data import files, prepare, sources, tokenizer
+from data import prepare, sources, tokenizer
 from data.files import list_files
 from data.loader import ValidationSet
 from data.shards import open_split, read_meta
@@ -270,18 +267,6 @@ def test_names_count_once_and_missing_ones_are_named(tmp_path):
     for name, message in (("nowhere", "no file or folder"), ("*.csv", "no file or folder"), ("", "no files .*parquet")):
         with pytest.raises(UserError, match=message):
             list_files([tmp_path / name], "*.parquet")
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(alphabet="ab<>\r\n", max_size=60), st.sampled_from(["<", "<>", "a<b", "\n", "\n\n", "\r\n", "a\n"]),
-       st.integers(1, 9))
-def test_text_is_split_as_if_it_were_whole(text, separator, block):
-    """Line ends of any kind are alike, and none is torn apart where a block ends."""
-    lines = lambda text: text.replace("\r\n", "\n").replace("\r", "\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "BLOCK", block)
-        found = list(files.split_text(io.StringIO(text, newline=""), None, separator))
-        assert list(map(lines, found)) == lines(text).split(lines(separator))
 
 
 def test_a_document_longer_than_a_shard_and_one_long_line(tmp_path):
