@@ -51,6 +51,7 @@ class Account:
         self.about, self.said, self.named = {}, set(), set()  # named: files that were given by their own name
         self.characters = self.wrong = 0  # wrong: NULs and what had to be replaced
         self.encoding, self.unsplit = None, None  # of the last file; the start of a text without the separator
+        self.separator = b""  # between documents, which is no sign of a binary file
 
     def add(self, subject, what, name=None, n=1):
         self.counts[subject][what] += n
@@ -153,6 +154,7 @@ def open_text(raw, path, account, encoding=None, strict=False):
     which is counted, or with `strict` a UserError."""
     binary = _decompressed(raw, path)
     head = binary.peek(HEAD)
+    head = head.replace(account.separator, b"") if account.separator else head
     found = next((name for bom, name in BOMS if head.startswith(bom)), None) or (None if encoding else _utf16(head))
     wide = encoding and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))  # full of NULs
     kind = None if found or wide else _kind(head)

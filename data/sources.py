@@ -192,7 +192,9 @@ def documents(source, files=(), split_on=None, repo=None, split="train", name=No
     bytes of the files or rows of a dataset; total is None where it is not known. What is left out goes into account.
     Undecodable bytes of files stand in the texts as lone surrogates, line ends of text files as they are."""
     account = account or Account()
-    whole = functools.partial(split_text, separator=split_on and unescape(split_on), account=account)
+    separator = unescape(split_on or "")
+    account.separator = separator.encode("utf-8", "surrogateescape")
+    whole = functools.partial(split_text, separator=separator, account=account)
     if source == "stdin":
         file = open_text(sys.stdin.buffer, "standard input", account, encoding, strict=True)
         return enumerate(_all(whole(file, "standard input"), split_on, account), 1), None, " documents"
