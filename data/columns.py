@@ -28,7 +28,8 @@ def choose(names, sample, wanted, where, chat=False):
     names = list(names)
     if wanted in names or (not wanted and not chat and "text" in names):
         return wanted or "text"
-    values = {name: [value for row in sample() if (value := row.get(name)) not in (None, "")] for name in names}
+    rows = sample()
+    values = {name: [value for row in rows if (value := row.get(name)) not in (None, "")] for name in names}
     kinds = {name: " or ".join(sorted(set(map(kind, values[name])))) or "empty" for name in names}
     listed = ", ".join(f"{name} ({kinds[name]}{f': {str(values[name][0])[:30]!r}' if values[name] else ''})"
                        for name in names)

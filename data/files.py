@@ -46,9 +46,11 @@ COMMON = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<doc", 
 class Account:
     """What was read, left out and altered: {subject: {what: how often}}, the first names of each, and how."""
 
-    def __init__(self):
-        self.counts, self.names = collections.defaultdict(collections.Counter), {}
-        self.about, self.said, self.named = {}, set(), set()  # named: files that were given by their own name
+    def __init__(self, before=None):
+        """before: the account of an earlier time that the same is read."""
+        self.counts, self.names, self.about = collections.defaultdict(collections.Counter), {}, {}
+        # What has been printed, and the files that were given by their own name.
+        self.said, self.named = (before.said, before.named) if before else (set(), set())
         self.characters = self.wrong = 0  # wrong: NULs and what had to be replaced
         self.encoding, self.unsplit = None, None  # of the last file; the start of a text without the separator
         self.separator = b""  # between documents, which is no sign of a binary file
@@ -64,24 +66,16 @@ class Account:
             print(line, flush=True)
         self.said.add(what)
 
-    def another(self):
-        """An account for reading the same once more, to be thrown away."""
-        new = Account()
-        new.said, new.named = self.said, self.named
-        return new
-
     def as_dict(self):
         return {**{subject: dict(counts) for subject, counts in self.counts.items()}, **self.about, "names": self.names}
 
     def lines(self):
         """The account in words, a subject a line."""
         for subject, counts in self.counts.items():
-            parts = []
-            for what, n in counts.items():
-                first = self.names.get(f"{subject} {what}", [])
-                more = ", ..." if n > len(first) else ""
-                parts.append(f"{n:,} {what}" + (f" ({', '.join(first)}{more})" if first else ""))
-            yield f"{subject:9} {', '.join(parts)}"
+            names = {what: ", ".join(self.names.get(f"{subject} {what}", [])) for what in counts}
+            yield f"{subject:9} " + ", ".join(
+                f"{n:,} {what}" + (f" ({names[what]}{', ...' if n > 3 else ''})" if names[what] else "")
+                for what, n in counts.items())
         for what, value in self.about.items():
             yield f"{what:9} {'none: documents run together' if value is None else value}"
 

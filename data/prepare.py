@@ -265,8 +265,8 @@ def make_tokenizer(args, files, account):
     """The tokenizer that is named, or a BPE trained on the documents of the training split."""
     def texts():
         print("training a tokenizer")
-        left = TRAINING_TEXT
-        for _, split, text, _ in documents(args, files, account.another())[0]:
+        left, once = TRAINING_TEXT, Account(account)  # what is read is counted when it is written
+        for _, split, text, _ in documents(args, files, once)[0]:
             if split == "train":
                 yield text[:left]
                 left -= len(text)

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from data import columns, sources
-from tests.test_prepare import everything, needs_datasets, run
+from data import columns, prepare, sources
+from tests.test_prepare import everything, needs_datasets, run, stored
 from tests.test_sources import PROSE, account, lines, refuse
 
 # ---------------------------------------------------------------------- tables: delimiters, cells, columns
@@ -110,9 +110,11 @@ def test_other_forms_of_chats():
         assert columns.render(no_chat) is None
 
 
-def test_mixed_rows_are_counted_or_refused(tmp_path):
+def test_mixed_rows_are_counted_or_refused(tmp_path, capsys):
     rows = [{"text": text} for text in PROSE * 10] + [{"text": None}, {"body": "x"}]
-    assert everything(run(tmp_path / "d", "jsonl", lines(tmp_path / "a.jsonl", rows))) == sorted(PROSE)
+    words = ["jsonl", lines(tmp_path / "a.jsonl", rows), "--vocab_size=300"]
+    prepare.main([*map(str, words), f"--out={tmp_path / 'd'}"])  # read twice, counted once, said once
+    assert everything(stored(tmp_path / "d")) == sorted(PROSE) and capsys.readouterr().out.count("begins") == 1
     assert account(tmp_path / "d")["rows"] == {"read": 301, "null, as if empty": 1, "without a text, left out": 1}
     assert account(tmp_path / "d")["documents"] == {"kept": 30, "duplicates dropped": 270, "empty ones dropped": 1}
     many = lines(tmp_path / "b.jsonl", [*rows, *[{"text": 3}] * 3])
