@@ -10,7 +10,6 @@ can count them. Next: columns.py.
 import bz2
 import codecs
 import collections
-import fnmatch
 import glob
 import gzip
 import io
@@ -75,7 +74,7 @@ class Account:
             names = {what: ", ".join(self.names.get(f"{subject} {what}", [])) for what in counts}
             yield f"{subject:9} " + ", ".join(
                 f"{n:,} {what}" + (f" ({names[what]}{', ...' if n > 3 else ''})" if names[what] else "")
-                for what, n in counts.items())
+                for what, n in counts.items() if n)
         for what, value in self.about.items():
             yield f"{what:9} {'none: documents run together' if value is None else value}"
 
@@ -119,15 +118,13 @@ def _walk(root, pattern, account):
         seen.add(real)
         for entry in os.scandir(folder):
             path = folder / entry.name
-            inside = path.relative_to(root)
             if entry.name.startswith(".") and not hidden:
                 account.add("files", "hidden, left out", path)
             elif entry.is_dir():
                 folders.append(path) if entry.is_symlink() else folders.appendleft(path)  # links last
             elif not entry.is_file():
                 account.add("files", "broken links" if entry.is_symlink() else "no regular files, left out", path)
-            elif inside.match(pattern) if "**" not in pattern else (
-                    fnmatch.fnmatchcase(str(inside), pattern.replace("**/", "*"))):
+            elif path.relative_to(root).match(pattern.removeprefix("**/")):
                 yield path
             else:
                 account.add("files", f"not called {pattern}, left out", path)

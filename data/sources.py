@@ -23,7 +23,8 @@ KNOWN = {"tinystories": ("roneneldan/TinyStories", None, "validation"),
          "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", None),
          "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", None)}
 PATTERNS = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet", "csv": "*.csv*"}  # what counts in a folder
-BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text"}  # of datasets
+BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text",
+            ".arrow": "arrow"}  # of datasets
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 DELIMITERS = ",;\t|"
 
@@ -34,12 +35,13 @@ def open_hf(repo, split="train", name=None, text_column=None, streaming=True, ch
     """(dataset, column) of a Hugging Face dataset, REPO or REPO@REVISION, or of a local folder or file that datasets
     can read. The column is the one that columns.choose finds."""
     path = Path(repo)
-    if path.is_file():
-        suffix = next((s for s in reversed(path.suffixes) if s not in COMPRESSED), None)
+    saved = sorted(path.glob("*.arrow")) if (path / "state.json").is_file() else []  # by save_to_disk
+    if path.is_file() or saved:
+        suffix = ".arrow" if saved else next((s for s in reversed(path.suffixes) if s not in COMPRESSED), None)
         if suffix not in BUILDERS:
             raise UserError(f"{repo}: datasets reads files that end in {', '.join(BUILDERS)}, compressed or not")
-        return _load(repo, text_column, chat, BUILDERS[suffix], data_files=[str(path)], split=split,
-                     streaming=streaming)
+        return _load(repo, text_column, chat, BUILDERS[suffix], data_files=list(map(str, saved or [path])),
+                     split=split, streaming=streaming)
     where, _, revision = (str(repo), "", "") if path.exists() else str(repo).partition("@")
     return _load(repo, text_column, chat, where, name, revision=revision or None, split=split, streaming=streaming)
 

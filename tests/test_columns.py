@@ -149,6 +149,14 @@ def test_parquet_files_need_only_the_text_in_common(tmp_path):
 
 
 @needs_datasets
+def test_a_lone_column_of_ids_is_refused_in_training_too(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"id": f"conv-{i:05d}", "messages": [{"role": "user", "content": "x"}]}
+                                        for i in range(9)])
+    with pytest.raises(UserError, match="is column 'id' the text.*looks like ids.*[?]column=NAME.*prepare with --chat"):
+        sources.open_hf(str(path))
+
+
+@needs_datasets
 def test_training_from_a_dataset_says_the_column_once(tmp_path, capsys):
     path = str(lines(tmp_path / "a.jsonl", [{"body": text} for text in PROSE]))
     for _ in range(2):
