@@ -6,6 +6,7 @@ import json
 import pytest
 
 from data import columns, prepare, sources
+from errors import UserError
 from tests.test_prepare import everything, needs_datasets, run, stored
 from tests.test_sources import PROSE, account, lines, refuse
 
