@@ -1,16 +1,19 @@
 """Text to shards:  python -m data.prepare SOURCE [FILES...] [--tokenizer=...] [--out=data/NAME]
 
 stdlib: the Python standard library's own source on this machine, without its test folders; needs no download.
-text: any UTF-8 files, one document each, or with --split_on every part between two separators. stdin: the same, piped.
-jsonl, parquet, csv: files, folders or globs with a text column. tinystories, openwebtext, fineweb, fineweb-edu: from
-Hugging Face, as is any other dataset, also one on disk, by hf REPO. random: tokens without a text, for speed tests.
-fineweb-gpt2-shards: ready-made GPT-2 tokens, 100 million a shard.
-A document goes to the val split by a hash of its text, so that the same text never stands in both; of a single document
-the end is val. A folder that is complete is reused; an interrupted preparation leaves nothing that looks complete.
+text: any text files, one document each, or with --split_on every part between two separators. stdin: the same, piped.
+jsonl, parquet, csv: files, folders or globs with a column of texts (or of chats). tinystories, openwebtext, fineweb,
+fineweb-edu: from Hugging Face, as is any other dataset, also one on disk, by hf REPO. random: tokens without a text,
+for speed tests. fineweb-gpt2-shards: ready-made GPT-2 tokens, 100 million a shard.
+A document goes to the val split by a hash of its text, so that the same text never stands in both; where that leaves a
+split empty, as it may of a few documents, the end of the text is val. What was read, left out and altered is said at
+the end and stands in meta.json. A folder that is complete is reused; an interrupted preparation leaves nothing that
+looks complete.
 Next: ../configs/debug.py trains on the result.
 """
 
 import argparse
+import bisect
 import collections
 import hashlib
 import itertools
@@ -25,17 +28,20 @@ from tqdm import tqdm
 
 import errors
 from data import sources, tokenizer
+from data.files import Account, check_separator, check_share, list_files, repair, unescape
 from data.shards import Writer, open_split, read_meta
 from errors import UserError
 
 FILES = ("text", "jsonl", "parquet", "csv", "hf")  # sources that want names of files, or of a repository
 OPTIONS = {  # what belongs to some sources only
     "pattern": FILES[:4], "split_on": ("text", "stdin"), "text_column": (*FILES[1:], *sources.KNOWN),
+    "encoding": ("text", "stdin", "jsonl", "csv"), "delimiter": ("csv",), "chat": ("jsonl", "parquet", "hf"),
     "name": ("hf", *sources.KNOWN), "split": ("hf", *sources.KNOWN), "val_split": ("hf", *sources.KNOWN),
     "no_streaming": ("hf", *sources.KNOWN), "tokens": ("random",), "shards": ("fineweb-gpt2-shards",)}
 SHARDS_REPO = "kjj0/fineweb10B-gpt2"
 TRAINING_TEXT = 2**30  # characters that a tokenizer is trained on, at most
 CHUNK = 2**18  # characters that a worker encodes at a time
+HELD = 2**24  # characters that may wait until it is known that both splits get a document
 
 
 def parse(argv):
@@ -50,8 +56,13 @@ def parse(argv):
     add("--vocab_size", "--train_tokenizer", type=int, default=4096,
         help="size of the trained BPE, end of text included; for random: of the vocabulary")
     add("--pattern", help="which files of a folder, as in *.py (default: all, or those of the source's kind)")
-    add("--split_on", help="a separator between documents inside a file")
-    add("--text_column", help="the column of the text (default: text, or the only one that holds strings)")
+    add("--split_on", help=r"a separator between documents inside a file, in which \n (a line end of any kind), \t, "
+        r"\x1e, \u2028 are understood; \\n is a backslash and an n")
+    add("--text_column", help="the column of the text (default: text, or one that is called and looks like it)")
+    add("--chat", action="store_true", default=None, help="the column holds chats (role and content, or from and "
+        "value): a message becomes 'ROLE: CONTENT', with an empty line between two")
+    add("--encoding", help="of files without a byte order mark, as cp1252 (default utf-8)")
+    add("--delimiter", help=r"between the cells of csv, as ';' or '\t' (default: found in the file)")
     add("--name", help="configuration of the dataset, as sample-10BT of fineweb")
     add("--split", help="split of the dataset to train on (default train)")
     add("--val_split", help="split of the dataset to validate on (default: a share of the documents)")
@@ -73,13 +84,23 @@ def parse(argv):
 def check(args):
     """Raise UserError for what cannot work; fill in the defaults that depend on the source."""
     source = args.source
-    if source in FILES and not args.files:
+    if source in FILES and not all(args.files or [""]):
         wanted = "REPO" if source == "hf" else "notes/"
         raise UserError(f"{source} needs files or folders:  python -m data.prepare {source} {wanted} --out=data/notes")
     if source not in FILES and args.files:
         raise UserError(f"{source} takes no files")
     if source == "hf" and len(args.files) > 1:
         raise UserError("hf takes one repository, folder or file")
+    if "" in (args.split_on, args.delimiter):
+        raise UserError(r"--split_on and --delimiter need at least one character (\0 is NUL, which shells leave out)")
+    args.delimiter = args.delimiter and unescape(args.delimiter)
+    if args.delimiter and len(args.delimiter) > 1:
+        raise UserError(f"--delimiter={args.delimiter!r} must be one character")
+    try:
+        b"a".decode(args.encoding or "utf-8", "nanok2.escape")
+    except (LookupError, UnicodeError) as error:
+        raise UserError(f"no encoding {args.encoding!r}: give one of Python's, as utf-8, cp1252, utf-16-le, gb18030, "
+                        "shift_jis, euc-kr or koi8-r") from error
     for option, places in OPTIONS.items():
         if getattr(args, option) and source not in places:
             raise UserError(f"--{option} has no meaning for {source}, only for {', '.join(places)}")
@@ -102,56 +123,87 @@ def check(args):
 
 # ---------------------------------------------------------------------- documents
 
-def open_source(args, files, split):
+def open_source(args, files, split, account):
     """(iterator, total, unit) of one split of the source: see sources.documents."""
     repo, name, _ = sources.KNOWN.get(args.source, (args.files[0] if args.files else None, None, None))
     return sources.documents(args.source, files, args.split_on, repo, split or args.split or "train",
-                             args.name or name, args.text_column, not args.no_streaming)
+                             args.name or name, args.text_column, not args.no_streaming, args.encoding,
+                             args.delimiter, args.chat, account)
 
 
-def documents(args, files):
-    """(iterator, total, unit): yields (position, split, text, UTF-8 bytes) of every distinct, non-empty document.
+def documents(args, files, account):
+    """(iterator, total, unit): yields (position, split, text, bytes in the source) of every distinct, non-empty
+    document; what is left out or altered goes into the account.
 
-    The split is --val_split's, which comes first, or drawn by a hash of the text. A single document, as a book in one
-    file, is cut instead: its end is val.
+    The split is --val_split's, which comes first, or drawn by a hash of the text.
     """
-    seen = set()
-    found, total, unit = open_source(args, files, None)
-    texts = itertools.islice(distinct(found, seen), args.limit)
+    seen, line_ends = set(), args.source in ("text", "stdin", "stdlib")
+    take = lambda found: itertools.islice(distinct(found, seen, account, line_ends), args.limit)
+    found, total, unit = open_source(args, files, None, account)
     if not args.val_split:
-        return by_hash(texts, args.val_fraction), total, unit
-    val = itertools.islice(distinct(open_source(args, files, args.val_split)[0], seen), args.limit)
-    return itertools.chain(((0, "val", text, raw) for _, text, raw in val),
-                           ((position, "train", text, raw) for position, text, raw in texts)), total, unit
+        return by_hash(take(found), args.val_fraction, account, line_ends), total, unit
+    val = take(open_source(args, files, args.val_split, account)[0])
+    return itertools.chain(((0, "val", text, size) for _, text, _, size, _ in val),
+                           ((position, "train", text, size) for position, text, _, size, _ in take(found))), total, unit
 
 
-def distinct(found, seen):
-    """Yield (position, text, UTF-8 bytes) of the documents that are not empty and whose 8-byte digest is not in `seen`,
-    and add it."""
-    for position, text in found:
-        try:
-            raw = text.encode()
-        except UnicodeEncodeError:  # halves of surrogate pairs, which JSON can hold
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            raw = text.encode()
+def distinct(found, seen, account, line_ends=False):
+    """Yield (position, text, its UTF-8 bytes, number of bytes in the source, text in the source) of the documents that
+    are not empty and whose 8-byte digest is not in `seen`, and add it. Bytes of the source are those of the text
+    before repairs; if it was in another encoding than UTF-8, those that it has in UTF-8."""
+    for position, original in found:
+        text, raw, size, replaced = repair(original, line_ends)
+        nuls = text.count("\0")
+        account.characters, account.wrong = account.characters + len(text), account.wrong + nuls + replaced
+        if replaced or nuls or size != len(raw):
+            account.add("altered", "undecodable characters replaced", n=replaced)
+            account.add("altered", "NULs kept", n=nuls)
+            account.add("altered", "line ends rewritten as \\n", n=original.count("\r") if line_ends else 0)
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-        if text and not text.isspace() and digest not in seen:
-            seen.add(digest)
-            yield position, text, raw
+        if not text or text.isspace() or digest in seen:
+            account.add("documents", "duplicates dropped" if text.strip() else "empty ones dropped")
+            continue
+        seen.add(digest)
+        account.add("documents", "kept")
+        yield position, text, raw, size, original
 
 
-def by_hash(texts, fraction):
-    """Yield (position, split, text, UTF-8 bytes)."""
-    first = list(itertools.islice(texts, 2))
-    if len(first) == 1:
-        position, text, _ = first[0]
-        at = int(len(text) * (1 - fraction))
-        cut = next((end + 1 for mark in "\n " if (end := text.find(mark, at, -1)) >= 0), at)
-        yield from ((position, split, part, part.encode()) for split, part in
-                    (("train", text[:cut]), ("val", text[cut:])))
-        return
-    for position, text, raw in itertools.chain(first, texts):
-        yield position, "val" if zlib.crc32(raw) / 2**32 < fraction else "train", text, raw
+def by_hash(texts, fraction, account, line_ends):
+    """Yield (position, split, text, bytes in the source): val are the texts with a hash in that fraction. Documents
+    wait until both splits have one; if that never comes, the end of those that wait is val."""
+    held, waiting, total, splits = collections.deque(), 0, 0, set()
+    for position, text, raw, size, original in texts:
+        split = "val" if zlib.crc32(raw) / 2**32 < fraction else "train"
+        splits.add(split)
+        total, waiting = total + len(text), waiting + len(text)
+        held.append((position, split, text, size, original))
+        while held and (len(splits) == 2 or waiting > HELD and len(held) > 1):
+            waiting -= len(held[0][2])
+            yield held.popleft()[:4]
+    documents, taken = list(held), 0
+    while len(documents) > 1 and taken < fraction * total and taken + len(documents[-1][2]) <= total / 2:
+        taken += len(documents.pop()[2])
+    end = list(held)[len(documents):]
+    for position, _, text, size, _ in documents if end else documents[:-1]:
+        yield position, "train", text, size
+    if end:
+        account.add("documents", "at the end taken for val, since none went there by its hash", n=len(end))
+        yield from ((position, "val", text, size) for position, _, text, size, _ in end)
+    elif documents:
+        account.add("documents", "cut in two, its end for val")
+        yield from cut(documents[-1], fraction, line_ends)
+
+
+def cut(document, fraction, line_ends):
+    """Yield the beginning of a document for train and its end for val, as by_hash does."""
+    position, _, text, size, original = document
+    at = int(len(text) * (1 - fraction))
+    at = next((end + 1 for mark in "\n " if (end := text.find(mark, at, -1)) >= 0), at)
+    place = at if original == text else bisect.bisect_left(  # of the cut in the text before repairs
+        range(len(original)), at, key=lambda length: len(repair(original[:length], line_ends)[0]))
+    first = repair(original[:place], line_ends)[2]
+    yield position, "train", text[:at], first
+    yield position, "val", text[at:], size - first
 
 
 # ---------------------------------------------------------------------- tokens
@@ -164,8 +216,8 @@ def encoded(found, encoder, workers):
 
     waiting, chunk, characters = collections.deque(), [], 0
     with ThreadPoolExecutor(workers) as pool:
-        for position, split, text, raw in found:
-            chunk.append((position, split, text, len(raw)))
+        for position, split, text, size in found:
+            chunk.append((position, split, text, size))
             characters += len(text)
             if characters >= CHUNK:
                 waiting.append(pool.submit(work, chunk))
@@ -178,8 +230,8 @@ def encoded(found, encoder, workers):
             yield waiting.popleft().result()
 
 
-def write_documents(writer, args, files, encoder):
-    found, total, unit = documents(args, files)
+def write_documents(writer, args, files, encoder, account):
+    found, total, unit = documents(args, files, account)
     tokens, started = 0, time.time()
     with tqdm(total=total, desc="tokenizing", unit=unit, unit_scale=True, disable=None) as bar:
         for chunk in encoded(found, encoder, args.workers):
@@ -188,6 +240,15 @@ def write_documents(writer, args, files, encoder):
                 tokens += len(ids)
             bar.set_postfix_str(f"{tokens / (time.time() - started):,.0f} tokens/s", refresh=False)
             bar.update(max(chunk[-1][0] - bar.n, 0))
+    check_separator(args.split_on, account)
+    check_share(args.source, account)  # of stdin; files have been looked at one by one
+    counts = account.counts["documents"]
+    if not counts["kept"]:
+        raise UserError(f"the train split has 0 tokens: no document holds a text ({'; '.join(account.lines())})")
+    if not args.text_column and "column" in account.about and counts["empty ones dropped"] > counts["kept"]:
+        column = account.about["column"]
+        raise UserError(f"column {column!r} is empty in {counts['empty ones dropped']:,} rows and holds only "
+                        f"{counts['kept']:,} texts: if it is the text all the same, set --text_column={column}")
 
 
 def write_random(writer, args):
@@ -200,12 +261,12 @@ def write_random(writer, args):
             writer.write(split, rng.integers(0, args.vocab_size, min(2**20, left - start), dtype=np.uint32), 0)
 
 
-def make_tokenizer(args, files):
+def make_tokenizer(args, files, account):
     """The tokenizer that is named, or a BPE trained on the documents of the training split."""
     def texts():
         print("training a tokenizer")
-        left = TRAINING_TEXT
-        for _, split, text, _ in documents(args, files)[0]:
+        left, once = TRAINING_TEXT, Account(account)  # what is read is counted when it is written
+        for _, split, text, _ in documents(args, files, once)[0]:
             if split == "train":
                 yield text[:left]
                 left -= len(text)
@@ -241,7 +302,8 @@ def main(argv=None):
     if args.source == "fineweb-gpt2-shards":
         return fetch_shards(args, out)
     names = args.files if args.source != "hf" or Path(args.files[0]).exists() else []
-    files = sources.stdlib_files() if args.source == "stdlib" else sources.list_files(names, args.pattern)
+    account = Account()
+    files = sources.stdlib_files() if args.source == "stdlib" else list_files(names, args.pattern, account)
     how = {key: value for key, value in vars(args).items()
            if key not in ("out", "overwrite", "workers", "no_streaming") and value is not None}
     how |= {"found": len(files), "bytes": sum(file.stat().st_size for file in files)}
@@ -254,22 +316,31 @@ def main(argv=None):
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")
     if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
         raise UserError(f"{out} holds something else than prepared data: delete it yourself or choose another --out")
+    if any(out.absolute() in file.absolute().parents for file in files):
+        raise UserError(f"{out} lies among the files to be read: choose another --out")
+    for file in files if args.source == "text" else ():
+        if file.suffix in (".jsonl", ".csv", ".tsv"):
+            account.add("files", "tables as plain text; the sources jsonl and csv take a column", file)
     started = time.time()
     if args.source == "random":
         with Writer(out, args.vocab_size, args.shard_tokens) as writer:
             write_random(writer, args)
             writer.finish(lambda folder: None, tokenizer=None, prepared_by=how)
     else:
-        encoder = make_tokenizer(args, files)
+        encoder = make_tokenizer(args, files, account)
         with Writer(out, encoder.n_vocab, args.shard_tokens) as writer:
-            write_documents(writer, args, files, encoder)
-            writer.finish(lambda folder: tokenizer.save(encoder, folder), prepared_by=how,
-                          **tokenizer.describe(encoder))
+            write_documents(writer, args, files, encoder, account)
+            about = tokenizer.describe(encoder)
+            end = next((text for text, i in about["special_tokens"].items() if i == about["separator"]), None)
+            account.about |= {"bytes": sum(split["bytes"] for split in writer.splits.values()), "end_of_text": end}
+            writer.finish(lambda folder: tokenizer.save(encoder, folder), prepared_by=how, account=account.as_dict(),
+                          **about)
     for split, info in writer.splits.items():
         print(f"{split:5} {info['documents']:>9,} documents {info['tokens']:>13,} tokens {info['bytes']:>14,} bytes "
               f"{info['bytes'] / info['tokens']:.2f} bytes/token")
     seconds = time.time() - started
     print(f"wrote {out} in {seconds:.1f} s, {sum(s['tokens'] for s in writer.splits.values()) / seconds:,.0f} tokens/s")
+    print(*account.lines(), sep="\n")
     return out
 
 

@@ -1,22 +1,20 @@
 """Where documents come from: local text, jsonl, parquet and csv files, standard input, Hugging Face datasets.
 
-`documents` streams them, so that a corpus may be larger than memory. Files may be compressed: .gz, .bz2, .xz, .zst.
-Parquet files and datasets are read by the package `datasets`, and only they need it; `open_hf` is also what training
-from data="hf:REPO" reads. Next: prepare.py.
+`documents` streams them, so that a corpus may be larger than memory. Datasets are read by the package `datasets` and
+parquet files by pyarrow, which comes with it, and only they need it; `open_hf` is also what training from
+data="hf:REPO" reads. Next: prepare.py.
 """
 
-import bz2
 import csv
-import glob
-import gzip
-import io
+import functools
+import itertools
 import json
-import lzma
 import sys
 import sysconfig
-import zlib
 from pathlib import Path
 
+from data import columns
+from data.files import Account, check_separator, each_file, git_lfs, open_text, split_text, unescape
 from errors import UserError
 
 # repository, configuration, validation split (None: a share of the documents)
@@ -28,27 +26,27 @@ PATTERNS = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet", "csv": "*.
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text",
             ".arrow": "arrow"}  # of datasets
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-BLOCK = 2**24  # characters of a text file read at a time
+DELIMITERS = ",;\t|"
 
 
 # ---------------------------------------------------------------------- Hugging Face datasets
 
-def open_hf(repo, split="train", name=None, text_column=None, streaming=True):
+def open_hf(repo, split="train", name=None, text_column=None, streaming=True, chat=False):
     """(dataset, column) of a Hugging Face dataset, REPO or REPO@REVISION, or of a local folder or file that datasets
-    can read. The column is the given one, else "text", else the only one that holds strings."""
+    can read. The column is the one that columns.choose finds."""
     path = Path(repo)
     saved = sorted(path.glob("*.arrow")) if (path / "state.json").is_file() else []  # by save_to_disk
     if path.is_file() or saved:
         suffix = ".arrow" if saved else next((s for s in reversed(path.suffixes) if s not in COMPRESSED), None)
         if suffix not in BUILDERS:
             raise UserError(f"{repo}: datasets reads files that end in {', '.join(BUILDERS)}, compressed or not")
-        return _load(repo, text_column, BUILDERS[suffix], data_files=list(map(str, saved or [path])),
+        return _load(repo, text_column, chat, BUILDERS[suffix], data_files=list(map(str, saved or [path])),
                      split=split, streaming=streaming)
     where, _, revision = (str(repo), "", "") if path.exists() else str(repo).partition("@")
-    return _load(repo, text_column, where, name, revision=revision or None, split=split, streaming=streaming)
+    return _load(repo, text_column, chat, where, name, revision=revision or None, split=split, streaming=streaming)
 
 
-def _load(where, text_column, *args, **options):
+def _load(where, text_column, chat, *args, **options):
     """datasets.load_dataset with its errors explained, then the column chosen; returns (dataset, column)."""
     try:
         import datasets
@@ -67,38 +65,34 @@ def _load(where, text_column, *args, **options):
     except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         advice = "; the Hub has a copy of most such:  hf REPO@refs/convert/parquet" if "script" in str(error) else ""
         raise UserError(f"cannot read {where}: {_line(error)}{advice}") from error
-    types = {key: getattr(kind, "dtype", "list") for key, kind in (dataset.features or {}).items()}
-    strings = [key for key, kind in types.items() if kind in ("string", "large_string")]
-    return dataset, choose_column(list(types) or list(first), strings or _strings(first), text_column, where)
-
-
-def choose_column(columns, strings, wanted, where):
-    """The column that holds the text, or a UserError that names the columns."""
-    column = wanted or ("text" if "text" in columns else strings[0] if len(strings) == 1 else None)
-    if column in strings:
-        return column
-    problem = "which column is the text?" if column is None else (
-        f"no column {column!r}." if column not in columns else f"column {column!r} holds no text.")
-    raise UserError(f"{where}: {problem} The columns are {', '.join(map(str, columns))}: set --text_column=NAME, or "
-                    "?column=NAME in data='hf:...'")
-
-
-def _strings(row):
-    return [key for key, value in row.items() if isinstance(value, str | None)]
+    plain = lambda kind: not hasattr(kind, "decode_example")  # no picture, no sound
+    names = [key for key, kind in (dataset.features or {}).items() if plain(kind)]
+    sample = lambda: list(itertools.islice(dataset.select_columns(names) if names else dataset, columns.SAMPLE))
+    return dataset, columns.choose(names or first, sample, text_column, where, chat)
 
 
 def _line(error):
     return " ".join(str(error).split())[:300]
 
 
-def rows(dataset, column, where, first=0):
+def rows(dataset, column, where, first=0, account=None, chat=False):
     """Yield (number of rows up to here, text) of a dataset from row `first` on; rows without a text count as empty."""
-    row = first
+    return columns.texts(_numbered(dataset, column, where, first), column, where, account or _streamed(where), chat,
+                         [column], unit="row")
+
+
+@functools.cache
+def _streamed(where):
+    """The account of a dataset that training reads: it says each thing once."""
+    return Account()
+
+
+def _numbered(dataset, column, where, row):
     try:
-        for batch in dataset.select_columns([column]).skip(first).iter(batch_size=128):
-            for text in batch[column]:
+        for batch in dataset.select_columns([column]).skip(row).iter(batch_size=128):
+            for value in batch[column]:
                 row += 1
-                yield row, text or ""
+                yield row, {column: value}
     except (OSError, ValueError) as error:
         raise UserError(f"{where}, after row {row}: {_line(error)}") from error
 
@@ -113,123 +107,131 @@ def stdlib_files():
     return [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
 
 
-def list_files(names, pattern):
-    """The files that names, folders (searched for the pattern) and globs stand for, each once."""
-    files = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob(pattern) if p.is_file())
-        else:
-            matches = [path] if path.is_file() else map(Path, glob.glob(str(name), recursive=True))
-            found = sorted(match for match in matches if match.is_file())
-        if not found:
-            raise UserError(f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}")
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def _decompressed(path, raw):
-    """A binary file object over `raw`, the open file of that path."""
-    if path.suffix == ".zst":
-        try:
-            import pyarrow  # comes with datasets
-        except ImportError as error:
-            raise UserError(f"{path}: .zst needs a package:  pip install pyarrow  (or pack it as .gz)") from error
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
-    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix)
-    return opened(raw) if opened else raw
-
-
-def _each_file(files, parts, option):
-    """Yield (bytes of files read so far, text) for what parts(binary file, path, option) yields of every file."""
-    done = 0
-    for path in files:
-        try:
-            with open(path, "rb") as raw:
-                for part in parts(_decompressed(path, raw), path, option):
-                    yield done + raw.tell(), part
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-        done += path.stat().st_size
-
-
-def split_text(binary, path, split_on=None):
-    """Yield the documents of a file: all of it, or the parts between separators; bytes that are no UTF-8 become
-    replacement characters."""
-    file = io.TextIOWrapper(binary, encoding="utf-8", errors="replace")
-    if not split_on:
-        yield file.read()
-        return
-    rest = ""
-    while block := file.read(BLOCK):
-        *whole, rest = (rest + block).split(split_on)
-        yield from whole
-    yield rest
-
-
-def jsonl_texts(binary, path, column=None):
-    """Yield the text of every line of a file of JSON objects; null counts as empty."""
-    for number, line in enumerate(binary, 1):
-        if not line.strip():
+def jsonl_rows(file, path):
+    """Yield (number, object) of a file of JSON objects, one a line, or of one array of them."""
+    seen = False
+    for number, line in enumerate(file, 1):
+        line = line.strip("\ufeff \t\r\n")
+        if not line:
             continue
-        where = f"{path}, line {number}"
+        whole, seen = line[0] == "[" and not seen, True
         try:
-            row = json.loads(line.decode("utf-8-sig", "replace"))
+            found = json.loads(line + file.read() if whole else line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is no JSON object but a {type(row).__name__}")
-        column = column or choose_column(list(row), _strings(row), None, where)
-        if not isinstance(row.get(column, 0), str | None):  # missing, or a number
-            choose_column(list(row), _strings(row), column, where)
-        yield row[column] or ""
+            raise UserError(f"{path}, line {number} is no JSON: {error}; one object a line is expected, or one array "
+                            f"of objects, as  jq -c . {path} > lines.jsonl  makes them") from error
+        for place, row in enumerate(found, 1) if whole and isinstance(found, list) else [(number, found)]:
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, {'object' if whole else 'line'} {place} is no JSON object but a "
+                                f"{type(row).__name__}")
+            yield place, row
 
 
-def csv_texts(binary, path, column=None):
-    """Yield the text column of a comma-separated file whose first line names the columns."""
+def csv_rows(file, path, delimiter, account):
+    """Yield (line, {column: cell}) of a table whose first line names the columns; (line, problem) where a row has more
+    or fewer cells than that."""
     csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(io.TextIOWrapper(binary, encoding="utf-8-sig", errors="replace", newline=""))
+    start = list(itertools.islice(file, 1000))
+    delimiter = delimiter or _delimiter(start, path)
+    rows = csv.reader(itertools.chain(start, file), delimiter=delimiter)
+    account.add("delimiter", "none" if delimiter == "\x1f" else repr(delimiter))
     try:
-        columns = next(rows, None)
-        if columns is None:  # an empty file
-            return
-        column = choose_column(columns, columns, column, path)
-        if columns.count(column) > 1:
-            raise UserError(f"{path} has {columns.count(column)} columns {column!r}: rename one of them")
-        place = columns.index(column)
+        header = next((row for row in rows if row), [])
+        names = [name if header.count(name) == 1 else f"{name} (column {i})" for i, name in enumerate(header, 1)]
         for row in rows:
             if row:
-                yield row[place] if place < len(row) else ""
+                yield rows.line_num, dict(zip(names, row)) if len(row) == len(names) else (
+                    f"{len(row)} cells, the header names {len(names)}")
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}") from error
 
 
+def _delimiter(lines, path):
+    """What separates the cells: that of DELIMITERS which stands in the header and cuts the rows into as many cells; a
+    character that nobody writes where there is but one column."""
+    lengths = {}
+    for delimiter in DELIMITERS:
+        cells = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+        if cells and cells[0] > 1:
+            lengths[delimiter] = cells[:-1] if len(lines) == 1000 and len(cells) > 2 else cells  # the last may be cut
+    share = {delimiter: cells.count(cells[0]) / len(cells) for delimiter, cells in lengths.items()}
+    best = [delimiter for delimiter in share if share[delimiter] > max(share.values()) - 0.05]
+    if len(best) > 1:
+        raise UserError(f"{path}: what separates the cells? It may be {' or '.join(map(repr, best))}: set --delimiter, "
+                        f"as in  --delimiter={best[0]!r}")
+    return best[0] if best else "\x1f"
+
+
+def parquet_rows(path, account, text_column, chat):
+    """Yield (row, text) of a parquet file, of which only the column of the text is read."""
+    import pyarrow.parquet  # comes with datasets
+    row = 0
+    if not path.stat().st_size:
+        return
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if not file.metadata.num_rows:
+                return
+            names = file.schema_arrow.names
+            sample = lambda: next(file.iter_batches(columns.SAMPLE)).to_pylist()
+            column = columns.choose(names, sample, text_column or account.about.get("column"), path, chat)
+            account.about["column"] = column  # no other is read
+            for batch in file.iter_batches(1024, columns=[column]):
+                for cells in batch.to_pylist():
+                    row += 1
+                    yield row, cells
+    except UserError:
+        raise
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"cannot read {path}, after row {row}: {_line(error)}") from error
+
+
 # ---------------------------------------------------------------------- any source
 
-def documents(source, files=(), split_on=None, repo=None, split="train", name=None, text_column=None, streaming=True):
+def documents(source, files=(), split_on=None, repo=None, split="train", name=None, text_column=None, streaming=True,
+              encoding=None, delimiter=None, chat=False, account=None):
     """(iterator, total, unit) of a source: the iterator yields (position, text), and position counts up to total, in
-    bytes of the files or rows of a dataset; total is None where it is not known."""
+    bytes of the files or rows of a dataset; total is None where it is not known. What is left out goes into account.
+    Undecodable bytes of files stand in the texts as lone surrogates, line ends of text files as they are."""
+    account = account or Account()
+    separator = unescape(split_on or "")
+    account.separator = separator.encode("utf-8", "surrogateescape")
+    whole = functools.partial(split_text, separator=separator, account=account)
     if source == "stdin":
-        texts = split_text(sys.stdin.buffer, None, split_on)
-        return ((number, text) for number, text in enumerate(texts, 1)), None, " documents"
-    if source in ("text", "stdlib", "jsonl", "csv"):
-        parts, option = {"jsonl": (jsonl_texts, text_column), "csv": (csv_texts, text_column)}.get(
-            source, (split_text, split_on))
-        return _each_file(files, parts, option), sum(path.stat().st_size for path in files), "B"
+        file = open_text(sys.stdin.buffer, "standard input", account, encoding, strict=True)
+        return enumerate(_all(whole(file, "standard input"), split_on, account), 1), None, " documents"
     if source == "parquet":
-        paths = [str(path) for path in files if path.stat().st_size]
-        dataset, column = _load(str(files[0]), text_column, "parquet", data_files=paths or [str(files[0])],
-                                split="train", streaming=True)
-        return rows(dataset, column, "parquet"), sum(map(_parquet_rows, paths)), " rows"  # a damaged one shows here
-    dataset, column = open_hf(repo, split, name, text_column, streaming)
+        texts = itertools.chain.from_iterable(
+            columns.texts(parquet_rows(path, account, text_column, chat), text_column, path, account, chat, unit="row")
+            for path in files)
+        total = sum(_parquet_rows(path, account) for path in files)  # a damaged file shows here
+        return ((number, text) for number, (_, text) in enumerate(texts, 1)), total, " rows"
+    if source in ("text", "stdlib", "jsonl", "csv"):
+        table = {"jsonl": jsonl_rows, "csv": functools.partial(csv_rows, delimiter=delimiter, account=account)}
+        read = table.get(source)
+        parts = (lambda file, path: (text for _, text in columns.texts(
+            read(file, path), text_column, path, account, chat))) if read else whole
+        found = each_file(files, parts, account, encoding, strict=bool(read))
+        return _all(found, split_on, account), sum(path.stat().st_size for path in files), "B"
+    dataset, column = open_hf(repo, split, name, text_column, streaming, chat)
     about = (dataset.info.splits or {}).get(split)
-    return rows(dataset, column, repo), about.num_examples if about else None, " rows"
+    return rows(dataset, column, repo, 0, account, chat), about.num_examples if about else None, " rows"
 
 
-def _parquet_rows(path):
+def _all(found, separator, account):
+    yield from found
+    check_separator(separator, account)
+
+
+def _parquet_rows(path, account):
+    """The number of rows of a parquet file, which is read or named as damaged."""
     import pyarrow.parquet  # comes with datasets
+    if not path.stat().st_size and path not in account.named:
+        account.add("files", "empty", path)
+        return 0
     try:
-        return pyarrow.parquet.read_metadata(path).num_rows
+        count = pyarrow.parquet.read_metadata(path).num_rows
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {_line(error)}") from error
+        raise UserError(f"cannot read {path}: {git_lfs(path) or _line(error)}") from error
+    account.add("files", "read")
+    return count

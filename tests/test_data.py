@@ -265,7 +265,7 @@ def texts(tmp_path):
         (folder / f"{i}.txt").write_text(f"document {i}: " + "words and more words " * (i + 5))
     (folder / "twin.txt").write_text((folder / "7.txt").read_text())
     (folder / "empty.txt").write_text("")
-    (folder / "broken.txt").write_bytes(b"caf\xff\xfe latin")
+    (folder / "broken.txt").write_bytes(b"caf\xff\xfe latin" + b", and all the rest is right" * 10)
     return folder
 
 
@@ -360,7 +360,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_done(tmp_path, texts, mo
         (["stdlib", "x"], "takes no files"),
         (["text", "nowhere.txt"], "no file or folder"),
         (["stdlib", "--val_fraction=2"], "between 0 and 1"),
-        (["text", "README.md", "LICENSE", "--tokenizer=bytes", "--val_fraction=1e-9"], "val split has 0"),
+        (["text", "README.md", "--encoding=utf-9"], "no encoding 'utf-9'"),
     ],
 )
 def test_prepare_mistakes_are_one_line(tmp_path, words, message):

@@ -1,0 +1,137 @@
+"""Which column of a table holds the text, and how its rows become texts; the same for jsonl, csv, parquet and datasets.
+
+A column named by --text_column is taken as it is, and so is one that is called "text". Any other is a guess, which has
+to look like prose: what looks like ids, numbers, dates or labels is refused, with all columns listed. Next: sources.py.
+"""
+
+import itertools
+import re
+
+from data.files import SHARE
+from errors import UserError
+
+SAMPLE = 100  # rows that a guess is made from
+TEXT_LIKE = frozenset("text texts content contents body document article story passage paragraph raw_text raw_content "
+                      "full_text fulltext main_text markdown prose essay poem lyrics transcript code".split())
+OTHER = re.compile(r"(^|[^a-z])(id|ids|idx|index|key|uuid|guid|url|urls|uri|link|href|src|date|time|timestamp|created|"
+                   r"updated|year|label|labels|lang|language|source|category|class|tag|tags|topic|hash|sha|sha\d+|md5|"
+                   r"path|file|filename|type|kind|name|title|author|user|email|score|split|domain|license|meta|"
+                   r"metadata|subset|status|version)([^a-z]|$)|[;\t|]|(\S+\s+){3}\S")  # the last: no name, but a text
+LOOKS = (("dates", r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?"), ("numbers", r"[-+$€£]?\d[\d.,\s]*(e[-+]?\d+)?%?"),
+         ("addresses", r"(\w{1,10}://|www\.)\S+|\S+@\S+\.\w+"), ("hashes", r"[0-9a-fA-F]{8}[0-9a-fA-F-]{8,}"),
+         ("ids", r"(?=\S*[\d_/:.-])[!-~]{1,80}"))
+
+
+def choose(names, sample, wanted, where, chat=False):
+    """The column that holds the text, of those with these names; sample() gives some rows, as dicts. Where that is not
+    plain, UserError with all columns."""
+    names = list(names)
+    if wanted in names or (not wanted and not chat and "text" in names):
+        return wanted or "text"
+    rows = sample()
+    values = {name: [value for row in rows if (value := row.get(name)) not in (None, "")] for name in names}
+    kinds = {name: " or ".join(sorted(set(map(kind, values[name])))) or "empty" for name in names}
+    listed = ", ".join(f"{name} ({kinds[name]}{f': {str(values[name][0])[:30]!r}' if values[name] else ''})"
+                       for name in names)
+    found = [name for name in names if ("chat" if chat else "text") in kinds[name]]
+    likely = [name for name in found if name.strip().lower() in TEXT_LIKE]
+    pick = (likely or found)[0] if len(likely or found) == 1 else None
+    look = pick and not chat and looks_like(values[pick])
+    if wanted:
+        problem = f"no column {wanted!r}."
+    elif chat:
+        problem = None if pick else "which column holds the chats?"
+    elif look:
+        problem = f"is column {pick!r} the text? It holds what looks like {look}."
+    elif pick and not likely and ("chat" in kinds.values()
+                                  or OTHER.search(re.sub("(?<=[a-z])(?=[A-Z])", "_", pick).lower())):
+        problem = f"is column {pick!r} the text? It is the only one that holds strings, but is not called so."
+    else:
+        problem = None if pick else "which column is the text?"
+    if problem:
+        remedy = "" if chat or "chat" not in kinds.values() else ", or prepare with --chat to make texts of the chats"
+        raise UserError(f"{where}: {problem} The columns are {listed}: set --text_column=NAME, or ?column=NAME in "
+                        f"data='hf:...'{remedy}")
+    return pick
+
+
+def kind(value):
+    """What a value of a table is, in a word."""
+    if isinstance(value, list) and value and all(map(_is_message, value)):
+        return "chat"
+    names = {str: "text", bytes: "bytes", bool: "yes or no", int: "number", float: "number", dict: "object"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+
+
+def looks_like(values):
+    """What more than half of some texts look like, if that is no prose: "ids", "dates", ...; else None."""
+    texts = [value.strip()[:200] for value in values if isinstance(value, str)]
+    for what, pattern in LOOKS:
+        if sum(bool(re.fullmatch(pattern, text, re.I)) for text in texts) > len(texts) / 2:
+            return what
+    return "labels" if len(texts) >= 20 and len(set(texts)) <= len(texts) / 4 else None
+
+
+def _is_message(value):
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+
+
+def render(messages):
+    """A chat as a text, "ROLE: CONTENT" for every message with an empty line between two; None if it is no chat or if
+    a message holds something else than a text."""
+    if kind(messages) != "chat":
+        return None
+    pairs = [(message.get("role") or message.get("from"), message.get("content") or message.get("value") or "")
+             for message in messages]
+    return "\n\n".join(f"{role}: {text}" for role, text in pairs) if all(
+        isinstance(text, str) for _, text in pairs) else None
+
+
+def texts(rows, wanted, where, account, chat=False, names=None, sample=None, unit="line"):
+    """Yield (place, text) of rows, which are pairs of a place, such as the number of the line, and a dict, or a str
+    that says why there is none. `names` and `sample` are for `choose`, where the rows hold the chosen column only.
+    Rows without a text are counted; more than SHARE of them are an error. null counts as an empty text."""
+    if names is None:
+        rows = iter(rows)
+        first = list(itertools.islice(rows, SAMPLE))
+        rows = itertools.chain(first, rows)
+        dicts = [row for _, row in first if isinstance(row, dict)]
+        names, sample = dict.fromkeys(name for row in dicts for name in row), lambda: dicts
+        if not dicts:  # an empty file, or nothing but damaged rows
+            for place, row in first:
+                raise UserError(f"{where}, {unit} {place}: {_problem(row, None, chat)} So are all {len(first)} read")
+            return
+    wanted = wanted or account.about.get("column")
+    column = choose(names, sample, wanted, where, chat)
+    account.about["column"] = column
+    read, bad, first_bad = 0, 0, None
+    for place, row in rows:
+        read += 1
+        value = row.get(column) if isinstance(row, dict) else row
+        text = render(value) if chat else value
+        if isinstance(row, dict) and column in row and (value is None or isinstance(text, str)):
+            account.add("rows", "read")
+            if value is None:
+                account.add("rows", "null, as if empty")
+            elif column not in account.said and text.strip():
+                account.say(column, f"the text is column {column!r}, which begins {text[:60]!r}")
+            yield place, text or ""
+        else:
+            bad += 1
+            first_bad = first_bad or (place, row)
+            account.add("rows", "without a text, left out", f"{where}, {unit} {place}")
+        if bad > SHARE * read and read >= 10 * SAMPLE:
+            break
+    if bad > SHARE * read:
+        place, row = first_bad
+        raise UserError(f"{where}, {unit} {place}: {_problem(row, column, chat)} So are {bad:,} of {read:,} rows")
+
+
+def _problem(row, column, chat):
+    if not isinstance(row, dict):
+        return f"{row}: the rows are cut in another way (see --delimiter), or their cells need quotes."
+    if column not in row:
+        return f"no column {column!r}. The columns are {', '.join(map(str, row))}: set --text_column=NAME."
+    what = kind(row[column])
+    remedy = ": add --chat to make texts of them" if what == "chat" and not chat else ": set --text_column=NAME"
+    return f"column {column!r} holds no {'chat of texts' if chat else 'text'} but {what}{remedy}."
