@@ -3,7 +3,23 @@
 Used by K2.generate in model.py. Shapes: B sequences, V vocabulary, T tokens so far.
 """
 
+import math
+
 import torch
+
+from errors import UserError
+
+
+def check(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+    """A UserError for a value outside of its range; NaN is outside of all."""
+    for name, value, ok, range_ in (
+            ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more, and finite"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
+            ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", repetition_penalty, 0.01 <= repetition_penalty <= 100, "in [0.01, 100]")):
+        if not ok:
+            raise UserError(f"--{name}={value} must be {range_}")
 
 
 def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
@@ -14,14 +30,18 @@ def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, m
     repetition_penalty > 1 makes ids that stand in history_BT less likely: positive logits are divided by it, negative
     ones multiplied (CTRL, arXiv 1909.05858, section 4.1, with the sign handled).
     """
+    check(temperature, top_k, top_p, min_p, repetition_penalty)
     logits = logits_BV.float()
+    if not logits.isfinite().all():
+        raise UserError("the model gives NaN or infinite logits, of which no token can be chosen: try --dtype=float32, "
+                        "or an earlier checkpoint")
     if repetition_penalty != 1.0:
         seen = logits.gather(1, history_BT)
         seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
         logits = logits.scatter(1, history_BT, seen)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the limit, not inf, where it is tiny
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
