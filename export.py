@@ -83,8 +83,7 @@ def reverse(source, run):
     """Turn a Hugging Face directory into a run folder: a checkpoint of step 0 without optimizer state, the tokenizer if
     it can be read, and config.py, which says how train.py goes on and with what."""
     if not hf.is_hf(source):
-        if Path(source).is_dir():
-            refuse_other_kinds(source)
+        refuse_other_kinds(source)
         raise UserError(f"{source} has no Hugging Face config.json")
     model, encoder = generate.load(source, "cpu")
     chosen = continuation(model.config)
@@ -96,12 +95,9 @@ def reverse(source, run):
             tokenizers.save(encoder, temporary / "tokenizer")
             about["tokenizer"] = tokenizers.fingerprint(encoder)
         checkpoint.save(temporary / "checkpoints", 0, checkpoint.named_tensors(model), about, keep=1)
-        word = shlex.quote(f"{run}/tokenizer") if encoder else "TOKENIZER"
+        word = shlex.quote(f"{run}/tokenizer") if encoder else "TOKENIZER_OF_THE_MODEL"
         said = [f"The model of {source}, to continue:  python train.py {shlex.quote(f'{run}/config.py')} --resume "
                 "--data=FOLDER", f"FOLDER by:  python -m data.prepare text TEXTS --tokenizer={word} --out=FOLDER"]
-        if not encoder:
-            said += [f"TOKENIZER is the one that the model was trained with, of at most {model.config.vocab_size} ids; "
-                     "none that can be read lies beside the weights"]
         why = {name: f"  # {reason}" for name, _, reason in chosen}
         lines = ["# " + errors.one_line(line) for line in said]  # comments: a folder's name is not to become code
         lines += [f"{name} = {value!r}{why.get(name, '')}" for name, value in fields.items()]

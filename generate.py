@@ -3,15 +3,13 @@
     from generate import load
     model, tokenizer = load("out/debug")      # a run folder, a step folder or an exported Hugging Face directory
 
-Prompts start a document: the end-of-text token is put before them, as in training, and without a prompt it stands
-alone. The text goes to stdout, what is said of it to stderr. The loop itself is K2.generate in
-model.py, the choice of a token is in sampling.py.
+Prompts start a document: the end-of-text token is put before them, as in training; without a prompt it stands alone.
+Text goes to stdout, notes to stderr. The loop is K2.generate in model.py, the choice of a token in sampling.py.
 """
 
 import argparse
 import codecs
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -28,9 +26,6 @@ from hf_weights import note, refuse_other_kinds
 from kernels import backend
 from model import ModelConfig, build, pick_device
 
-# What a directory has beside its weights if there is a tokenizer in it.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "*.tiktoken",
-                   "tiktoken.model")
 COMMANDS = "/reset forgets all, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help lists these"
 
 
@@ -63,20 +58,19 @@ def load(path, device="auto", dtype="float32", which="latest"):
 
 
 def published_tokenizer(path, vocab_size):
-    """The tokenizer of a Hugging Face directory; where it cannot be read or is of another model, None and a line."""
+    """The tokenizer of a Hugging Face directory; None, with a line, if it cannot be read or is of another model."""
     if (path / "tokenizer").is_dir():  # of our own export
         return tokenizers.load(path / "tokenizer")
-    if not any(file.is_file() for name in TOKENIZER_FILES for file in path.glob(name)):
+    if not any(path.glob("*token*")):
         return None
     try:
         encoder = tokenizers.load(path)
-        if encoder.n_vocab <= vocab_size:
-            return encoder
-        reason = f"it has ids up to {encoder.n_vocab - 1}, the model only {vocab_size}"
+        if encoder.n_vocab > vocab_size:
+            raise UserError(f"it has ids up to {encoder.n_vocab - 1}, the model only {vocab_size}")
+        return encoder
     except UserError as error:
-        reason = str(error)
-    note(f"the weights of {path} are read, its tokenizer is not: {reason}")
-    return None
+        note(f"the weights of {path} are read, its tokenizer is not: {error}")
+        return None
 
 
 def encode_prompt(encoder, prompt):
@@ -164,7 +158,7 @@ def main(argv=None):
         ids = encode_prompt(encoder, prompt)
         for text, number in encoder._special_tokens.items():
             if text in prompt and number not in ids[1:]:
-                tell(f"{text!r} in the prompt is read as plain text, not as the special token")
+                note(f"{text!r} in the prompt is read as plain text, not as the special token")
         for number in range(args.num_samples):
             if len(prompts) * args.num_samples > 1:
                 print(f"--- {prompt!r}, sample {number + 1}")
@@ -172,19 +166,14 @@ def main(argv=None):
             options["seed"] = args.seed + number
             produced += len(write(model, encoder, ids, options, args.stream))
     seconds = time.perf_counter() - started
-    tell(f"{produced} tokens in {seconds:.1f} s, {produced / seconds:.0f} tokens/s")
-
-
-def tell(text):
-    """A line on stderr, which is no part of the text on stdout."""
-    print(f"[{text}]", file=sys.stderr, flush=True)
+    note(f"{produced} tokens in {seconds:.1f} s, {produced / seconds:.0f} tokens/s")
 
 
 def write(model, encoder, prompt_ids, options, as_it_comes, interruptible=False):
     """Print the continuation of a prompt and a line end; returns its ids. If interruptible, Ctrl-C ends it early."""
     limit, ids, pieces, slides = model.config.max_position_embeddings, [], [], []
     if len(prompt_ids) > limit:
-        tell(f"the prompt has {len(prompt_ids)} tokens, the context {limit}: only the last {limit} are read")
+        note(f"the prompt has {len(prompt_ids)} tokens, the context {limit}: only the last {limit} are read")
     try:
         for token, piece in stream(model, encoder, prompt_ids, on_slide=lambda: slides.append(1), **options):
             ids += [] if token is None else [token]
@@ -196,9 +185,9 @@ def write(model, encoder, prompt_ids, options, as_it_comes, interruptible=False)
             raise
     print("" if as_it_comes else "".join(pieces), flush=True)
     if slides:
-        tell(f"the context of {limit} tokens is full: the text went on from its newest half")
+        note(f"the context of {limit} tokens is full: the text went on from its newest half")
     if unknown := sum(token >= encoder.n_vocab for token in ids):
-        tell(f"{unknown} of {len(ids)} tokens are none of the tokenizer's {encoder.n_vocab} and are not printed")
+        note(f"{unknown} of {len(ids)} tokens are none of the tokenizer's {encoder.n_vocab} and are not printed")
     return ids
 
 

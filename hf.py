@@ -27,17 +27,9 @@ SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size
 OPTIONAL = {"q_lora_rank", "n_routed_experts", "n_shared_experts", "tie_word_embeddings", "initializer_range"}
 OF_EXPERTS = {"moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
               "routed_scaling_factor", "first_k_dense_replace"}
-# Fields that change the arithmetic, with the one value that it has here.
-FIXED = {"rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "hidden_act": "silu",
-         "moe_layer_freq": 1}
-# Read elsewhere, or without a meaning for the weights and the forward pass.
-HARMLESS = {"architectures", "auto_map", "aux_loss_alpha", "seq_aux", "model_type", "rope_theta", "rope_scaling",
-            "rope_parameters", "quantization_config", "num_nextn_predict_layers", "num_mtp_layers", "bos_token_id",
-            "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version", "use_cache", "ep_size",
-            "pretraining_tp", "_name_or_path", "return_dict"}
-# An unknown field of such a name is taken to change the arithmetic.
+# A field of such a name that is not known here is taken to change the arithmetic.
 TELLING = re.compile(r"bias|soft_?cap|window|multiplier|scal|norm|rotary|rope|alibi|activation|_act$|func|method|index|"
-                     r"head|lora|layer_types|gate|quant|text_config|vision")
+                     r"head|lora|layer_types|gate|sparse|text_config|vision")
 
 
 def is_hf(folder):
@@ -71,59 +63,43 @@ def from_hf_config(folder):
     path = Path(folder) / "config.json"
     stored = read_json(path)
     if stored.get("model_type") not in ("deepseek_v3", "kimi_k2"):
-        inside = next((key for key in stored if key.endswith("_config") and isinstance(stored[key], dict)
-                       and "hidden_size" in stored[key]), None)
-        why = f" around the language model of its {inside}: extract that, with its tensors, first" if inside else ""
-        raise UserError(f"{folder} is a {stored.get('model_type')!r} model{why}; only the DeepSeek-V3 architecture is "
-                        "read (model_type deepseek_v3 or kimi_k2)")
+        inside = " around the language model of its text_config, to be extracted with its tensors first"
+        raise UserError(f"{folder} is a {stored.get('model_type')!r} model{inside if 'text_config' in stored else ''}; "
+                        "only the DeepSeek-V3 architecture is read (model_type deepseek_v3 or kimi_k2)")
     needed = set(SAME) - OPTIONAL - (set() if stored.get("n_routed_experts") else OF_EXPERTS)
-    rope_theta, rope_scaling = _rope(stored, path)
-    missing = sorted(name for name in needed if stored.get(name) is None) + ["rope_theta"] * (rope_theta is None)
-    if missing:
+    forms = [stored[name] for name in ("rope_parameters", "rope_scaling") if stored.get(name)]
+    rope = checked("rope_scaling", forms[0] if forms else {}, f"in {path}")
+    thetas = [form["rope_theta"] for form in (stored, rope) if form.get("rope_theta") is not None]
+    if forms[1:] not in ([], forms[:1]) or thetas[1:] not in ([], thetas[:1]):
+        raise UserError(f"{path} says two things in rope_theta, rope_scaling and rope_parameters: keep what is meant")
+    if missing := sorted(name for name in needed if stored.get(name) is None) + ["rope_theta"] * (not thetas):
         raise UserError(f"{path} lacks {', '.join(missing)}: no value is guessed; see the model that it was made from")
     fields = {"aux_loss_alpha": 0.0, "n_routed_experts": 0, "n_shared_experts": 0, "first_k_dense_replace": 0}
     fields |= {name: stored[name] for name in (*SAME, "aux_loss_alpha") if stored.get(name) is not None}
     dense, layers = fields["first_k_dense_replace"], fields["num_hidden_layers"]
     if type(dense) is type(layers) is int:
         fields["first_k_dense_replace"] = min(dense, layers)
-    config = model_config(fields | {"rope_theta": rope_theta, "rope_scaling": rope_scaling}, f"in {path}")
+    kind = rope.get("type", rope.get("rope_type", "default"))
+    said = {k: v for k, v in rope.items() if k != "rope_theta" and v is not None and (k, v) != ("truncate", True)}
+    fields |= {"rope_theta": thetas[0], "rope_scaling": None if kind == "default" else said}
+    config = model_config(fields, f"in {path}")
     _refuse_other_arithmetic(stored, config, path)
     return config
 
 
-def _rope(stored, path):
-    """(rope_theta, rope_scaling) of a config.json, None for what it does not say."""
-    forms = [checked("rope_scaling", stored.get(name) or {}, f"in {path}")
-             for name in ("rope_scaling", "rope_parameters")]
-    theta = [form["rope_theta"] for form in (stored, *forms) if form.get("rope_theta") is not None]
-    said = []
-    for form in filter(None, forms):
-        kind = form.get("type", form.get("rope_type", "default"))
-        usual = [("truncate", True), ("type", kind), ("rope_type", kind)]
-        about = {k: v for k, v in form.items() if k != "rope_theta" and v is not None and (k, v) not in usual}
-        said.append(None if kind == "default" else {"type": kind, **about})
-    if any(one != two for one, two in (*zip(theta, theta[1:]), *zip(said, said[1:]))):
-        raise UserError(f"{path} says two things in rope_theta, rope_scaling and rope_parameters: keep what is meant")
-    return theta[0] if theta else None, said[0] if said else None
-
-
 def _refuse_other_arithmetic(stored, c, path):
-    """A UserError for a field that means another computation than model.py's; a line for what means nothing here."""
-    widths = {c.qk_rope_head_dim, c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim}
-    allowed = {name: {value} for name, value in FIXED.items()}
-    allowed |= {"num_key_value_heads": {c.num_attention_heads}, "num_local_experts": {c.n_routed_experts},
-                "qk_head_dim": {c.qk_nope_head_dim + c.qk_rope_head_dim}, "head_dim": widths}
-    unknown = []
+    """A UserError for a field that means another computation than model.py's."""
+    qk_head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
+    allowed = {"rope_interleave": [True], "scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"],
+               "hidden_act": ["silu"], "moe_layer_freq": [1], "num_key_value_heads": [c.num_attention_heads],
+               "qk_head_dim": [qk_head_dim], "head_dim": [c.qk_rope_head_dim, qk_head_dim, c.v_head_dim]}
+    read = {*SAME, "rope_theta", "rope_scaling", "rope_parameters"}
     for name, value in stored.items():
-        if name in allowed and value is not None and value not in list(allowed[name]):
+        if value not in allowed.get(name, [value]) and value is not None:
             raise UserError(f"{path} has {name}={value!r}; nanok2 has only {' or '.join(map(repr, allowed[name]))}")
-        if name in (*allowed, *SAME, *HARMLESS) or not value or isinstance(value, float) and value == 1:
-            continue
-        if TELLING.search(name):
+        neutral = not value or isinstance(value, float) and value == 1
+        if TELLING.search(name) and not (neutral or name in allowed or name in read):
             raise UserError(f"{path} has {name}={value!r}, which nanok2 does not have")
-        unknown.append(f"{name}={value!r}")
-    if unknown:
-        note(f"{path}: {len(unknown)} settings mean nothing here and are left out: {', '.join(unknown)}")
 
 
 # ----------------------------------------------------------------------------- weights
@@ -174,7 +150,7 @@ def load_model(folder, device="cpu"):
 def _block(quantised, folder):
     """The rows and columns of a block of float8 weights, from quantization_config."""
     block = (quantised.get("weight_block_size") if isinstance(quantised, dict) else None) or [128, 128]
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 2**31 for n in block)):
+    if type(block) is not list or len(block) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in block):
         raise UserError(f"{folder}/config.json: weight_block_size={block!r} is no pair of sizes, such as [128, 128]")
     return block
 
@@ -194,21 +170,19 @@ def _stacked(weights, name, n_experts):
 
 def _leave_out(weights, stored, n_layers):
     """Say which of the tensors that are left stay unread, and refuse those that nothing explains."""
-    announced = stored.get("num_nextn_predict_layers", stored.get("num_mtp_layers")) or 0
-    if type(announced) is not int or not 0 <= announced <= 1000:
-        raise UserError(f"{weights.folder}/config.json: num_nextn_predict_layers={announced!r} is no count of layers")
+    announced = stored.get("num_nextn_predict_layers", stored.get("num_mtp_layers"))
+    announced = announced if type(announced) is int else 0
     layer = {name: int(found[1]) for name in weights.left if (found := re.match(r"model\.layers\.(\d+)\.", name))}
     ahead = {name for name, number in layer.items() if n_layers <= number < n_layers + announced}
     tables = {name for name in weights.left if name.endswith("rotary_emb.inv_freq")}
-    empty = {name for name in weights.left if ".shared_experts." in name and 0 in weights.shape(name)}
+    empty = {name for name in weights.left if ".shared_experts." in name  # of no shared experts
+             and 0 in weights.files[name].get_slice(name).get_shape()}
     for names, what in ((ahead, f"of {announced} multi-token prediction layers"), (tables, "with tables of RoPE")):
         if names:
             note(f"{weights.folder}: {len(names)} tensors {what} are left out, such as {min(names)}")
     if extra := sorted(weights.left - ahead - tables - empty):
-        beyond = f", with num_hidden_layers={n_layers} and num_nextn_predict_layers={announced}" \
-            if layer.get(extra[0], 0) >= n_layers else ""
-        raise UserError(f"{weights.folder} has {len(extra)} tensors that the architecture does not know{beyond}, such "
-                        f"as {extra[0]}")
+        raise UserError(f"{weights.folder} has {len(extra)} tensors that its config.json does not know, of which "
+                        f"num_hidden_layers={n_layers} and num_nextn_predict_layers={announced}, such as {extra[0]}")
 
 
 # ----------------------------------------------------------------------------- tokenizer.json

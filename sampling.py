@@ -3,23 +3,20 @@
 Used by K2.generate in model.py. Shapes: B sequences, V vocabulary, T tokens so far.
 """
 
-import math
-
 import torch
 
 from errors import UserError
 
+RANGES = {"temperature": (0, 1e9), "top_k": (1, 2**63), "top_p": (0, 1), "min_p": (0, 1),
+          "repetition_penalty": (0.01, 100)}
 
-def check(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
-    """A UserError for a value outside of its range; NaN is outside of all."""
-    for name, value, ok, range_ in (
-            ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more, and finite"),
-            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
-            ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", repetition_penalty, 0.01 <= repetition_penalty <= 100, "in [0.01, 100]")):
-        if not ok:
-            raise UserError(f"--{name}={value} must be {range_}")
+
+def check(**options):
+    """A UserError for an option outside of its range, ends included; NaN is outside of all."""
+    for name, value in options.items():
+        low, high = RANGES[name]
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name}={value} must lie between {low} and {high:,}")
 
 
 def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
@@ -30,7 +27,7 @@ def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, m
     repetition_penalty > 1 makes ids that stand in history_BT less likely: positive logits are divided by it, negative
     ones multiplied (CTRL, arXiv 1909.05858, section 4.1, with the sign handled).
     """
-    check(temperature, top_k, top_p, min_p, repetition_penalty)
+    check(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     logits = logits_BV.float()
     if not logits.isfinite().all():
         raise UserError("the model gives NaN or infinite logits, of which no token can be chosen: try --dtype=float32, "
