@@ -38,6 +38,8 @@ def export(source, folder, dtype="float32", which="latest", shard_bytes=5 * 10**
         end = config["eos_token_id"]
         _write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
         _write_weights(temporary, hf.to_hf_tensors(model, getattr(torch, dtype)), shard_bytes)
+        for path in temporary.glob("*.safetensors"):  # which get 0600, whatever the umask
+            shutil.copymode(temporary / "config.json", path)
         if encoder:
             tokenizer, about = hf.to_hf_tokenizer(encoder)
             _write_json(temporary / "tokenizer.json", tokenizer)
@@ -53,7 +55,7 @@ def _write_weights(folder, tensors, shard_bytes):
     """One model.safetensors, or numbered files of at most shard_bytes with an index."""
     shards, size = [{}], 0
     for name, tensor in tensors:
-        if n_odd := tensor.numel() - int(tensor.isfinite().sum()):
+        if n_odd := int((~tensor.isfinite()).sum()):
             raise UserError(f"{name} would have {n_odd} values that are NaN or infinite in {tensor.dtype}: export "
                             "another checkpoint, or with --dtype=float32")
         n_bytes = tensor.numel() * tensor.element_size()
@@ -63,20 +65,15 @@ def _write_weights(folder, tensors, shard_bytes):
         shards[-1][name] = tensor.contiguous()
         size += n_bytes
     if len(shards) == 1:
-        _save_file(shards[0], folder / "model.safetensors")
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
     index, total = {}, 0
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save_file(shard, folder / name)
+        save_file(shard, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-
-
-def _save_file(tensors, path):
-    save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(path.with_name("config.json"), path)  # safetensors gives its files 0600, whatever the umask
 
 
 def reverse(source, run):
@@ -96,10 +93,11 @@ def reverse(source, run):
             about["tokenizer"] = tokenizers.fingerprint(encoder)
         checkpoint.save(temporary / "checkpoints", 0, checkpoint.named_tensors(model), about, keep=1)
         word = shlex.quote(f"{run}/tokenizer") if encoder else "TOKENIZER_OF_THE_MODEL"
-        said = [f"The model of {source}, to continue:  python train.py {shlex.quote(f'{run}/config.py')} --resume "
-                "--data=FOLDER", f"FOLDER by:  python -m data.prepare text TEXTS --tokenizer={word} --out=FOLDER"]
+        command = f"python train.py {shlex.quote(f'{run}/config.py')} --resume --data=FOLDER"
+        lines = [f"# {errors.one_line(line)}" for line in (  # one line each: a folder's name is not to become code
+            f"The model of {source}, to continue:  {command}",
+            f"FOLDER by:  python -m data.prepare text TEXTS --tokenizer={word} --out=FOLDER")]
         why = {name: f"  # {reason}" for name, _, reason in chosen}
-        lines = ["# " + errors.one_line(line) for line in said]  # comments: a folder's name is not to become code
         lines += [f"{name} = {value!r}{why.get(name, '')}" for name, value in fields.items()]
         _write(temporary / "config.py", "\n".join(lines) + "\n")
         _write_json(temporary / "config.json", {"settings": settings, "imported_from": str(source)})
@@ -159,6 +157,8 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     args = parser.parse_args(argv)
     if args.reverse:
+        if (args.checkpoint, args.dtype) != ("latest", "float32"):
+            raise UserError("--reverse takes no --checkpoint and no --dtype: the one model there becomes float32 weights")
         run = reverse(args.source, args.target)
         about = (run / "config.py").read_text(encoding="utf-8").splitlines()
         print(f"wrote {run}", *(line[2:] for line in about if line.startswith("# ")), sep="\n")

@@ -27,8 +27,8 @@ OTHER = (("adapter_*", "a LoRA adapter, which would be left out: merge it into i
                    "you trust it (transformers: from_pretrained, then save_pretrained)"),
          ("*.gguf", "GGUF, which is not read: take the release that it was made from"))
 # What needs no mention: it is read here or with the tokenizer, or holds nothing of the model.
-KNOWN = re.compile(r"\..*|(generation_)?config\.json|tokenizer|.*token.*\.(json|model)|vocab\.json|merges\.txt|.*\.tiktoken"
-                   r"|.*\.index\.json|(README|LICENSE).*|.*\.(md|pdf|png|jpe?g|svg)", re.IGNORECASE)
+KNOWN = re.compile(r"\..*|(generation_)?config\.json|tokenizer|.*token.*\.(json|model)|vocab\.json|merges\.txt"
+                   r"|.*\.tiktoken|.*\.index\.json|(README|LICENSE).*|.*\.(md|pdf|png|jpe?g|svg)", re.IGNORECASE)
 
 
 def note(text):

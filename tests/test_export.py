@@ -119,6 +119,8 @@ def test_a_directory_can_be_exported_again_and_has_no_best(run, tmp_path):
     for source in (tmp_path / "hf", run / "checkpoints/step_00000020"):
         with pytest.raises(UserError, match="holds one model"):
             export.export(source, tmp_path / "best", which="best")
+    with pytest.raises(UserError, match="--reverse takes no --checkpoint and no --dtype"):
+        export.main(["--reverse", str(tmp_path / "hf"), str(tmp_path / "back"), "--dtype", "bfloat16"])
     with pytest.raises(UserError, match="not empty"):  # a run is not overwritten by another model
         export.reverse(tmp_path / "hf", run)
 
