@@ -158,7 +158,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.reverse:
         if (args.checkpoint, args.dtype) != ("latest", "float32"):
-            raise UserError("--reverse takes no --checkpoint and no --dtype: the one model there becomes float32 weights")
+            raise UserError("--reverse takes no --checkpoint and no --dtype: there is one model, read as float32")
         run = reverse(args.source, args.target)
         about = (run / "config.py").read_text(encoding="utf-8").splitlines()
         print(f"wrote {run}", *(line[2:] for line in about if line.startswith("# ")), sep="\n")

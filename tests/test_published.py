@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
+import config as settings
 import export
 import generate
 import hf
 from data import tokenizer
 from errors import UserError
-from tests.helpers import tokens
+from tests.helpers import ROOT, tokens
 
 SIZES = dict(
     vocab_size=300,
@@ -249,6 +250,109 @@ def test_a_tied_head_that_is_written_too_must_be_the_embedding(source, published
 
 
 # ---------------------------------------------------------------------- config.json
+
+
+EVERYWHERE = {  # in the config.json of DeepSeek-V3, Kimi K2 and Moonlight
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 163584,
+    "eos_token_id": 163585,
+    "ep_size": 1,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "kv_lora_rank": 512,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "num_nextn_predict_layers": 0,
+    "pretraining_tp": 1,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.48.3",
+    "use_cache": True,
+    "v_head_dim": 128,
+}
+K2 = {
+    "model_type": "kimi_k2",
+    "vocab_size": 163840,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 1536,
+    "n_routed_experts": 384,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.827,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 50000.0,
+    "max_position_embeddings": 131072,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rope_scaling": {
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+}
+MOONLIGHT = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 163840,
+    "hidden_size": 2048,
+    "intermediate_size": 11264,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.446,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 50000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("name, fields", [("k2", K2), ("moonlight", MOONLIGHT)])
+def test_the_config_of_published_models_is_that_of_our_config_files(tmp_path, name, fields):
+    (tmp_path / "config.json").write_text(json.dumps(EVERYWHERE | fields), encoding="utf-8")
+    ours, file = hf.from_hf_config(tmp_path), settings.read_file(ROOT / f"configs/{name}.py")
+    for field in (*hf.SAME, "rope_theta"):
+        if field != "max_position_embeddings" and field in file:  # ours trains at a shorter context
+            assert getattr(ours, field) == file[field], field
+    assert ours.rope_scaling == fields["rope_scaling"] and ours.rms_norm_eps == fields["rms_norm_eps"]
+
+
+def test_the_published_form_of_yarn_gives_the_logits_of_transformers(published):
+    rope = {**K2["rope_scaling"], "original_max_position_embeddings": 16}
+    folder = published(without=["rope_parameters"], rope_theta=500.0, rope_scaling=rope, topk_method="noaux_tc")
+    assert (logits(folder) - their_logits(folder)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(
