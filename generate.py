@@ -130,8 +130,7 @@ def parse(argv):
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(argv)
-    args.options = {key: getattr(args, key) for key in
-                    ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    args.options = {name: getattr(args, name) for name in sampling.RANGES}
     sampling.check(**args.options)
     for ok, message in (
             (not (args.chat and args.prompt), "--chat asks for texts by itself: leave --prompt out"),

@@ -21,8 +21,8 @@ from model import build
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
         "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
         "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob",
-        "routed_scaling_factor",
-        "first_k_dense_replace", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range")
+        "routed_scaling_factor", "first_k_dense_replace", "rms_norm_eps", "max_position_embeddings",
+        "tie_word_embeddings", "initializer_range")
 # Those that a published config.json may leave out or leave empty; the experts' may be if there are none.
 OPTIONAL = {"q_lora_rank", "n_routed_experts", "n_shared_experts", "tie_word_embeddings", "initializer_range"}
 OF_EXPERTS = {"moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
@@ -125,8 +125,7 @@ def load_model(folder, device="cpu"):
     """A K2 with the weights of a Hugging Face directory (one or many safetensors, per-expert or stacked keys)."""
     refuse_other_kinds(folder)
     config, stored = from_hf_config(folder), read_json(Path(folder) / "config.json")
-    quantised = stored.get("quantization_config")
-    weights = Published(folder, _block(quantised, folder))
+    weights = Published(folder, _block(stored.get("quantization_config"), folder))
     model = build(config, device)
     for name, parameter in model.state_dict().items():
         tied = name == "lm_head.weight" and config.tie_word_embeddings
@@ -141,7 +140,7 @@ def load_model(folder, device="cpu"):
         parameter.copy_(source)
     if weights.n_float8:
         note(f"{folder}: {weights.n_float8} float8 matrices are read as float32, times their block scales")
-    elif quantised is not None:
+    elif stored.get("quantization_config") is not None:
         note(f"{folder}: config.json has a quantization_config, but no tensor is quantised: read as they are")
     _leave_out(weights, stored, config.num_hidden_layers)
     return model

@@ -7,12 +7,13 @@ import torch
 
 from errors import UserError
 
+# What an option may be, ends included.
 RANGES = {"temperature": (0, 1e9), "top_k": (1, 2**63), "top_p": (0, 1), "min_p": (0, 1),
           "repetition_penalty": (0.01, 100)}
 
 
 def check(**options):
-    """A UserError for an option outside of its range, ends included; NaN is outside of all."""
+    """A UserError for an option outside of its range; NaN is outside of all."""
     for name, value in options.items():
         low, high = RANGES[name]
         if value is not None and not low <= value <= high:
