@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,8 @@ import hf
 from config import Config
 from data import tokenizer as tokenizers
 from errors import UserError
+from hf_weights import INDEX, note, refuse_other_kinds
+from model import pick_device
 
 
 def export(source, folder, dtype="float32", which="latest", shard_bytes=5 * 10**9):
@@ -35,12 +38,16 @@ def export(source, folder, dtype="float32", which="latest", shard_bytes=5 * 10**
         end = config["eos_token_id"]
         _write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
         _write_weights(temporary, hf.to_hf_tensors(model, getattr(torch, dtype)), shard_bytes)
+        for path in temporary.glob("*.safetensors"):  # which get 0600, whatever the umask
+            shutil.copymode(temporary / "config.json", path)
         if encoder:
             tokenizer, about = hf.to_hf_tokenizer(encoder)
             _write_json(temporary / "tokenizer.json", tokenizer)
             _write_json(temporary / "tokenizer_config.json",
                         about | {"model_max_length": model.config.max_position_embeddings})
             tokenizers.save(encoder, temporary / "tokenizer")  # for nanok2's own tools
+        else:
+            note(f"{source} has no tokenizer that can be read: {folder} gets none")
     return Path(folder)
 
 
@@ -48,6 +55,9 @@ def _write_weights(folder, tensors, shard_bytes):
     """One model.safetensors, or numbered files of at most shard_bytes with an index."""
     shards, size = [{}], 0
     for name, tensor in tensors:
+        if n_odd := int((~tensor.isfinite()).sum()):
+            raise UserError(f"{name} would have {n_odd} values that are NaN or infinite in {tensor.dtype}: export "
+                            "another checkpoint, or with --dtype=float32")
         n_bytes = tensor.numel() * tensor.element_size()
         if shards[-1] and size + n_bytes > shard_bytes:
             shards.append({})
@@ -63,30 +73,48 @@ def _write_weights(folder, tensors, shard_bytes):
         save_file(shard, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
 def reverse(source, run):
     """Turn a Hugging Face directory into a run folder: a checkpoint of step 0 without optimizer state, the tokenizer if
-    nanok2 exported it, and config.py, with which train.py --resume goes on."""
+    it can be read, and config.py, which says how train.py goes on and with what."""
     if not hf.is_hf(source):
+        refuse_other_kinds(source)
         raise UserError(f"{source} has no Hugging Face config.json")
-    model = hf.load_model(source)
-    fields = dataclasses.asdict(model.config)
+    model, encoder = generate.load(source, "cpu")
+    chosen = continuation(model.config)
+    fields = dataclasses.asdict(model.config) | {name: value for name, value, _ in chosen} | {"out_dir": str(run)}
     with in_place(run) as temporary:
-        settings = dataclasses.asdict(Config(**fields, out_dir=str(run)))
+        settings = dataclasses.asdict(Config(**fields).check())
         about = {"sequences": 0, "config": settings}
-        if (Path(source) / "tokenizer").is_dir():
-            encoder = tokenizers.load(Path(source) / "tokenizer")
+        if encoder:
             tokenizers.save(encoder, temporary / "tokenizer")
             about["tokenizer"] = tokenizers.fingerprint(encoder)
         checkpoint.save(temporary / "checkpoints", 0, checkpoint.named_tensors(model), about, keep=1)
-        said = f"The model of {source}, to continue:  python train.py {run}/config.py --resume --data=..."
-        lines = ["# " + errors.one_line(said)]  # a comment of one line: a folder's name is not to become code
-        lines += [f"{name} = {value!r}" for name, value in (fields | {"out_dir": str(run)}).items()]
-        (temporary / "config.py").write_text("\n".join(lines) + "\n")
+        word = shlex.quote(f"{run}/tokenizer") if encoder else "TOKENIZER_OF_THE_MODEL"
+        command = f"python train.py {shlex.quote(f'{run}/config.py')} --resume --data=FOLDER"
+        lines = [f"# {errors.one_line(line)}" for line in (  # one line each: a folder's name is not to become code
+            f"The model of {source}, to continue:  {command}",
+            f"FOLDER by:  python -m data.prepare text TEXTS --tokenizer={word} --out=FOLDER")]
+        why = {name: f"  # {reason}" for name, _, reason in chosen}
+        lines += [f"{name} = {value!r}{why.get(name, '')}" for name, value in fields.items()]
+        _write(temporary / "config.py", "\n".join(lines) + "\n")
         _write_json(temporary / "config.json", {"settings": settings, "imported_from": str(source)})
     return Path(run)
+
+
+def continuation(model):
+    """(setting, value, reason) of what a model does not say and a training that goes on from it wants."""
+    on_gpu = pick_device("auto").type == "cuda"
+    length = min(model.max_position_embeddings, 1024)
+    micro = max(4096 // length, 1)
+    return [("sequence_length", length, "at most max_position_embeddings"),
+            ("micro_batch_size", micro, "sequences at a time: fewer if the memory does not suffice"),
+            ("global_batch_size", 4 * micro, "sequences a step: more for a long training"),
+            ("max_steps", 1000, "as many as the new data are worth"),
+            ("muon_lr", 2e-4, "low, because the weights are trained already"),
+            ("dtype", "bfloat16" if on_gpu else "float32", "of the machine that wrote this; bfloat16 on a GPU")]
 
 
 class in_place:
@@ -112,7 +140,12 @@ class in_place:
 
 
 def _write_json(path, value):
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    _write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(path, text):
+    """As UTF-8; of a file name that is none, the escapes of JSON and Python."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def main(argv=None):
@@ -124,8 +157,11 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     args = parser.parse_args(argv)
     if args.reverse:
+        if (args.checkpoint, args.dtype) != ("latest", "float32"):
+            raise UserError("--reverse takes no --checkpoint and no --dtype: there is one model, read as float32")
         run = reverse(args.source, args.target)
-        print(f"wrote {run}; continue with  python train.py {run}/config.py --resume --data=FOLDER")
+        about = (run / "config.py").read_text(encoding="utf-8").splitlines()
+        print(f"wrote {run}", *(line[2:] for line in about if line.startswith("# ")), sep="\n")
     else:
         print(f"wrote {export(args.source, args.target, args.dtype, args.checkpoint)}")
 

@@ -3,13 +3,13 @@
     from generate import load
     model, tokenizer = load("out/debug")      # a run folder, a step folder or an exported Hugging Face directory
 
-Prompts start a document: the end-of-text token is put before them, as in training. The loop itself is K2.generate in
-model.py, the choice of a token is in sampling.py.
+Prompts start a document: the end-of-text token is put before them, as in training; without a prompt it stands alone.
+Text goes to stdout, notes to stderr. The loop is K2.generate in model.py, the choice of a token in sampling.py.
 """
 
 import argparse
 import codecs
-import sys
+import re
 import time
 from pathlib import Path
 
@@ -18,11 +18,15 @@ import torch
 import checkpoint
 import errors
 import hf
+import sampling
 from config import model_config
 from data import tokenizer as tokenizers
 from errors import UserError
+from hf_weights import note, refuse_other_kinds
 from kernels import backend
 from model import ModelConfig, build, pick_device
+
+COMMANDS = "/reset forgets all, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help lists these"
 
 
 def load(path, device="auto", dtype="float32", which="latest"):
@@ -31,20 +35,42 @@ def load(path, device="auto", dtype="float32", which="latest"):
     path, device = Path(path), pick_device(device)
     if not path.is_dir():
         raise UserError(f"no folder {path}: give a run folder (out/debug), a step folder or an exported directory")
-    if hf.is_hf(path):
+    published, step = hf.is_hf(path), checkpoint.STEP.search(path.name)
+    if which != "latest" and (published or step):
+        raise UserError(f"{path} holds one model, no {which} one: leave --checkpoint out, or name a run folder")
+    if published:
         model = hf.load_model(path, device)
-        tokenizer_folder = path / "tokenizer"
+        encoder = published_tokenizer(path, model.config.vocab_size)
     else:
+        if not step and not (path / "checkpoints").is_dir():
+            refuse_other_kinds(path)
         step_folder = checkpoint.find(path, which)
         fields = ModelConfig.__dataclass_fields__
         manifest = checkpoint.read_manifest(step_folder)
         stored = {key: value for key, value in manifest["config"].items() if key in fields}
         model = build(model_config(stored, f"in {manifest.path}"), device)
         checkpoint.load(step_folder, checkpoint.named_tensors(model))
-        tokenizer_folder = step_folder.parent.parent / "tokenizer"
+        folder = step_folder.parent.parent / "tokenizer"
+        encoder = tokenizers.load(folder) if folder.is_dir() else None
     model.compute_dtype = getattr(torch, dtype)
     backend.use("auto", device, model.compute_dtype)
-    return model.eval(), tokenizers.load(tokenizer_folder) if tokenizer_folder.is_dir() else None
+    return model.eval(), encoder
+
+
+def published_tokenizer(path, vocab_size):
+    """The tokenizer of a Hugging Face directory; None, with a line, if it cannot be read or is of another model."""
+    if (path / "tokenizer").is_dir():  # of our own export
+        return tokenizers.load(path / "tokenizer")
+    if not any(path.glob("*token*")):
+        return None
+    try:
+        encoder = tokenizers.load(path)
+        if encoder.n_vocab > vocab_size:
+            raise UserError(f"it has ids up to {encoder.n_vocab - 1}, the model only {vocab_size}")
+        return encoder
+    except UserError as error:
+        note(f"the weights of {path} are read, its tokenizer is not: {error}")
+        return None
 
 
 def encode_prompt(encoder, prompt):
@@ -53,19 +79,28 @@ def encode_prompt(encoder, prompt):
     return ([] if end is None else [end]) + encoder.encode_ordinary(prompt)
 
 
-def stream_text(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=lambda: None, **sampling):
+def stream_text(model, encoder, prompt_ids, max_new_tokens, **options):
     """Yield the continuation piece by piece, up to end of text; a character of several tokens comes when it is
-    whole."""
+    whole. options: those of `stream`."""
+    for _, text in stream(model, encoder, prompt_ids, max_new_tokens, **options):
+        yield text
+
+
+def stream(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=lambda: None, **options):
+    """Yield (id, the text that it makes whole) of every new token up to end of text, then (None, the rest)."""
+    if not prompt_ids:
+        raise UserError("the prompt is empty, and the tokenizer has no end-of-text token that could stand for the "
+                        "start of a document: give --prompt TEXT")
     device = model.lm_head.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     decoder, end = codecs.getincrementaldecoder("utf-8")("replace"), tokenizers.end_of_text(encoder)
     prompt = torch.tensor([prompt_ids], device=device)
     with torch.compiler.set_stance("force_eager"):  # lengths change at every token
-        for ids in model.generate(prompt, max_new_tokens, stop=end, generator=generator, on_slide=on_slide, **sampling):
+        for ids in model.generate(prompt, max_new_tokens, stop=end, generator=generator, on_slide=on_slide, **options):
             if int(ids) == end:
                 break
-            yield decoder.decode(token_bytes(encoder, int(ids)))
-    yield decoder.decode(b"", final=True)
+            yield int(ids), decoder.decode(token_bytes(encoder, int(ids)))
+    yield None, decoder.decode(b"", final=True)
 
 
 def token_bytes(encoder, token):
@@ -78,7 +113,8 @@ def token_bytes(encoder, token):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python generate.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="run folder, step folder or exported Hugging Face directory")
-    parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    parser.add_argument("--prompt", action="append", help="text to continue, several times if wanted; none: from the "
+                        "document start")
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of every prompt")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
@@ -94,16 +130,14 @@ def parse(argv):
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(argv)
+    args.options = {name: getattr(args, name) for name in sampling.RANGES}
+    sampling.check(**args.options)
     for ok, message in (
-            (args.chat or args.prompt, "nothing to do: give --prompt TEXT, or --chat"),
-            (all(args.prompt or ["x"]), "the prompt is empty: give it at least one character"),
+            (not (args.chat and args.prompt), "--chat asks for texts by itself: leave --prompt out"),
+            (not re.search("[\ud800-\udfff]", "".join(args.prompt or [])), "--prompt has bytes that are no text here"),
             (args.num_samples > 0, "--num_samples must be at least 1"),
-            (args.max_new_tokens > 0, "--max_new_tokens must be at least 1"),
-            (args.temperature >= 0, "--temperature must be 0 (greedy) or more"),
-            (args.top_k is None or args.top_k > 0, "--top_k must be at least 1"),
-            (args.top_p is None or 0 < args.top_p <= 1, "--top_p must lie in (0, 1]"),
-            (args.min_p is None or 0 <= args.min_p <= 1, "--min_p must lie in [0, 1]"),
-            (args.repetition_penalty > 0, "--repetition_penalty must be above 0")):
+            (0 <= args.seed < 2**63, "--seed must be 0 or more, below 2**63"),
+            (args.max_new_tokens > 0, "--max_new_tokens must be at least 1")):
         if not ok:
             raise UserError(message)
     return args
@@ -113,56 +147,68 @@ def main(argv=None):
     args = parse(argv)
     model, encoder = load(args.model, args.device, args.dtype, args.checkpoint)
     if encoder is None:
-        raise UserError(f"{args.model} has no tokenizer folder; put the one of the training data there")
-    told = set()
-
-    def on_slide():
-        if not told:
-            told.add(True)
-            limit = model.config.max_position_embeddings
-            print(f"\n[context of {limit} tokens is full: going on with its newest half]", file=sys.stderr)
-    options = {key: getattr(args, key) for key in
-               ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")}
-    options |= {"use_cache": not args.no_cache, "on_slide": on_slide}
+        raise UserError(f"{args.model} has no tokenizer that can be read: put the tokenizer folder of the training "
+                        f"data there, as {args.model}/tokenizer")
+    options = args.options | {"max_new_tokens": args.max_new_tokens, "use_cache": not args.no_cache, "seed": args.seed}
     if args.chat:
         return chat(model, encoder, options)
-    started, produced = time.perf_counter(), 0
-    for prompt in args.prompt:
+    started, produced, prompts = time.perf_counter(), 0, args.prompt or [""]
+    for prompt in prompts:
+        ids = encode_prompt(encoder, prompt)
+        for text, number in encoder._special_tokens.items():
+            if text in prompt and number not in ids[1:]:
+                note(f"{text!r} in the prompt is read as plain text, not as the special token")
         for number in range(args.num_samples):
-            if len(args.prompt) * args.num_samples > 1:
+            if len(prompts) * args.num_samples > 1:
                 print(f"--- {prompt!r}, sample {number + 1}")
             print(prompt, end="", flush=True)
             options["seed"] = args.seed + number
-            pieces = stream_text(model, encoder, encode_prompt(encoder, prompt), **options)
-            for piece in pieces if args.stream else ["".join(pieces)]:
-                print(piece, end="", flush=True)
-                produced += len(encoder.encode_ordinary(piece))
-            print()
+            produced += len(write(model, encoder, ids, options, args.stream))
     seconds = time.perf_counter() - started
-    print(f"[about {produced} tokens in {seconds:.1f} s, {produced / seconds:.0f} tokens/s]", file=sys.stderr)
+    note(f"{produced} tokens in {seconds:.1f} s, {produced / seconds:.0f} tokens/s")
+
+
+def write(model, encoder, prompt_ids, options, as_it_comes, interruptible=False):
+    """Print the continuation of a prompt and a line end; returns its ids. If interruptible, Ctrl-C ends it early."""
+    limit, ids, pieces, slides = model.config.max_position_embeddings, [], [], []
+    if len(prompt_ids) > limit:
+        note(f"the prompt has {len(prompt_ids)} tokens, the context {limit}: only the last {limit} are read")
+    try:
+        for token, piece in stream(model, encoder, prompt_ids, on_slide=lambda: slides.append(1), **options):
+            ids += [] if token is None else [token]
+            pieces.append(piece)
+            if as_it_comes:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+    print("" if as_it_comes else "".join(pieces), flush=True)
+    if slides:
+        note(f"the context of {limit} tokens is full: the text went on from its newest half")
+    if unknown := sum(token >= encoder.n_vocab for token in ids):
+        note(f"{unknown} of {len(ids)} tokens are none of the tokenizer's {encoder.n_vocab} and are not printed")
+    return ids
 
 
 def chat(model, encoder, options):
     """Read a text, stream its continuation, keep both as the context of the next."""
     history = encode_prompt(encoder, "")
-    print("Type a text and the model continues it. /reset forgets, /quit or Ctrl-D ends.")
+    print(f"Type a text and the model continues it. {COMMANDS}.")
     while True:
         try:
             text = input("> ")
-        except EOFError:
-            return
-        if text == "/quit":
-            return
-        if text == "/reset":
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if text.strip() == "/quit":
+            return None
+        if text.strip() == "/reset":
             history = encode_prompt(encoder, "")
-        elif text:
+        elif text.startswith("/"):
+            print(f"{COMMANDS}; a text that starts with / needs a space before it")
+        elif text.strip():
             history += encoder.encode_ordinary(text)
-            reply = ""
-            for piece in stream_text(model, encoder, history, **options):
-                print(piece, end="", flush=True)
-                reply += piece
-            print()
-            history += encoder.encode_ordinary(reply + "\n")
+            history += write(model, encoder, history, options, as_it_comes=True, interruptible=True)
+            history += encoder.encode_ordinary("\n")
 
 
 if __name__ == "__main__":

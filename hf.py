@@ -8,27 +8,34 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from config import checked, model_config
 from data.convert import byte_letters, merge_parts
 from data.shards import read_json
 from data.tokenizer import UNKNOWN, WORD, SentencePiece, Words, end_of_text
 from errors import UserError
+from hf_weights import Published, note, refuse_other_kinds
 from model import build
 
 # config.json fields with the same name and meaning on both sides
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
         "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
         "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob",
-        "routed_scaling_factor",
-        "first_k_dense_replace", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range")
+        "routed_scaling_factor", "first_k_dense_replace", "rms_norm_eps", "max_position_embeddings",
+        "tie_word_embeddings", "initializer_range")
+# Those that a published config.json may leave out or leave empty; the experts' may be if there are none.
+OPTIONAL = {"q_lora_rank", "n_routed_experts", "n_shared_experts", "tie_word_embeddings", "initializer_range"}
+OF_EXPERTS = {"moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
+              "routed_scaling_factor", "first_k_dense_replace"}
+# A field of such a name that is not known here is taken to change the arithmetic.
+TELLING = re.compile(r"bias|soft_?cap|window|multiplier|scal|norm|rotary|rope|alibi|activation|_act$|func|method|index|"
+                     r"head|lora|layer_types|gate|sparse|text_config|vision")
 
 
 def is_hf(folder):
-    """Whether a folder is a Hugging Face directory, as opposed to a run, whose config.json has no model_type."""
+    """Whether a folder is a Hugging Face directory, as opposed to a run, whose config.json names no model_type."""
     path = Path(folder) / "config.json"
-    return path.is_file() and "model_type" in read_json(path)
+    return path.is_file() and not {"model_type", "architectures"}.isdisjoint(read_json(path))
 
 
 # ----------------------------------------------------------------------------- config.json
@@ -56,21 +63,43 @@ def from_hf_config(folder):
     path = Path(folder) / "config.json"
     stored = read_json(path)
     if stored.get("model_type") not in ("deepseek_v3", "kimi_k2"):
-        raise UserError(f"{folder} is a {stored.get('model_type')!r} model; only the DeepSeek-V3 architecture is read "
-                        "(model_type deepseek_v3 or kimi_k2)")
-    for key, expected in (("attention_bias", False), ("rope_interleave", True), ("scoring_func", "sigmoid"),
-                          ("hidden_act", "silu"), ("moe_layer_freq", 1)):
-        if stored.get(key, expected) != expected:
-            raise UserError(f"{folder}/config.json has {key}={stored[key]!r}; nanok2 has only {expected!r}")
-    if "quantization_config" in stored:
-        raise UserError(f"{folder} holds quantised weights: convert them to bfloat16 first")
-    rope = checked("rope_scaling", stored.get("rope_parameters") or stored.get("rope_scaling") or {}, f"in {path}")
-    fields = {name: stored[name] for name in (*SAME, "aux_loss_alpha") if name in stored}
-    fields["rope_theta"] = stored.get("rope_theta") or rope.get("rope_theta", 10000.0)
+        inside = " around the language model of its text_config, to be extracted with its tensors first"
+        raise UserError(f"{folder} is a {stored.get('model_type')!r} model{inside if 'text_config' in stored else ''}; "
+                        "only the DeepSeek-V3 architecture is read (model_type deepseek_v3 or kimi_k2)")
+    needed = set(SAME) - OPTIONAL - (set() if stored.get("n_routed_experts") else OF_EXPERTS)
+    forms = [stored[name] for name in ("rope_parameters", "rope_scaling") if stored.get(name)]
+    rope = checked("rope_scaling", forms[0] if forms else {}, f"in {path}")
+    thetas = [form["rope_theta"] for form in (stored, rope) if form.get("rope_theta") is not None]
+    if forms[1:] not in ([], forms[:1]) or thetas[1:] not in ([], thetas[:1]):
+        raise UserError(f"{path} says two things in rope_theta, rope_scaling and rope_parameters: keep what is meant")
+    if missing := sorted(name for name in needed if stored.get(name) is None) + ["rope_theta"] * (not thetas):
+        raise UserError(f"{path} lacks {', '.join(missing)}: no value is guessed; see the model that it was made from")
+    fields = {"aux_loss_alpha": 0.0, "n_routed_experts": 0, "n_shared_experts": 0, "first_k_dense_replace": 0}
+    fields |= {name: stored[name] for name in (*SAME, "aux_loss_alpha") if stored.get(name) is not None}
+    dense, layers = fields["first_k_dense_replace"], fields["num_hidden_layers"]
+    if type(dense) is type(layers) is int:
+        fields["first_k_dense_replace"] = min(dense, layers)
     kind = rope.get("type", rope.get("rope_type", "default"))
     said = {k: v for k, v in rope.items() if k != "rope_theta" and v is not None and (k, v) != ("truncate", True)}
-    fields["rope_scaling"] = None if kind == "default" else said
-    return model_config({"aux_loss_alpha": 0.0} | fields, f"in {path}")
+    fields |= {"rope_theta": thetas[0], "rope_scaling": None if kind == "default" else said}
+    config = model_config(fields, f"in {path}")
+    _refuse_other_arithmetic(stored, config, path)
+    return config
+
+
+def _refuse_other_arithmetic(stored, c, path):
+    """A UserError for a field that means another computation than model.py's."""
+    qk_head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
+    allowed = {"rope_interleave": [True], "scoring_func": ["sigmoid"], "topk_method": ["noaux_tc"],
+               "hidden_act": ["silu"], "moe_layer_freq": [1], "num_key_value_heads": [c.num_attention_heads],
+               "qk_head_dim": [qk_head_dim], "head_dim": [c.qk_rope_head_dim, qk_head_dim, c.v_head_dim]}
+    read = {*SAME, "rope_theta", "rope_scaling", "rope_parameters"}
+    for name, value in stored.items():
+        if value not in allowed.get(name, [value]) and value is not None:
+            raise UserError(f"{path} has {name}={value!r}; nanok2 has only {' or '.join(map(repr, allowed[name]))}")
+        neutral = not value or isinstance(value, float) and value == 1
+        if TELLING.search(name) and not (neutral or name in allowed or name in read):
+            raise UserError(f"{path} has {name}={value!r}, which nanok2 does not have")
 
 
 # ----------------------------------------------------------------------------- weights
@@ -94,51 +123,65 @@ def to_hf_tensors(model, dtype):
 
 def load_model(folder, device="cpu"):
     """A K2 with the weights of a Hugging Face directory (one or many safetensors, per-expert or stacked keys)."""
-    config = from_hf_config(folder)
+    refuse_other_kinds(folder)
+    config, stored = from_hf_config(folder), read_json(Path(folder) / "config.json")
+    weights = Published(folder, _block(stored.get("quantization_config"), folder))
     model = build(config, device)
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no *.safetensors")
-    where = {}
-    try:
-        opened = [safe_open(path, "pt") for path in files]
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: a safetensors file is damaged: {error}") from error
-    for file in opened:
-        where |= dict.fromkeys(file.keys(), file)
-    unused = set(where)
-
-    def take(name):
-        if name not in where:
-            raise UserError(f"{folder} lacks the tensor {name}")
-        unused.discard(name)
-        return where[name].get_tensor(name)
-
-    def stacked(name):
-        """The tensor of that name, or what the experts' own matrices make it."""
-        stem, experts = name.rpartition(".")[0], range(config.n_routed_experts)
-        if name.endswith("experts.gate_up_proj") and name not in where:
-            return torch.stack([torch.cat((take(f"{stem}.{i}.gate_proj.weight"), take(f"{stem}.{i}.up_proj.weight")))
-                                for i in experts])
-        if name.endswith("experts.down_proj") and name not in where:
-            return torch.stack([take(f"{stem}.{i}.down_proj.weight") for i in experts])
-        return take(name)
     for name, parameter in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings and name not in where:
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        if tied and name not in weights.files:
             continue
-        try:
-            source = stacked(name)
-        except (RuntimeError, SafetensorError) as error:  # experts of unlike shapes, a type that torch lacks
-            raise UserError(f"{folder}: {name} cannot be read: {error}") from error
+        source = _stacked(weights, name, config.n_routed_experts)
         if source.shape != parameter.shape:
             raise UserError(f"{folder}: {name} is {tuple(source.shape)}, config.json implies {tuple(parameter.shape)}")
+        if tied and not torch.equal(source.float(), parameter.cpu()):
+            raise UserError(f"{folder}: lm_head.weight differs from the embedding although config.json has "
+                            "tie_word_embeddings: set that to false if both are meant")
         parameter.copy_(source)
-    # Layers beyond the last are multi-token prediction heads, and old checkpoints carry RoPE tables.
-    extra = sorted(name for name in unused if not name.startswith(f"model.layers.{config.num_hidden_layers}.")
-                   and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight")
-    if extra:
-        raise UserError(f"{folder} has {len(extra)} tensors that the architecture does not know, such as {extra[0]}")
+    if weights.n_float8:
+        note(f"{folder}: {weights.n_float8} float8 matrices are read as float32, times their block scales")
+    elif stored.get("quantization_config") is not None:
+        note(f"{folder}: config.json has a quantization_config, but no tensor is quantised: read as they are")
+    _leave_out(weights, stored, config.num_hidden_layers)
     return model
+
+
+def _block(quantised, folder):
+    """The rows and columns of a block of float8 weights, from quantization_config."""
+    block = (quantised.get("weight_block_size") if isinstance(quantised, dict) else None) or [128, 128]
+    if type(block) is not list or len(block) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in block):
+        raise UserError(f"{folder}/config.json: weight_block_size={block!r} is no pair of sizes, such as [128, 128]")
+    return block
+
+
+def _stacked(weights, name, n_experts):
+    """The tensor of that name, or what the experts' own matrices make it."""
+    stem, _, kind = name.rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind)
+    if parts is None or name in weights.files:
+        return weights.take(name)
+    experts = [[weights.take(f"{stem}.{i}.{part}.weight") for part in parts] for i in range(n_experts)]
+    try:
+        return torch.stack([torch.cat(matrices) for matrices in experts])
+    except RuntimeError as error:  # of unlike shapes
+        raise UserError(f"{weights.folder}: the matrices of {stem} do not fit together: {error}") from error
+
+
+def _leave_out(weights, stored, n_layers):
+    """Say which of the tensors that are left stay unread, and refuse those that nothing explains."""
+    announced = stored.get("num_nextn_predict_layers", stored.get("num_mtp_layers"))
+    announced = announced if type(announced) is int else 0
+    layer = {name: int(found[1]) for name in weights.left if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    ahead = {name for name, number in layer.items() if n_layers <= number < n_layers + announced}
+    tables = {name for name in weights.left if name.endswith("rotary_emb.inv_freq")}
+    empty = {name for name in weights.left if ".shared_experts." in name  # of no shared experts
+             and 0 in weights.files[name].get_slice(name).get_shape()}
+    for names, what in ((ahead, f"of {announced} multi-token prediction layers"), (tables, "with tables of RoPE")):
+        if names:
+            note(f"{weights.folder}: {len(names)} tensors {what} are left out, such as {min(names)}")
+    if extra := sorted(weights.left - ahead - tables - empty):
+        raise UserError(f"{weights.folder} has {len(extra)} tensors that its config.json does not know, of which "
+                        f"num_hidden_layers={n_layers} and num_nextn_predict_layers={announced}, such as {extra[0]}")
 
 
 # ----------------------------------------------------------------------------- tokenizer.json

@@ -5,6 +5,20 @@ Used by K2.generate in model.py. Shapes: B sequences, V vocabulary, T tokens so 
 
 import torch
 
+from errors import UserError
+
+# What an option may be, ends included.
+RANGES = {"temperature": (0, 1e9), "top_k": (1, 2**63), "top_p": (0, 1), "min_p": (0, 1),
+          "repetition_penalty": (0.01, 100)}
+
+
+def check(**options):
+    """A UserError for an option outside of its range; NaN is outside of all."""
+    for name, value in options.items():
+        low, high = RANGES[name]
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name}={value} must lie between {low} and {high:,}")
+
 
 def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
                generator=None):
@@ -14,14 +28,18 @@ def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, m
     repetition_penalty > 1 makes ids that stand in history_BT less likely: positive logits are divided by it, negative
     ones multiplied (CTRL, arXiv 1909.05858, section 4.1, with the sign handled).
     """
+    check(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     logits = logits_BV.float()
+    if not logits.isfinite().all():
+        raise UserError("the model gives NaN or infinite logits, of which no token can be chosen: try --dtype=float32, "
+                        "or an earlier checkpoint")
     if repetition_penalty != 1.0:
         seen = logits.gather(1, history_BT)
         seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
         logits = logits.scatter(1, history_BT, seen)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the limit, not inf, where it is tiny
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

@@ -1,7 +1,10 @@
 """Export to a Hugging Face directory and back, through files and the command line."""
 
 import json
+import os
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import generate
 import hf
 from data import prepare, tokenizer
 from errors import UserError
-from tests.helpers import ROOT, make_config, records, run_script, run_train, tokens
+from tests.helpers import ROOT, make_config, records, run_train, tokens
 
 
 @pytest.fixture(scope="module")
@@ -65,31 +68,95 @@ def test_transformers_loads_the_export_with_equal_logits_and_ids(run, tmp_path, 
     assert greedy.tolist() == [int(i) for i in model.generate(x[:1, :5], 10, temperature=0)]
 
 
-def test_there_and_back_is_bitwise_and_training_goes_on(run, tmp_path):
-    run_script("export.py", run, tmp_path / "hf", check=0)
-    run_script("export.py", "--reverse", tmp_path / "hf", tmp_path / "back", check=0)
+def test_there_and_back_is_bitwise_and_the_printed_command_trains(run, tmp_path, monkeypatch, capsys):
+    """On folders whose names have a space and letters that are not ASCII, from the command line that was printed."""
+    there, back = tmp_path / "größe hf", tmp_path / "zurück 1"
+    export.main([str(run), str(there)])
+    export.main(["--reverse", str(there), str(back)])
+    printed = capsys.readouterr().out
     model, _ = generate.load(run, "cpu")
-    for source in (tmp_path / "hf", tmp_path / "back"):
+    for source in (there, back):
         again, encoder = generate.load(source, "cpu")
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
         assert encoder.encode_ordinary("def f") and again.state_dict().keys() == model.state_dict().keys()
-    data = json.loads((run / "config.json").read_text())["settings"]["data"]
-    options = [
-        f"--data={data}",
-        "--max_steps=3",
-        "--sequence_length=32",
-        "--global_batch_size=8",
-        "--micro_batch_size=8",
-        "--dtype=float32",
-        "--log_interval=1",
-        "--wandb=off",
-        "--eval_interval=0",
-        "--device=cpu",
-    ]
-    run_train(tmp_path / "back/config.py", "--resume", *options)
-    trained, imported = records(run)[-1]["loss"], records(tmp_path / "back")[0]["loss"]
-    assert imported < (trained + records(run)[0]["loss"]) / 2  # it starts from what was learnt
-    assert [r["step"] for r in records(tmp_path / "back")] == [1, 2, 3]
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for path in sorted(ROOT.glob("*.py"))[:12]:
+        shutil.copy(path, texts)
+    lines = [line.split(":  ", 1)[1] for line in printed.splitlines() if ":  python " in line]
+    assert lines == [line.split(":  ", 1)[1] for line in (back / "config.py").read_text("utf-8").splitlines()[:2]]
+    train_words, prepare_words = (shlex.split(line) for line in lines)
+    assert train_words[:2] == ["python", "train.py"] and prepare_words[:3] == ["python", "-m", "data.prepare"]
+    place = {"TEXTS": str(texts), "--out=FOLDER": f"--out={tmp_path}/data", "--data=FOLDER": f"--data={tmp_path}/data"}
+    monkeypatch.chdir(tmp_path)
+    prepare.main([place.get(word, word) for word in prepare_words[3:]])
+    run_train(*[place.get(word, word) for word in train_words[2:]], "--max_steps=1", "--eval_interval=0")
+    assert [record["step"] for record in records(back)] == [1]
+    settings = json.loads((back / "config.json").read_text("utf-8"))["settings"]
+    assert settings["sequence_length"] <= settings["max_position_embeddings"] and settings["device"] == "auto"
+    assert settings["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
+    assert records(back)[0]["loss"] < (records(run)[-1]["loss"] + records(run)[0]["loss"]) / 2  # from what was learnt
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_all_files_have_the_mode_that_the_umask_gives(run, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        export.export(run, tmp_path / "one")
+        export.export(run, tmp_path / "many", shard_bytes=60_000)
+        export.reverse(tmp_path / "one", tmp_path / "back")
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_a_directory_can_be_exported_again_and_has_no_best(run, tmp_path):
+    export.export(run, tmp_path / "hf")
+    export.export(tmp_path / "hf", tmp_path / "again")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    for source in (tmp_path / "hf", run / "checkpoints/step_00000020"):
+        with pytest.raises(UserError, match="holds one model"):
+            export.export(source, tmp_path / "best", which="best")
+    with pytest.raises(UserError, match="--reverse takes no --checkpoint and no --dtype"):
+        export.main(["--reverse", str(tmp_path / "hf"), str(tmp_path / "back"), "--dtype", "bfloat16"])
+    with pytest.raises(UserError, match="not empty"):  # a run is not overwritten by another model
+        export.reverse(tmp_path / "hf", run)
+
+
+def test_what_a_type_cannot_hold_is_not_exported(run, tmp_path, monkeypatch, capsys):
+    model, _ = generate.load(run, "cpu")
+    model.lm_head.weight.data[3, 5] = 1e5
+    monkeypatch.setattr(generate, "load", lambda *args, **options: (model, None))
+    with pytest.raises(UserError, match="lm_head.weight would have 1 values that are NaN or infinite in torch.float16"):
+        export.export(run, tmp_path / "hf", dtype="float16")
+    assert not list(tmp_path.iterdir())
+    export.export(run, tmp_path / "hf")
+    assert "gets none" in capsys.readouterr().err and not (tmp_path / "hf/tokenizer.json").exists()
+
+
+def test_files_are_utf_8_whatever_the_locale(run, tmp_path, monkeypatch):
+    """As with LC_ALL=en_US: what names no encoding writes Latin-1."""
+    import builtins
+    import io
+
+    plain = io.open
+
+    def latin(file, mode="r", buffering=-1, encoding=None, *args, **options):
+        odd = "b" not in mode and encoding in (None, "locale")
+        return plain(file, mode, buffering, "latin-1" if odd else encoding, *args, **options)
+
+    encoder = tokenizer.train_bpe(["Größe 世界 🙂 привет " * 9], 300)
+    model, _ = generate.load(run, "cpu")
+    monkeypatch.setattr(generate, "load", lambda *args, **options: (model, encoder))
+    monkeypatch.setattr(io, "open", latin)
+    monkeypatch.setattr(builtins, "open", latin)
+    export.export(run, tmp_path / "größe 世界")
+    export.reverse(tmp_path / "größe 世界", tmp_path / "世界")
+    monkeypatch.undo()
+    written = json.loads((tmp_path / "größe 世界/tokenizer.json").read_text("utf-8"))
+    assert written == hf.to_hf_tokenizer(encoder)[0] and "世界" in Path(tmp_path / "世界/config.py").read_text("utf-8")
 
 
 def test_bfloat16_export_keeps_the_router_bias_in_fp32(run, tmp_path):
@@ -125,7 +192,7 @@ def change(folder, **fields):
     [
         (lambda f: change(f, model_type="llama"), "'llama' model"),
         (lambda f: change(f, attention_bias=True), "attention_bias"),
-        (lambda f: change(f, quantization_config={}), "quantised"),
+        (lambda f: change(f, use_qk_norm=True), "use_qk_norm"),
         (lambda f: change(f, n_shared_experts=0), "does not know"),
         (lambda f: change(f, hidden_size=64), "config.json implies"),
         (lambda f: change(f, q_lora_rank=None), "lacks the tensor"),
@@ -151,8 +218,9 @@ def test_an_existing_folder_and_a_baseline_are_refused(run, tmp_path, data):
     shutil.rmtree(tmp_path / "hf")
     config = make_config(tmp_path / "c.py", data=str(data), out_dir=str(tmp_path / "mha"), attention="mha", max_steps=1)
     run_train(config)
-    done = run_script("export.py", tmp_path / "mha", tmp_path / "hf", check=2)
-    assert "only MLA models" in done.stderr and not (tmp_path / "hf").exists()
+    with pytest.raises(UserError, match="only MLA models"):
+        export.main([str(tmp_path / "mha"), str(tmp_path / "hf")])
+    assert not (tmp_path / "hf").exists()
 
 
 def test_gpt2_like_ranks_become_a_tokenizer_json(tmp_path):

@@ -6,7 +6,7 @@ import torch
 import generate
 from errors import UserError
 from sampling import next_token
-from tests.helpers import run_script, run_train, tiny_model, tokens
+from tests.helpers import run_train, tiny_model, tokens
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_load_takes_a_run_a_step_and_best(run):
         generate.load(run, which="best")
 
 
-def test_command_line(run):
+def test_command_line(run, capsys):
     words = [
         str(run),
         "--prompt",
@@ -150,28 +150,128 @@ def test_command_line(run):
         "a much longer prompt, of another length",
         "--num_samples=2",
         "--device=cpu",
-        "--max_new_tokens=30",
+        "--max_new_tokens",
+        "15",
         "--top_k=20",
         "--top_p=0.9",
         "--min_p=0.01",
         "--repetition_penalty=1.1",
         "--seed=3",
     ]
-    plain = run_script("generate.py", *words, check=0)
-    assert plain.stdout.count("--- ") == 4 and plain.stdout.count("\nab") == 2 and "tokens/s" in plain.stderr
-    assert run_script("generate.py", *words, "--stream", check=0).stdout == plain.stdout
-    assert run_script("generate.py", *words, "--no_cache", check=0).stdout == plain.stdout
+    outputs = []
+    for more in ([], ["--stream"], ["--no_cache"]):
+        generate.main(words + more)
+        outputs.append(capsys.readouterr())
+    assert outputs[0].out.count("--- ") == 4 and outputs[0].out.count("\nab") == 2 and "tokens/s" in outputs[0].err
+    assert outputs[0].out == outputs[1].out == outputs[2].out
 
 
-def test_a_text_beyond_the_context_slides_and_says_so_once(run):
-    done = run_script("generate.py", run, "--prompt", "x" * 100, "--max_new_tokens=150", "--temperature=0", check=0)
-    assert done.stderr.count("is full") == 1
+def test_a_text_beyond_the_context_slides_and_says_so_behind_it(run, capsys):
+    words = [str(run), "--prompt", "x" * 100, "--max_new_tokens=150", "--temperature=0", "--device=cpu"]
+    generate.main(words)
+    plain, said = capsys.readouterr()
+    assert said.count("is full") == 1 and "101 tokens, the context 64" in said
+    assert all(line.startswith("note: ") for line in said.splitlines())
+    generate.main([*words, "--stream"])
+    assert capsys.readouterr().out == plain
 
 
-def test_chat_reads_lines_until_the_end(run):
-    done = run_script("generate.py", run, "--chat", "--max_new_tokens=5", input="hello\n\n/reset\nagain\n", check=0)
-    assert done.stdout.count("> ") >= 5
-    assert run_script("generate.py", run, "--chat", input="/quit\n", check=0)
+def test_tokens_are_counted_as_ids_and_the_document_start_needs_no_prompt(run, capsys):
+    """A model that never ends a text gives as many tokens as were asked for, whatever its bytes decode to."""
+    texts = []
+    for words in ([], ["--prompt", ""], ["--prompt="]):
+        generate.main([str(run), *words, "--max_new_tokens=37", "--device", "cpu", "--stream"])
+        out, said = capsys.readouterr()
+        texts.append(out)
+        assert said.startswith("note: 37 tokens in ")
+    model, encoder = generate.load(run, "cpu")
+    pieces = generate.stream_text(model, encoder, [256], 37, temperature=0.8, seed=0)  # from the separator, as training
+    assert set(texts) == {"".join(pieces) + "\n"}
+
+
+def test_without_a_separator_the_empty_prompt_is_refused_in_a_line(run):
+    model, encoder = generate.load(run, "cpu")
+    with pytest.raises(UserError, match="give --prompt"):
+        next(generate.stream_text(model, encoder, [], 5))
+
+
+def test_ids_beyond_the_tokenizer_and_special_texts_are_said(run, capsys, monkeypatch):
+    model, encoder = generate.load(run, "cpu")
+    monkeypatch.setattr(model, "generate", lambda *args, **options: iter(torch.tensor([[97], [300], [98], [301]])))
+    monkeypatch.setattr(generate, "load", lambda *args: (model, encoder))
+    generate.main(["x", "--prompt", "a<|endoftext|>"])
+    out, said = capsys.readouterr()
+    assert out == "a<|endoftext|>ab\n" and "2 of 4 tokens are none of the tokenizer's 257" in said
+    assert "'<|endoftext|>' in the prompt is read as plain text" in said and "note: 4 tokens in" in said
+
+
+def test_nan_logits_and_tiny_temperatures():
+    for odd in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="NaN or infinite logits"):
+            next_token(torch.tensor([[0.0, odd]]), HISTORY)
+    ties = torch.tensor([[1.0, 3.0, 3.0, 3.0 - 1e-6]])
+    for temperature in (1e-40, 5e-324, 1e-45, 1e-20):
+        seen = {int(next_token(ties, HISTORY, temperature=temperature)) for _ in range(60)}
+        assert seen == {1, 2}  # the exact limit
+    assert chosen(temperature=1e9) == {0, 1, 2, 3, 4}
+    assert chosen(repetition_penalty=100, temperature=1e-40) == {1}
+    for options in ({"temperature": float("nan")}, {"top_p": float("nan")}, {"min_p": float("nan")}, {"top_k": 0}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            chosen(1, **options)
+
+
+# ---------------------------------------------------------------------- chat
+
+
+def talk(monkeypatch, run, *lines, words=()):
+    """generate.main --chat with these lines typed; an exception among them is raised where it would be read. Returns
+    the prompts that the model was given."""
+    typed, given, plain = iter(lines), [], generate.stream
+
+    def read(prompt):
+        line = next(typed, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def stream(model, encoder, prompt_ids, *args, **options):
+        given.append(list(prompt_ids))
+        return plain(model, encoder, prompt_ids, *args, **options)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(generate, "stream", stream)
+    generate.main([str(run), "--chat", "--max_new_tokens=5", "--device=cpu", *words])
+    return given
+
+
+def test_chat_keeps_what_was_said_until_reset(run, monkeypatch, capsys):
+    given = talk(monkeypatch, run, "hello", "", "   ", "again", "/reset", "hello", "/quit", "never")
+    assert given[0] == [256, *b"hello"] == given[2] and len(given) == 3
+    assert given[1][:6] == given[0] and bytes(given[1][-6:]) == b"\nagain" and len(given[1]) == 6 + 5 + 6  # its own ids
+
+
+@pytest.mark.parametrize("text", ["/help", "/hepl", "/", "/clear all", "/Quit"])
+def test_commands_that_there_are_not_list_those_there_are(run, monkeypatch, capsys, text):
+    assert talk(monkeypatch, run, text, " /usr/bin") == [[256, *b" /usr/bin"]]
+    assert capsys.readouterr().out.count("/reset forgets all, /quit or Ctrl-D ends") == 2
+
+
+def test_ctrl_c_stops_the_answer_and_at_the_prompt_the_chat(run, monkeypatch, capsys):
+    plain, pressed = generate.token_bytes, []
+
+    def press(encoder, token):
+        pressed.append(token)
+        if len(pressed) == 3:
+            raise KeyboardInterrupt
+        return plain(encoder, token)
+
+    monkeypatch.setattr(generate, "token_bytes", press)
+    given = talk(monkeypatch, run, "hello", "on", KeyboardInterrupt(), "never")
+    assert given[1] == [256, *b"hello", *pressed[:2], *b"\non"] and len(given) == 2  # what was printed is kept
+    monkeypatch.setattr(generate, "token_bytes", press)
+    pressed.clear()
+    with pytest.raises(KeyboardInterrupt):  # outside of a chat it ends the command
+        generate.main([str(run), "--prompt=a", "--device=cpu"])
 
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
@@ -180,9 +280,18 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--prompt", ""], "prompt is empty"),
         pytest.param(["--prompt", "x", "--device=cuda"], "is not there", marks=NO_CUDA),
-        ([], "give --prompt"),
+        (["--chat", "--prompt", "x"], "leave --prompt out"),
+        (["--prompt", "x\udcff"], "no text here"),
+        (["--temperature", "nan"], "--temperature=nan"),
+        (["--temperature=inf"], "--temperature=inf"),
+        (["--top_p=nan"], "--top_p=nan"),
+        (["--min_p=nan"], "--min_p=nan"),
+        (["--repetition_penalty=nan"], "--repetition_penalty=nan"),
+        (["--repetition_penalty=1e-40"], "--repetition_penalty"),
+        (["--repetition_penalty=inf"], "--repetition_penalty"),
+        (["--seed=-1"], "--seed"),
+        (["--seed=9999999999999999999999"], "--seed"),
         (["--prompt", "x", "--temperature=-1"], "--temperature"),
         (["--prompt", "x", "--top_k=0"], "--top_k"),
         (["--prompt", "x", "--top_p=1.5"], "--top_p"),
@@ -191,5 +300,5 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
     ],
 )
 def test_mistakes_are_one_line(run, words, message):
-    done = run_script("generate.py", run, *words, check=2)
-    assert message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+    with pytest.raises(UserError, match=message):
+        generate.main([str(run), *words])

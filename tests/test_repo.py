@@ -15,12 +15,12 @@ from tests.helpers import ROOT
 
 # A file imports only from lines above its own.
 ORDER = [
-    ["errors", "sampling"],
-    ["kernels", "data.advice", "data.shards", "data.tokenizer", "data.convert", "data.files", "data.columns",
-     "data.sources", "owners"],
+    ["errors"],
+    ["sampling", "kernels", "data.advice", "data.shards", "data.tokenizer", "data.convert", "data.files",
+     "data.columns", "data.sources", "owners"],
     ["mla", "moe", "dispatch", "data.loader", "data.stream", "data.prepare"],
     ["model"],
-    ["muon", "config"],
+    ["muon", "config", "hf_weights"],
     ["parallel"],
     ["checkpoint", "metrics", "hf", "guard"],
     ["generate", "runs"],
