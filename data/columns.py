@@ -1,7 +1,8 @@
 """Which column of a table holds the text, and how its rows become texts; the same for jsonl, csv, parquet and datasets.
 
 A column named by --text_column is taken as it is, and so is one that is called "text". Any other is a guess, which has
-to look like prose: what looks like ids, numbers, dates or labels is refused, with all columns listed. Next: sources.py.
+to be called like a text and to look like prose: what looks like ids, numbers, dates or labels is refused, with all
+columns listed. Next: sources.py.
 """
 
 import itertools
@@ -11,12 +12,9 @@ from data.files import SHARE
 from errors import UserError
 
 SAMPLE = 100  # rows that a guess is made from
-TEXT_LIKE = frozenset("text texts content contents body document article story passage paragraph raw_text raw_content "
-                      "full_text fulltext main_text markdown prose essay poem lyrics transcript code".split())
-OTHER = re.compile(r"(^|[^a-z])(id|ids|idx|index|key|uuid|guid|url|urls|uri|link|href|src|date|time|timestamp|created|"
-                   r"updated|year|label|labels|lang|language|source|category|class|tag|tags|topic|hash|sha|sha\d+|md5|"
-                   r"path|file|filename|type|kind|name|title|author|user|email|score|split|domain|license|meta|"
-                   r"metadata|subset|status|version)([^a-z]|$)|[;\t|]|(\S+\s+){3}\S")  # the last: no name, but a text
+TEXT_LIKE = frozenset("text texts content contents body document article story passage paragraph sentence raw_text "
+                      "raw_content full_text fulltext main_text markdown prose essay poem lyrics transcript utterance "
+                      "review comment post tweet abstract code".split())
 LOOKS = (("dates", r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?"), ("numbers", r"[-+$€£]?\d[\d.,\s]*(e[-+]?\d+)?%?"),
          ("addresses", r"(\w{1,10}://|www\.)\S+|\S+@\S+\.\w+"), ("hashes", r"[0-9a-fA-F]{8}[0-9a-fA-F-]{8,}"),
          ("ids", r"(?=\S*[\d_/:.-])[!-~]{1,80}"))
@@ -34,7 +32,7 @@ def choose(names, sample, wanted, where, chat=False):
     listed = ", ".join(f"{name} ({kinds[name]}{f': {str(values[name][0])[:30]!r}' if values[name] else ''})"
                        for name in names)
     found = [name for name in names if ("chat" if chat else "text") in kinds[name]]
-    likely = [name for name in found if name.strip().lower() in TEXT_LIKE]
+    likely = found if chat else [name for name in found if name.strip().lower() in TEXT_LIKE]
     pick = (likely or found)[0] if len(likely or found) == 1 else None
     look = pick and not chat and looks_like(values[pick])
     if wanted:
@@ -43,8 +41,7 @@ def choose(names, sample, wanted, where, chat=False):
         problem = None if pick else "which column holds the chats?"
     elif look:
         problem = f"is column {pick!r} the text? It holds what looks like {look}."
-    elif pick and not likely and ("chat" in kinds.values()
-                                  or OTHER.search(re.sub("(?<=[a-z])(?=[A-Z])", "_", pick).lower())):
+    elif pick and not likely:
         problem = f"is column {pick!r} the text? It is the only one that holds strings, but is not called so."
     else:
         problem = None if pick else "which column is the text?"
