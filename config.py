@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 import runpy
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import errors
+from data.shards import read_json
 from errors import UserError
 from model import ModelConfig, setting
 
@@ -161,15 +163,65 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def load(argv):
-    """A checked Config from ["configs/x.py", "--key=value", ...]; returns (config, path of the config file)."""
-    files = [word for word in argv if not word.startswith("--")]
-    if len(files) != 1:
-        raise UserError("name one config file:  python train.py configs/debug.py [--key=value ...]  (see --help)"
-                        + (f"; got {files}" if files else ""))
-    values = read_file(files[0]) | read_flags(word for word in argv if word.startswith("--"))
-    config = Config(**values)
-    config.out_dir = config.out_dir or f"out/{Path(files[0]).stem}"
-    return config.check(), files[0]
+    """A checked Config from ["configs/x.py", "--key=value", ...], or with the settings of the run that the words name,
+    ["out/x", "--resume"] or ["--resume=out/x"]; returns (config, path of the config file or None)."""
+    names = [word for word in argv if not word.startswith("--")]
+    flags = read_flags(word for word in argv if word.startswith("--"))
+    run = run_folder(names, flags)
+    if len(names) > 1 or not names and not run:
+        raise UserError("name one config file:  python train.py configs/debug.py [--key=value ...]  (see --help), or a "
+                        "run to continue:  python train.py --resume=out/debug" + (f"; got {names}" if names else ""))
+    values = read_run(run) if run else read_file(names[0])
+    config = Config(**values | flags)
+    config.out_dir = config.out_dir or f"out/{Path(names[0]).stem}"
+    return config.check(), None if run else names[0]
+
+
+def run_folder(names, flags):
+    """The run whose settings are meant: a folder in place of the config file, else the one that --resume, a run or step
+    folder, or --out_dir names; None if a config file is named, or nothing."""
+    if len(names) == 1 and Path(names[0]).is_dir():
+        if not flags.get("resume"):
+            raise UserError(f"{names[0]} is a folder: continue the run in it with  python train.py --resume={names[0]}  "
+                            "or name a config file")
+        return Path(names[0])
+    named = flags["resume"] if isinstance(flags.get("resume"), str) and flags["resume"] != "auto" else \
+        flags.get("out_dir") if flags.get("resume") else None
+    if names or not named:
+        return None
+    folder = Path(named).parent if re.fullmatch(r"step_\d+", Path(named).name) else Path(named)
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def read_run(run):
+    """The settings of a run's config.json, but for those of a start; what it holds of another version is told. Paths
+    are meant from where the run was started, if there they are, and the run may have been moved."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run} has no config.json with the settings of a run: name a config file, as in  python "
+                        f"train.py configs/debug.py --resume={run}")
+    about = read_json(path)
+    stored = about.get("settings")
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds no settings of a run: name a config file")
+    for what, other in (("it holds, unknown to this version and left out", stored.keys() - FIELDS.keys()),
+                        ("it does not hold, at their defaults", FIELDS.keys() - stored.keys())):
+        if other:
+            told = ", ".join(f"{name}={stored.get(name, FIELDS[name].default if name in FIELDS else None)!r}"
+                             for name in sorted(other))
+            print(f"{path}: settings that {what}: {told}", file=sys.stderr)
+    values = {name: checked(name, value, f"in {path}") for name, value in stored.items()
+              if name in FIELDS and FIELDS[name].metadata["group"] != "start"}
+
+    def found(name):
+        there = Path(str(about.get("directory")), str(name))
+        if Path(str(about.get("directory"))) == Path.cwd() or Path(str(name)) == there or not there.exists():
+            return name
+        print(f"{name} is taken from {there.parent}, where {run} was started", file=sys.stderr)
+        return str(there)
+    data = values.get("data")
+    values["data"] = {found(name): weight for name, weight in data.items()} if isinstance(data, dict) else found(data)
+    return values | {"tokenizer": found(values.get("tokenizer")), "out_dir": str(run)}
 
 
 def read_file(path):

@@ -10,6 +10,7 @@ import fcntl
 import math
 import os
 import select
+import shlex
 import signal
 import socket
 import statistics
@@ -179,6 +180,20 @@ class Guard:
         raise UserError(f"out of memory in {self.doing} ({_first_line(error)}). What lowers it: --micro_batch_size "
                         f"(now {size}), --activation_checkpointing=full, a shorter --sequence_length, more ranks, "
                         "--ep; --resume continues from the last checkpoint") from error
+
+
+def command(run, *words):
+    """What continues a run, to be pasted: by the launcher that is at work, as far as a rank knows it."""
+    here, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1
+    script = next((word for word in sys.orig_argv if Path(word).name == "train.py"), "train.py")
+    launcher = os.environ.get("NANOK2_LAUNCHER")
+    if launcher is None and "WORLD_SIZE" in os.environ:
+        nodes = int(os.environ["WORLD_SIZE"]) // here
+        place = (f"--nnodes={nodes} --node_rank=$NODE_RANK --master_addr={os.environ.get('MASTER_ADDR')} "
+                 f"--master_port={os.environ.get('MASTER_PORT')}" if nodes > 1 else "--standalone")
+        launcher = f"torchrun {place} --nproc_per_node={here} {shlex.quote(script)}"
+    launcher = launcher or shlex.join([sys.orig_argv[0] or "python", script])
+    return f"{launcher} {shlex.join([f'--resume={run}', *words])}"
 
 
 def is_out_of_memory(error):
