@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 import runpy
+import shlex
 import sys
 import types
 import typing
@@ -180,13 +181,13 @@ def load(argv):
 def run_folder(names, flags):
     """The run whose settings are meant: a folder in place of the config file, else the one that --resume, a run or step
     folder, or --out_dir names; None if a config file is named, or nothing."""
+    resume = flags.get("resume")
     if len(names) == 1 and Path(names[0]).is_dir():
-        if not flags.get("resume"):
-            raise UserError(f"{names[0]} is a folder: continue the run in it with  python train.py --resume={names[0]}  "
-                            "or name a config file")
+        if not resume:
+            raise UserError(f"{names[0]} is a folder: continue the run in it with  python train.py "
+                            f"{shlex.quote(f'--resume={names[0]}')}  or name a config file")
         return Path(names[0])
-    named = flags["resume"] if isinstance(flags.get("resume"), str) and flags["resume"] != "auto" else \
-        flags.get("out_dir") if flags.get("resume") else None
+    named = flags.get("out_dir") if resume in (True, "auto") else resume
     if names or not named:
         return None
     folder = Path(named).parent if re.fullmatch(r"step_\d+", Path(named).name) else Path(named)
@@ -194,34 +195,30 @@ def run_folder(names, flags):
 
 
 def read_run(run):
-    """The settings of a run's config.json, but for those of a start; what it holds of another version is told. Paths
-    are meant from where the run was started, if there they are, and the run may have been moved."""
+    """The settings of a run's config.json, but for those of a start; what it holds of another version is told. Relative
+    paths are meant from where the run was started, if they are there; the run itself may have been moved."""
     path = run / "config.json"
-    if not path.is_file():
-        raise UserError(f"{run} has no config.json with the settings of a run: name a config file, as in  python "
-                        f"train.py configs/debug.py --resume={run}")
-    about = read_json(path)
-    stored = about.get("settings")
+    about = read_json(path) if path.is_file() else {}
+    stored, home = about.get("settings"), Path(str(about.get("directory", ".")))
     if not isinstance(stored, dict):
-        raise UserError(f"{path} holds no settings of a run: name a config file")
-    for what, other in (("it holds, unknown to this version and left out", stored.keys() - FIELDS.keys()),
-                        ("it does not hold, at their defaults", FIELDS.keys() - stored.keys())):
-        if other:
-            told = ", ".join(f"{name}={stored.get(name, FIELDS[name].default if name in FIELDS else None)!r}"
-                             for name in sorted(other))
-            print(f"{path}: settings that {what}: {told}", file=sys.stderr)
+        raise UserError(f"{run} has no config.json with the settings of a run: name a config file too, as in  python "
+                        f"train.py configs/debug.py {shlex.quote(f'--resume={run}')}")
+    for name in sorted(stored.keys() ^ FIELDS.keys()):
+        told = f"{stored[name]!r}, unknown to this version and left out" if name in stored else \
+            f"not recorded, so {FIELDS[name].default!r}, the default"
+        print(f"{path}: {name}: {told}", file=sys.stderr)
     values = {name: checked(name, value, f"in {path}") for name, value in stored.items()
-              if name in FIELDS and FIELDS[name].metadata["group"] != "start"}
+              if name in FIELDS and FIELDS[name].metadata["group"] != "start"} | {"out_dir": str(run)}
 
     def found(name):
-        there = Path(str(about.get("directory")), str(name))
-        if Path(str(about.get("directory"))) == Path.cwd() or Path(str(name)) == there or not there.exists():
+        if not name or Path(name).is_absolute() or home.absolute() == Path.cwd() or not (home / name).exists():
             return name
-        print(f"{name} is taken from {there.parent}, where {run} was started", file=sys.stderr)
-        return str(there)
-    data = values.get("data")
-    values["data"] = {found(name): weight for name, weight in data.items()} if isinstance(data, dict) else found(data)
-    return values | {"tokenizer": found(values.get("tokenizer")), "out_dir": str(run)}
+        print(f"{name} is taken from {home}, where {run} was started", file=sys.stderr)
+        return str(home / name)
+    for name in {"data", "tokenizer"} & values.keys():
+        value = values[name]
+        values[name] = {found(key): value[key] for key in value} if isinstance(value, dict) else found(value)
+    return values
 
 
 def read_file(path):

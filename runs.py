@@ -30,9 +30,9 @@ from errors import STOPPED, UserError
 from model import ModelConfig
 from muon import schedule_factor
 
-# Of the model, what a resumed run may change, with a line: a stage of longer context changes the first three and keeps its
-# optimizer state, the next two are weights in the loss, as rates are, and the last is spent at step 0. All else holds a
-# tensor or is a part of the function that the tensors were trained in (num_experts_per_tok, rms_norm_eps, ...).
+# Of the model, what a resumed run may change, with a line: a stage of longer context the first three, which keeps its
+# optimizer state; the next two are weights in the loss, as rates are; the last is spent at step 0. All else holds a
+# tensor, or is the function that the tensors were trained in (num_experts_per_tok, rms_norm_eps, ...).
 FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "aux_loss_alpha", "z_loss", "initializer_range"}
 LOGS = ("metrics.jsonl", "samples.md", "curves.png")
 UNFINISHED = ".unfinished"  # in a folder of aside/, until all that belongs there is there
@@ -108,31 +108,33 @@ def _resolved(settings):
     return settings | ({"decay_steps": fifth} if settings.get("decay_steps", 0) is None else {})
 
 
+SCHEDULE = ("schedule", "max_steps", "warmup_steps", "decay_steps", "min_lr_ratio")
+
+
 def rates(stored, config, start):
     """What becomes of the learning rate of a run that was trained with the settings `stored` and goes on from a step,
     in words, and how to keep it if it jumps; "" if the schedule is the same."""
     stored, now = _resolved(stored), _resolved(dataclasses.asdict(config))
-    names = ("schedule", "max_steps", "warmup_steps", "decay_steps", "min_lr_ratio")
-    if not start or not {*names, "muon_lr"} <= stored.keys() or all(stored[n] == now[n] for n in (*names, "muon_lr")):
+    names = {*SCHEDULE, "muon_lr"}
+    if not start or not names <= stored.keys() or all(stored[name] == now[name] for name in names):
         return ""
 
     def factor(settings, step):
-        return schedule_factor(min(step, settings["max_steps"]), *(settings[name] for name in names))
-    before, would_be = (stored["muon_lr"] * factor(stored, step) for step in (start, start + 1))
-    after, last, end = now["muon_lr"] * factor(now, start + 1), now["muon_lr"] * factor(now, end := now["max_steps"]), end
-    warmup = now["warmup_steps"]
+        return schedule_factor(min(step, settings["max_steps"]), *(settings[name] for name in SCHEDULE))
+    before, due = (stored["muon_lr"] * factor(stored, step) for step in (start, start + 1))
+    after, end, warmup = now["muon_lr"] * factor(now, start + 1), now["max_steps"], now["warmup_steps"]
     fall = max(end - now["decay_steps"], warmup) if now["schedule"] == "wsd" else warmup
-    course = f", up to {now['muon_lr']:.2e} at step {warmup}" * (start + 1 < warmup) + (
-        " from there on" if now["schedule"] == "constant" else
-        f", falling from step {max(fall, start) + 1} to {last:.2e} at step {end}")
-    said = f"learning rate: {before:.2e} at step {start}, {after:.2e} at step {start + 1}{course}"
-    if abs(after - would_be) <= 0.01 * would_be:
+    said = f"learning rate: {before:.2e} at step {start}, {after:.2e} at step {start + 1}" \
+        + f", up to {now['muon_lr']:.2e} at step {warmup}" * (start + 1 < warmup) \
+        + (", and no fall" if now["schedule"] == "constant" else f", falling from step {max(fall, start) + 1} to "
+           f"{now['muon_lr'] * factor(now, end):.2e} at step {end}")
+    if abs(after - due) <= 0.01 * due:
         return said
-    kept = f"--muon_lr={before:.6g}" + f" --warmup_steps={start}" * (start + 1 < warmup)
+    keep = f"--muon_lr={before:.6g}" + f" --warmup_steps={start}" * (start + 1 < warmup)
     if stored.get("adamw_lr") is not None:
-        kept += f" --adamw_lr={stored['adamw_lr'] * factor(stored, start):.6g}"
-    return (f"warning: {said}. To hold {before:.2e}: --schedule=constant {kept}; to let it fall from there to the end: "
-            f"--schedule=wsd --decay_steps={end - start} {kept}")
+        keep += f" --adamw_lr={stored['adamw_lr'] * factor(stored, start):.6g}"
+    return (f"warning: {said}. To hold {before:.2e}: --schedule=constant {keep}; to let it fall from there to the end: "
+            f"--schedule=wsd --decay_steps={end - start} {keep}")
 
 
 def data_read(identity, tokens, before):
@@ -164,8 +166,8 @@ def require_room(run, source, n_bytes, steps, config):
         raise UserError(f"{run} cannot be written ({error.strerror}): choose another --out_dir") from error
     within = is_within(source, run)
     if within and rewound(config) and os.stat(folder).st_dev != os.stat(run).st_dev:
-        raise UserError(f"{folder} lies on another disk than {run}, so what is beyond {source.name} cannot be set aside: "
-                        "choose another --out_dir for the new branch")
+        raise UserError(f"{folder} lies on another disk than {run}, so what is beyond {source.name} cannot be set "
+                        "aside: choose another --out_dir for the new branch")
     replaced = (folder, run / "aside") if config.overwrite and not within else ()
     free += sum(map(bytes_in, replaced))  # what a rewind sets aside stays on the disk
     staying = [path for path in checkpoint.step_folders(folder) if path.name <= source.name] if within else []
@@ -236,8 +238,8 @@ def delete(run):
     for path in map(run.joinpath, WRITTEN):
         if path.exists():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    print(f"--overwrite: deleted the run in {run}: {len(steps)} checkpoints" + (f", up to {steps[-1].name}" if steps else "")
-          + f", and {kept} branches set aside" * bool(kept))
+    print(f"--overwrite: deleted the run in {run}: {len(steps)} checkpoints"
+          + (f", up to {steps[-1].name}" if steps else "") + f", and {kept} branches set aside" * bool(kept))
 
 
 # ---------------------------------------------------------------------- what a rewind leaves behind
@@ -293,7 +295,7 @@ def set_aside(run, folder):
 
 
 def finish_setting_aside(run):
-    for mark in run.glob(f"aside/*/{UNFINISHED}"):
+    for mark in run.glob(f"aside/step_*/{UNFINISHED}"):
         folder = mark.parent
         step = int(folder.name.split("_")[1])
         for path in reversed(checkpoint.step_folders(run / "checkpoints")):
@@ -351,7 +353,9 @@ def provenance(run, config, config_file, argv):
     now = {"words": argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     about = {"run_id": earlier.get("run_id", secrets.token_hex(4)),
              "config_file": config_file or earlier.get("config_file"), "command": earlier.get("command", argv),
-             "commands": [*commands, now], "directory": os.getcwd(), "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-             "settings": dataclasses.asdict(config)}
+             "commands": [*commands, now], "directory": os.getcwd(), "commit": commit,
+             "torch": torch.__version__, "python": platform.python_version(),
+             "settings": dataclasses.asdict(config) | (
+                 {"max_rollbacks": earlier["settings"]["max_rollbacks"]} if parallel.starts() and earlier else {})}
     metrics.replace_text(path, json.dumps(about, indent=1) + "\n")
     return about["run_id"]

@@ -100,7 +100,7 @@ def train(argv, watch):
 
     # ------------------------------------------------------------------ resume
     sequences, tokens = manifest.get("sequences", 0) + config.skip_sequences, manifest.get("tokens", 0)  # seen so far
-    tokens_before, read = tokens, manifest.get("read") or runs.data_read(manifest.get("stream", {}), tokens, {})
+    first, read = tokens, manifest.get("read") or runs.data_read(manifest.get("stream", {}), tokens, {})
     spikes = guard.Spikes(config.spike_sigmas, manifest.get("losses", ()))
     state = checkpoint.named_tensors(model, optimizer)
     parallel.once(runs.require_room, run, source, checkpoint.size(state), config.max_steps - start, config)
@@ -248,7 +248,8 @@ def train(argv, watch):
             for prompt in config.sample_prompts:
                 log.sample(step, prompt, sample(model, encoder, prompt, config, step))
         if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
-            guard.refuse_drift(checkpoint.named_tensors(model, optimizer), [step, sequences, optimizer.steps], step)
+            counted = [step, sequences, optimizer.steps]
+            guard.refuse_drift(checkpoint.named_tensors(model, optimizer), counted, step, run)
             for slow in guard.stragglers(waited, device):
                 log.write("event", step, event="straggler", **slow)
                 print("step {step}: rank {rank} on {host} is slow in {what}: {seconds:.3f} s, the median is "
@@ -258,9 +259,9 @@ def train(argv, watch):
             watch.beat(f"the save of step {step}", patient=True)
             report_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way
             about = {"sequences": sequences, "tokens": tokens, "optimizer_steps": optimizer.steps,
-                     "stream": stream.identity(),
-                     "read": runs.data_read(stream.identity(), tokens - tokens_before, read), "tokenizer": tokenizer.fingerprint(encoder) if encoder else None,
-                     "torch": torch.__version__, "loss_scale": [loss_scale, good_steps],
+                     "stream": stream.identity(), "read": runs.data_read(stream.identity(), tokens - first, read),
+                     "tokenizer": tokenizer.fingerprint(encoder) if encoder else None, "torch": torch.__version__,
+                     "loss_scale": [loss_scale, good_steps],
                      "losses": list(spikes.losses), "places": places, "config": dataclasses.asdict(config)}
             saver.start(step, checkpoint.named_tensors(model, optimizer), about, (validated or {}).get("loss"))
         final = last or bool(watch.agreed)

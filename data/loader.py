@@ -167,7 +167,7 @@ class TrainStream:
                 source.go_to(places[name])
 
     def epochs(self, sequences, before=None):
-        """Passes over the most repeated folder after that many sequences; before: those read already, of each folder."""
+        """Passes over the most repeated folder after so many sequences; before: those read of each already."""
         return max((read + sequences * share / MIXTURE_BLOCK) / source.count for read, share, source in
                    zip(before or [0] * len(self.sources), self.shares, self.sources))
 
