@@ -183,7 +183,8 @@ class Guard:
 
 
 def command(run, *words):
-    """What continues a run, to be pasted: by the launcher that is at work, as far as a rank knows it."""
+    """What continues a run, or begins it again if it has saved nothing, to be pasted: by the launcher that is at work,
+    as far as a rank knows it."""
     here, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1
     script = next((word for word in sys.orig_argv if Path(word).name == "train.py"), "train.py")
     launcher = os.environ.get("NANOK2_LAUNCHER")
@@ -193,7 +194,8 @@ def command(run, *words):
                  f"--master_port={os.environ.get('MASTER_PORT')}" if nodes > 1 else "--standalone")
         launcher = f"torchrun {place} --nproc_per_node={here} {shlex.quote(script)}"
     launcher = launcher or shlex.join([sys.orig_argv[0] or "python", script])
-    return f"{launcher} {shlex.join([f'--resume={run}', *words])}"
+    resume = [f"--resume={run}"] if (Path(run) / "checkpoints/latest").exists() else [str(run), "--resume=auto"]
+    return f"{launcher} {shlex.join([*resume, *words])}"
 
 
 def is_out_of_memory(error):

@@ -56,8 +56,8 @@ def refuse_to_mix(run, source, config):
     if not (run / "checkpoints").exists() and hf.is_hf(run):
         raise UserError(f"{run} holds an exported model: choose another --out_dir")
     if holds_run(run) and not is_within(source, run) and not config.overwrite and config.resume != "auto":
-        raise UserError(f"{run} holds a run already: continue it with  {guard.command(run)}  , start anew with "
-                        "--overwrite, or choose another --out_dir")
+        raise UserError(f"{run} holds a run already: start anew with --overwrite, choose another --out_dir, or go on "
+                        f"with it:  {guard.command(run)}")
 
 
 def holds_run(folder):
@@ -216,13 +216,11 @@ def roll_back(run, reason, step, sequences, config, watch, log):
 def open_run(run, source, start, changed, config, config_file, argv, encoder):
     """Make the run folder, or put away what a new or rewound run replaces. Only now, when everything that could be
     refused has been. Returns (the run's id, the folder of what was set aside or None)."""
-    within, aside = is_within(source, run), None
+    within = is_within(source, run)
     if config.overwrite and holds_run(run) and not within:
         delete(run)
-    if within:
-        aside = put_away(run, start, rewound(config), changed)
-    elif dropped := len(read_beyond(run, start)):  # nothing was saved yet
-        print(f"metrics.jsonl: {dropped} records beyond step {start} dropped: these steps are done again")
+    aside = put_away(run, start, rewound(config), changed) if within else None
+    say_what_goes(run, start)
     run_id = provenance(run, config, config_file, argv)
     if encoder:
         tokenizer.save(encoder, run / "tokenizer")
@@ -259,14 +257,22 @@ def put_away(run, step, by_name, changed):
     if by_name and beyond or records and (by_name or changed):
         reached = max([record["step"] for record in records] + [checkpoint.step_of(path) for path in beyond])
         aside = set_aside(run, unused(run / f"aside/step_{step:08d}_to_{reached:08d}"))
-    elif records:
-        print(f"metrics.jsonl: {len(records)} records beyond step {step} dropped: these steps are done again")
     point_at_what_is_there(run)
     return aside
 
 
 def read_beyond(run, step):
     return [record for record in metrics.read_records(run / "metrics.jsonl") if record["step"] > step]
+
+
+def say_what_goes(run, step):
+    """Say what metrics.RunLog will leave out of the records of a run that goes on from a step."""
+    path, beyond = run / "metrics.jsonl", len(read_beyond(run, step))
+    lines = sum(map(bool, path.read_bytes().split(b"\n"))) if path.exists() else 0
+    for count, what in ((beyond, f"records beyond step {step}: these steps are done again"),
+                        (lines - len(metrics.read_records(path)), "lines that are no records, as a kill leaves them")):
+        if count:
+            print(f"metrics.jsonl: dropped {count} {what}")
 
 
 def unused(path):
@@ -283,8 +289,7 @@ def set_aside(run, folder):
     (temporary / "checkpoints").mkdir(parents=True)
     for name in filter(lambda name: (run / name).exists(), LOGS):
         shutil.copy2(run / name, temporary)
-    about = read_json(run / "config.json")
-    about.pop("run_id", None)  # W&B would take the two for one
+    about = read_json(run / "config.json") | {"run_id": secrets.token_hex(4)}  # W&B would take the two for one
     metrics.replace_text(temporary / "config.json", json.dumps(about, indent=1) + "\n")
     if (run / "tokenizer").is_dir():
         shutil.copytree(run / "tokenizer", temporary / "tokenizer")
@@ -331,11 +336,10 @@ def validation_losses(run):
             if record["kind"] == "val" and type(record.get("loss")) is float}
 
 
-def best_loss(run):
-    """The validation loss of the checkpoint that `best` names, None if there is none."""
+def best_loss(run, otherwise):
+    """The validation loss of the checkpoint that `best` names, `otherwise` if no record has it, None if there is none."""
     best = checkpoint.pointed(run / "checkpoints", "best")
-    return validation_losses(run).get(checkpoint.step_of(best), checkpoint.read_manifest(best).get("best_loss")) \
-        if best else None
+    return validation_losses(run).get(checkpoint.step_of(best), otherwise) if best else None
 
 
 def provenance(run, config, config_file, argv):
@@ -355,7 +359,8 @@ def provenance(run, config, config_file, argv):
              "config_file": config_file or earlier.get("config_file"), "command": earlier.get("command", argv),
              "commands": [*commands, now], "directory": os.getcwd(), "commit": commit,
              "torch": torch.__version__, "python": platform.python_version(),
-             "settings": dataclasses.asdict(config) | (
-                 {"max_rollbacks": earlier["settings"]["max_rollbacks"]} if parallel.starts() and earlier else {})}
+             "settings": dataclasses.asdict(config)}
+    if parallel.starts():  # those that are left are for this start alone
+        about["settings"]["max_rollbacks"] = earlier.get("settings", {}).get("max_rollbacks", config.max_rollbacks)
     metrics.replace_text(path, json.dumps(about, indent=1) + "\n")
     return about["run_id"]

@@ -77,8 +77,8 @@ def train(argv, watch):
     changed = runs.compare(config, encoder, stream, manifest, source) if source else []
     start = manifest.get("step", 0)
     if start >= config.max_steps:
-        print(f"step {start} is done already, of max_steps={config.max_steps}: raise --max_steps to go on, as in  "
-              f"{guard.command(run, f'--max_steps={2 * start}')}")
+        print(f"step {start} is done already, of max_steps={config.max_steps}: raise --max_steps to go on"
+              + f", as in  {guard.command(run, f'--max_steps={2 * start}')}" * runs.is_within(source, run))
         return None
 
     # ------------------------------------------------------------------ model and optimizer
@@ -127,7 +127,7 @@ def train(argv, watch):
                   rates=rates, set_aside=aside and str(aside))
         print(f"resumed from {source}", *changed, sep="\n  changed: ")
         print(rates, end="\n" * bool(rates))
-    best_loss = parallel.once(runs.best_loss, run)
+    best_loss = parallel.once(runs.best_loss, run, manifest.get("best_loss"))
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
     if config.compile or (config.compile is None and device.type == "cuda"):
         parallel.compile_blocks(model)
@@ -266,7 +266,7 @@ def train(argv, watch):
             saver.start(step, checkpoint.named_tensors(model, optimizer), about, (validated or {}).get("loss"))
         final = last or bool(watch.agreed)
         report_save(saver.outcome(wait=final or not config.async_save), log, final)
-        if watch.agreed:
+        if watch.agreed and not last:
             print(f"{watch.signal or 'a signal on another rank'}: saved step {step}; continue with:  "
                   f"{guard.command(run)}")
             break

@@ -129,7 +129,7 @@ def test_resume_refuses_another_model_and_names_the_difference(config, tmp_path)
 
 def test_a_run_folder_is_not_overwritten_by_accident(config, tmp_path, capsys):
     run_train(config, "--max_steps=2")
-    with pytest.raises(UserError, match=f"holds a run already: continue it with .* train.py --resume={tmp_path}/run "):
+    with pytest.raises(UserError, match=f"holds a run already: .* train.py --resume={tmp_path}/run$"):
         run_train(config, "--max_steps=3")
     (tmp_path / "run/thesis.txt").write_text("dear to me")
     run_train(config, "--max_steps=3", "--overwrite")
@@ -298,7 +298,7 @@ def test_a_kill_at_any_instant_of_setting_aside_loses_nothing(tmp_path, monkeypa
         assert [path.name for path in run.glob("aside/step_*")] == ["step_00000004_to_00000010"]
         assert found(run) == ([2, 4, 6, 8], set(range(1, 11))) and not list(run.glob("aside/*/.unfinished"))
         assert (run / "checkpoints/latest").read_text() == "step_00000004\n"
-        assert checkpoint.find(run, "best").name == "step_00000002" and runs.best_loss(run) == 3.0
+        assert checkpoint.find(run, "best").name == "step_00000002" and runs.best_loss(run, None) == 3.0
         assert checkpoint.find(run / "aside/step_00000004_to_00000010", "best").name == "step_00000006"
     assert instant > 8
 
@@ -309,14 +309,19 @@ def test_best_goes_where_no_validation_is_left_and_that_is_said(tmp_path):
     runs.put_away(run, 2, True, [])
     with pytest.raises(UserError, match="none that is there was saved together with a validation"):
         checkpoint.find(run, "best")
-    assert runs.best_loss(run) is None
+    assert runs.best_loss(run, 1.0) is None
 
 
 def test_only_what_is_done_again_is_dropped(tmp_path, capsys):
     """Records beyond the newest checkpoint go, with a line; not if the run goes on otherwise. What is damaged stays."""
     run = saved_run(tmp_path / "run", (2, 4), {})
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "tra')
     assert runs.put_away(run, 4, False, []) is None
-    assert "2 records beyond step 4 dropped: these steps are done again" in capsys.readouterr().out
+    runs.say_what_goes(run, 4)
+    said = capsys.readouterr().out
+    assert "dropped 1 lines that are no records" in said
+    assert "dropped 2 records beyond step 4: these steps are done again" in said
     aside = runs.put_away(run, 4, False, ["muon_lr: 1 there, 2 here"])
     assert aside.name == "step_00000004_to_00000006" and len(records(aside)) == 6
     for number in ("", "-2"):
@@ -411,12 +416,14 @@ def test_the_command_that_continues_can_be_pasted(ended, monkeypatch):
     assert settings.load(shlex.split(guard.command(ended / "b2"))[2:])[0].out_dir == str(ended / "b2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert guard.command("out/x") == "torchrun --standalone --nproc_per_node=2 ../train.py --resume=out/x"
+    assert guard.command("out/x") == "torchrun --standalone --nproc_per_node=2 ../train.py out/x --resume=auto"
+    monkeypatch.chdir(ended)
+    assert guard.command("b2") == "torchrun --standalone --nproc_per_node=2 ../train.py --resume=b2"
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    assert "--nnodes=2 --node_rank=$NODE_RANK --master_addr=10.0.0.1" in guard.command("out/x")
+    assert "--nnodes=2 --node_rank=$NODE_RANK --master_addr=10.0.0.1" in guard.command("b2")
     monkeypatch.setenv("NANOK2_LAUNCHER", "bash launch/multinode.sh")
-    assert guard.command("a b") == "bash launch/multinode.sh '--resume=a b'"
+    assert shlex.split(guard.command(ended / "b2")) == ["bash", "launch/multinode.sh", f"--resume={ended}/b2"]
 
 
 def test_a_run_that_is_done_says_so_and_changes_nothing(ended, capsys):
