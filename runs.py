@@ -337,7 +337,7 @@ def validation_losses(run):
 
 
 def best_loss(run, otherwise):
-    """The validation loss of the checkpoint that `best` names, `otherwise` if no record has it, None if there is none."""
+    """The validation loss of the checkpoint that `best` names, None if there is none; otherwise: if not recorded."""
     best = checkpoint.pointed(run / "checkpoints", "best")
     return validation_losses(run).get(checkpoint.step_of(best), otherwise) if best else None
 

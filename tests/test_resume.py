@@ -19,6 +19,7 @@ import checkpoint
 import config as settings
 import generate
 import guard
+import metrics
 import runs
 from data import prepare
 from errors import STOPPED, UserError
@@ -323,7 +324,7 @@ def test_only_what_is_done_again_is_dropped(tmp_path, capsys):
     assert "dropped 1 lines that are no records" in said
     assert "dropped 2 records beyond step 4: these steps are done again" in said
     aside = runs.put_away(run, 4, False, ["muon_lr: 1 there, 2 here"])
-    assert aside.name == "step_00000004_to_00000006" and len(records(aside)) == 6
+    assert aside.name == "step_00000004_to_00000006" and len(metrics.read_records(aside / "metrics.jsonl")) == 6
     for number in ("", "-2"):
         assert runs.put_away(run, 2, False, []) is None
         assert (run / f"checkpoints/damaged_step_00000004{number}/manifest.json").exists()
