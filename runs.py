@@ -55,6 +55,8 @@ def refuse_to_mix(run, source, config):
     """An out_dir that holds a run is for going on with that run, unless told otherwise."""
     if not (run / "checkpoints").exists() and hf.is_hf(run):
         raise UserError(f"{run} holds an exported model: choose another --out_dir")
+    if config.overwrite and source and not is_within(source, run) and run.resolve() in source.resolve().parents:
+        raise UserError(f"--overwrite would delete {source}, which is to be continued: choose another --out_dir")
     if holds_run(run) and not is_within(source, run) and not config.overwrite and config.resume != "auto":
         raise UserError(f"{run} holds a run already: start anew with --overwrite, choose another --out_dir, or go on "
                         f"with it:  {guard.command(run)}")
@@ -235,7 +237,7 @@ def delete(run):
         os.rename(run / "checkpoints", run / ".deleted")  # at once: half a deletion would look like a run
     for path in map(run.joinpath, WRITTEN):
         if path.exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     print(f"--overwrite: deleted the run in {run}: {len(steps)} checkpoints"
           + (f", up to {steps[-1].name}" if steps else "") + f", and {kept} branches set aside" * bool(kept))
 
@@ -269,7 +271,7 @@ def say_what_goes(run, step):
     """Say what metrics.RunLog will leave out of the records of a run that goes on from a step."""
     path, beyond = run / "metrics.jsonl", len(read_beyond(run, step))
     lines = sum(map(bool, path.read_bytes().split(b"\n"))) if path.exists() else 0
-    for count, what in ((beyond, f"records beyond step {step}: these steps are done again"),
+    for count, what in ((beyond, f"records, and the samples, beyond step {step}: these steps are done again"),
                         (lines - len(metrics.read_records(path)), "lines that are no records, as a kill leaves them")):
         if count:
             print(f"metrics.jsonl: dropped {count} {what}")

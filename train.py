@@ -1,4 +1,5 @@
 """Train a model:  python train.py configs/debug.py [--key=value ...]     (--help lists every setting)
+                  python train.py --resume=out/debug [...]         (goes on with that run's own settings)
                   torchrun --nproc_per_node=8 train.py configs/small.py
 
 The whole run in one function, top to bottom: settings, data, run folder, model, optimizer, resume, the loop. Every rank

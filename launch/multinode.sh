@@ -18,11 +18,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
 export PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's option: else it dies of USR1
 
-# What a rank says to be the command that continues: this one, with what is not the default.
-NANOK2_LAUNCHER="bash launch/multinode.sh"
-[ "$NPROC_PER_NODE" = auto ] || NANOK2_LAUNCHER="NPROC_PER_NODE=$NPROC_PER_NODE $NANOK2_LAUNCHER"
+export NANOK2_LAUNCHER="NPROC_PER_NODE=$NPROC_PER_NODE bash launch/multinode.sh"  # what a rank names to continue with
 [ "$NNODES" = 1 ] || NANOK2_LAUNCHER="NNODES=$NNODES NODE_RANK=\$NODE_RANK MASTER_ADDR=$MASTER_ADDR $NANOK2_LAUNCHER"
-export NANOK2_LAUNCHER
 
 # Refuses mistakes in the settings before any rank starts, and knows where the run will lie.
 about="$("$PYTHON" -m config "$@")" || exit 2

@@ -238,6 +238,10 @@ def test_a_rewind_sets_its_branch_aside_as_a_run_of_its_own(tmp_path, capsys):
     run_train(path, *options, f"--resume={run}/checkpoints/step_00000004", "--max_steps=5")
     assert losses(run / "aside/step_00000004_to_00000008-2") == losses(aside)
 
+    with pytest.raises(UserError, match="--overwrite would delete .*aside"):
+        run_train(path, f"--resume={aside}", "--max_steps=9", "--overwrite")
+    with pytest.raises(UserError, match="holds a run already"):
+        run_train(path, f"--resume={aside}", "--max_steps=9")
     kept = (run / "metrics.jsonl").read_text()  # the branch goes on in its own folder
     run_train(f"--resume={aside}", "--max_steps=9")
     assert losses(aside)[-1][0] == 9 and (run / "metrics.jsonl").read_text() == kept
@@ -322,7 +326,7 @@ def test_only_what_is_done_again_is_dropped(tmp_path, capsys):
     runs.say_what_goes(run, 4)
     said = capsys.readouterr().out
     assert "dropped 1 lines that are no records" in said
-    assert "dropped 2 records beyond step 4: these steps are done again" in said
+    assert "dropped 2 records, and the samples, beyond step 4: these steps are done again" in said
     aside = runs.put_away(run, 4, False, ["muon_lr: 1 there, 2 here"])
     assert aside.name == "step_00000004_to_00000006" and len(metrics.read_records(aside / "metrics.jsonl")) == 6
     for number in ("", "-2"):
