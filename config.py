@@ -182,10 +182,10 @@ def run_folder(names, flags):
     """The run whose settings are meant: a folder in place of the config file, else the one that --resume, a run or step
     folder, or --out_dir names; None if a config file is named, or nothing."""
     resume = flags.get("resume")
-    if len(names) == 1 and Path(names[0]).is_dir():
+    if len(names) == 1 and Path(names[0]).is_dir() and (resume or (Path(names[0]) / "config.json").exists()):
         if not resume:
-            raise UserError(f"{names[0]} is a folder: continue the run in it with  python train.py "
-                            f"{shlex.quote(f'--resume={names[0]}')}  or name a config file")
+            raise UserError(f"{names[0]} is a run, not a config file: continue it with  python train.py "
+                            + shlex.quote(f"--resume={names[0]}"))
         return Path(names[0])
     named = flags.get("out_dir") if resume in (True, "auto") else resume
     if names or not named:

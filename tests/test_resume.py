@@ -403,8 +403,8 @@ def test_paths_are_meant_from_where_the_run_was_started(ended, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("words, message", [
-    (["b2"], "is a folder: continue the run in it with  python train.py --resume=b2"),
-    (["b2", "--overwrite"], "is a folder: continue"), (["--resume"], "name one config file"),
+    (["b2"], "b2 is a run, not a config file: continue it with  python train.py --resume=b2"), (["data"], "no config file"),
+    (["b2", "--overwrite"], "is a run, not a config file"), (["--resume"], "name one config file"),
     (["--resume=data"], "data has no config.json with the settings of a run: name a config file too"),
     (["--resume=no/such"], "no/such has no config.json"), (["tiny.py", "b2", "--resume"], "got .*tiny.py.*b2")])
 def test_what_names_no_run_is_said(ended, monkeypatch, words, message):
