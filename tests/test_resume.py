@@ -12,7 +12,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import checkpoint
 import config as settings
@@ -63,7 +62,8 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bitwise(config, tmp_path)
     words = [config, f"--out_dir={killed}", "--max_steps=30", "--save_interval=5", "--keep_checkpoints=9"]
     process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
     path, deadline = killed / "metrics.jsonl", time.time() + 120
-    while time.time() < deadline and not (path.exists() and '"kind": "train", "step": 13' in path.read_text()):
+    there = lambda: path.exists() and '"kind": "train", "step": 13' in path.read_text(encoding="utf-8")
+    while time.time() < deadline and not there():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -109,17 +109,9 @@ def test_resume_refuses_another_model_and_names_the_difference(config, tmp_path)
         run_train(config, "--max_steps=4", "--resume", "--optimizer=adamw")
     with pytest.raises(UserError, match="no complete checkpoint"):
         run_train(config, f"--out_dir={tmp_path / 'new'}", "--resume")
-    (tmp_path / "notes.txt").write_text("\n\n".join(f"note {i} " * 30 for i in range(60)))
-    prepare.main(
-        [
-            "text",
-            str(tmp_path / "notes.txt"),
-            "--split_on=\n\n",
-            "--vocab_size=257",
-            "--val_fraction=0.2",
-            f"--out={tmp_path / 'notes'}",
-        ]
-    )
+    (tmp_path / "notes.txt").write_text("\n\n".join(f"note {i} " * 30 for i in range(60)), encoding="utf-8")
+    words = ["--split_on=\n\n", "--vocab_size=257", "--val_fraction=0.2", f"--out={tmp_path / 'notes'}"]
+    prepare.main(["text", str(tmp_path / "notes.txt"), *words])
     with pytest.raises(UserError, match="another tokenizer"):
         run_train(config, "--max_steps=4", "--resume", f"--data={tmp_path / 'notes'}")
     assert len(losses(tmp_path / "run")) == 2
@@ -129,12 +121,12 @@ def test_a_run_folder_is_not_overwritten_by_accident(config, tmp_path, capsys):
     run_train(config, "--max_steps=2")
     with pytest.raises(UserError, match=f"holds a run already: .* train.py --resume={tmp_path}/run$"):
         run_train(config, "--max_steps=3")
-    (tmp_path / "run/thesis.txt").write_text("dear to me")
+    (tmp_path / "run/thesis.txt").write_text("dear to me", encoding="utf-8")
     run_train(config, "--max_steps=3", "--overwrite")
     assert len(losses(tmp_path / "run")) == 3 and (tmp_path / "run/thesis.txt").exists()
     assert f"deleted the run in {tmp_path}/run: 1 checkpoints, up to step_00000002" in capsys.readouterr().out
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf/config.json").write_text('{"model_type": "deepseek_v3"}')
+    (tmp_path / "hf/config.json").write_text('{"model_type": "deepseek_v3"}', encoding="utf-8")
     with pytest.raises(UserError, match="holds an exported model"):
         run_train(config, f"--out_dir={tmp_path / 'hf'}", "--overwrite")
 
@@ -148,7 +140,7 @@ def test_a_refused_overwrite_deletes_nothing(config, tmp_path):
         )
     assert losses(tmp_path / "keep")[-1][0] == 2 and checkpoint.find(tmp_path / "keep")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("dear to me")
+    (tmp_path / "mine/thesis.txt").write_text("dear to me", encoding="utf-8")
     run_train(
         config, "--max_steps=2", f"--out_dir={tmp_path / 'mine'}", "--overwrite"
     )  # holds no run: nothing to delete
@@ -164,7 +156,8 @@ def test_best_belongs_to_the_branch_and_the_folder(config, tmp_path):
         config, *options, f"--resume={tmp_path / 'run'}/checkpoints/step_00000010", "--max_steps=11", "--decay_steps=1"
     )
     folder = tmp_path / "run/checkpoints"
-    assert (folder / "latest").read_text().strip() == checkpoint.find(tmp_path / "run").name == "step_00000011"
+    latest = (folder / "latest").read_text(encoding="utf-8").strip()
+    assert latest == checkpoint.find(tmp_path / "run").name == "step_00000011"
     assert checkpoint.find(tmp_path / "run", "best").is_dir()
     run_train(
         config, *options, f"--resume={best.parent}/step_00000005", f"--out_dir={tmp_path / 'other'}", "--max_steps=10"
@@ -227,7 +220,7 @@ def test_a_run_continues_with_its_own_settings(ended, tmp_path, monkeypatch):
                                     ["--resume=RUN/", "--out_dir=RUN", "--resume=auto"])):
         run = shutil.copytree(ended / "b2", tmp_path / f"moved {number}")
         run_train(*(word.replace("RUN", str(run)) for word in words), "--max_steps=3", "--warmup_steps=2")
-        about = json.loads((run / "config.json").read_text())
+        about = json.loads((run / "config.json").read_text(encoding="utf-8"))
         stored = about["settings"]
         assert losses(run)[-1][0] == 3 and stored["out_dir"] == str(run) and stored["max_steps"] == 3
         assert (stored["moe_intermediate_size"], stored["muon_lr"], stored["warmup_steps"]) == (8, 0.003, 2)
@@ -242,10 +235,10 @@ def test_a_file_that_is_named_counts(ended):
 
 def test_paths_are_meant_from_where_the_run_was_started(ended, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(ended / "b2", tmp_path / "run")
-    about = json.loads((run / "config.json").read_text())
+    about = json.loads((run / "config.json").read_text(encoding="utf-8"))
     about["settings"] |= {"data": "data", "future_setting": 7}
     del about["settings"]["z_loss"]
-    (run / "config.json").write_text(json.dumps(about | {"directory": str(ended)}))
+    (run / "config.json").write_text(json.dumps(about | {"directory": str(ended)}), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert settings.load(["--resume=run"])[0].data == str(ended / "data")
     said = capsys.readouterr().err

@@ -21,13 +21,14 @@ def test_a_rewind_sets_its_branch_aside_as_a_run_of_its_own(tmp_path, capsys):
     options = ("--save_interval=2", "--eval_interval=2", "--sample_interval=2", "--keep_checkpoints=9")
     run, path = tmp_path / "run", small_run(tmp_path, max_steps=8, save_interval=2, eval_interval=2, sample_interval=2,
                                             keep_checkpoints=9, decay_steps=2)
-    before, tensors, samples = (run / "metrics.jsonl").read_text(), final_tensors(run), (run / "samples.md").read_text()
+    logs = lambda folder: [(folder / name).read_text(encoding="utf-8") for name in ("metrics.jsonl", "samples.md")]
+    before, tensors = logs(run), final_tensors(run)
     capsys.readouterr()
     run_train(path, *options, f"--resume={run}/checkpoints/step_00000004", "--max_steps=6", "--seed=1", "--new_data")
     aside = run / "aside/step_00000004_to_00000008"
     assert f"set aside what {run} holds beyond step 4: 2 checkpoints" in capsys.readouterr().out
     assert [path.name for path in checkpoint.step_folders(aside / "checkpoints")] == ["step_00000006", "step_00000008"]
-    assert (aside / "metrics.jsonl").read_text() == before and (aside / "samples.md").read_text() == samples
+    assert logs(aside) == before
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in final_tensors(aside).items())
     assert generate.load(aside)[1] is not None and checkpoint.find(aside, "best").parent == aside / "checkpoints"
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6] and losses(run)[5] != losses(aside)[5]
@@ -45,10 +46,10 @@ def test_a_rewind_sets_its_branch_aside_as_a_run_of_its_own(tmp_path, capsys):
         run_train(path, f"--resume={aside}", "--max_steps=9", "--overwrite")
     with pytest.raises(UserError, match="holds a run already"):
         run_train(path, f"--resume={aside}", "--max_steps=9")
-    kept = (run / "metrics.jsonl").read_text()  # the branch goes on in its own folder
+    kept = logs(run)  # the branch goes on in its own folder
     run_train(f"--resume={aside}", "--max_steps=9")
-    assert losses(aside)[-1][0] == 9 and (run / "metrics.jsonl").read_text() == kept
-    ids = [json.loads((folder / "config.json").read_text())["run_id"] for folder in (run, aside)]
+    assert losses(aside)[-1][0] == 9 and logs(run) == kept
+    ids = [json.loads((folder / "config.json").read_text(encoding="utf-8"))["run_id"] for folder in (run, aside)]
     assert ids[0] != ids[1]
 
 
@@ -58,8 +59,8 @@ def saved_run(folder, steps, validation):
         checkpoint.save(folder / "checkpoints", step, {"model.a": torch.full((2,), float(step))}, {}, keep=99)
     lines = [{"kind": "train", "step": step, "loss": 1.0} for step in range(1, steps[-1] + 3)]
     lines += [{"kind": "val", "step": step, "loss": loss} for step, loss in validation.items()]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "config.json").write_text('{"settings": {}}')
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "config.json").write_text('{"settings": {}}', encoding="utf-8")
     (folder / "tokenizer").mkdir()
     return folder
 
@@ -105,7 +106,7 @@ def test_a_kill_at_any_instant_of_setting_aside_loses_nothing(tmp_path, monkeypa
         runs.put_away(run, 4, True, [])  # the same command again
         assert [path.name for path in run.glob("aside/step_*")] == ["step_00000004_to_00000010"]
         assert found(run) == ([2, 4, 6, 8], set(range(1, 11))) and not list(run.glob("aside/*/.unfinished"))
-        assert (run / "checkpoints/latest").read_text() == "step_00000004\n"
+        assert (run / "checkpoints/latest").read_text(encoding="utf-8") == "step_00000004\n"
         assert checkpoint.find(run, "best").name == "step_00000002" and runs.best_loss(run, None) == 3.0
         assert checkpoint.find(run / "aside/step_00000004_to_00000010", "best").name == "step_00000006"
     assert instant > 8
@@ -123,7 +124,7 @@ def test_best_goes_where_no_validation_is_left_and_that_is_said(tmp_path):
 def test_only_what_is_done_again_is_dropped(tmp_path, capsys):
     """Records beyond the newest checkpoint go, with a line; not if the run goes on otherwise. What is damaged stays."""
     run = saved_run(tmp_path / "run", (2, 4), {})
-    with open(run / "metrics.jsonl", "a") as file:
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "tra')
     assert runs.put_away(run, 4, False, []) is None
     runs.say_what_goes(run, 4)
