@@ -168,21 +168,6 @@ def point(folder, name, step_folder):
     os.replace(folder / f".{name}", folder / name)
 
 
-def drop_after(folder, step, rewound=True):
-    """Clear away the checkpoints beyond `step`: a run that was rewound continues on another branch. If it was not, they
-    were passed over as damaged: somebody may still want to look, so they are kept as damaged_step_..."""
-    for path in step_folders(folder):
-        if _step_of(path) > step and rewound:
-            _delete(path)
-        elif _step_of(path) > step:
-            aside = path.with_name(f"damaged_{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(path, aside)
-            print(f"{path} is kept as {aside.name}")
-    if left := step_folders(folder):
-        point(folder, "latest", left[-1])
-
-
 def _retain(folder, keep):
     """Delete what is older than the newest `keep` whole checkpoints; one that lacks something does not count."""
     best = pointed(folder, "best")
@@ -193,7 +178,7 @@ def _retain(folder, keep):
 
 
 def _delete(path):
-    trash = path.with_name(f".trash_{_step_of(path):08d}")
+    trash = path.with_name(f".trash_{step_of(path):08d}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(path, trash)  # at once, so that no half-deleted folder looks like a checkpoint
     shutil.rmtree(trash)
@@ -208,7 +193,7 @@ def _clear_debris(folder):
 
 def step_folders(folder):
     """The step folders of a checkpoints folder, oldest first."""
-    return sorted((path for path in Path(folder).glob("step_*") if STEP.search(path.name)), key=_step_of)
+    return sorted((path for path in Path(folder).glob("step_*") if STEP.search(path.name)), key=step_of)
 
 
 def find(path, which="latest"):
@@ -226,7 +211,8 @@ def find(path, which="latest"):
     if which == "best":
         best = parallel.once(pointed, folder, "best")
         if best is None:
-            raise UserError(f"{path} has no best checkpoint: none was saved together with a validation")
+            raise UserError(f"{path} has no best checkpoint: none that is there was saved together with a validation "
+                            "(--eval_interval); the newest is --checkpoint=latest")
         return find(best)
     for candidate in reversed(parallel.once(step_folders, folder)):  # one view of a shared file system
         reason = damage(candidate)
@@ -267,8 +253,8 @@ def _damage(step_folder, first=0, every=1, checksums=True):
 class Manifest(dict):
     """manifest.json: what it has is of the kind that a run saves, and asking for what it lacks is a UserError."""
 
-    KINDS = {"files": dict, "config": dict, "stream": dict, "places": dict, "loss_scale": list, "losses": list,
-             "sequences": int, "tokens": int, "optimizer_steps": int, "best_loss": float}
+    KINDS = {"files": dict, "config": dict, "stream": dict, "read": dict, "places": dict, "loss_scale": list,
+             "losses": list, "sequences": int, "tokens": int, "optimizer_steps": int, "best_loss": float}
 
     def __init__(self, path):
         super().__init__(read_json(path))
@@ -276,7 +262,7 @@ class Manifest(dict):
         wrong = [name for name, kind in self.KINDS.items() if name in self and (name, self[name]) != ("best_loss", None)
                  and (type(self[name]) is not kind or kind in (int, float) and not 0 <= self[name] < 2**63)]
         wrong += ["its checksum"] * (self.get("crc32", _own_crc32(self)) != _own_crc32(self))
-        if wrong or self["step"] != _step_of(path.parent):
+        if wrong or self["step"] != step_of(path.parent):
             raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'step'} is not what a run saves")
 
     def __missing__(self, name):
@@ -365,7 +351,7 @@ def one_process():
         yield
 
 
-def _step_of(path):
+def step_of(path):
     return int(STEP.search(path.name).group(1))
 
 

@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import re
 import runpy
+import shlex
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import errors
+from data.shards import read_json
 from errors import UserError
 from model import ModelConfig, setting
 
@@ -164,15 +167,61 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def load(argv):
-    """A checked Config from ["configs/x.py", "--key=value", ...]; returns (config, path of the config file)."""
-    files = [word for word in argv if not word.startswith("--")]
-    if len(files) != 1:
-        raise UserError("name one config file:  python train.py configs/debug.py [--key=value ...]  (see --help)"
-                        + (f"; got {files}" if files else ""))
-    values = read_file(files[0]) | read_flags(word for word in argv if word.startswith("--"))
-    config = Config(**values)
-    config.out_dir = config.out_dir or f"out/{Path(files[0]).stem}"
-    return config.check(), files[0]
+    """A checked Config from ["configs/x.py", "--key=value", ...], or with the settings of the run that the words name,
+    ["out/x", "--resume"] or ["--resume=out/x"]; returns (config, path of the config file or None)."""
+    names = [word for word in argv if not word.startswith("--")]
+    flags = read_flags(word for word in argv if word.startswith("--"))
+    run = run_folder(names, flags)
+    if len(names) > 1 or not names and not run:
+        raise UserError("name one config file:  python train.py configs/debug.py [--key=value ...]  (see --help), or a "
+                        "run to continue:  python train.py --resume=out/debug" + (f"; got {names}" if names else ""))
+    values = read_run(run) if run else read_file(names[0])
+    config = Config(**values | flags)
+    config.out_dir = config.out_dir or f"out/{Path(names[0]).stem}"
+    return config.check(), None if run else names[0]
+
+
+def run_folder(names, flags):
+    """The run whose settings are meant: a folder in place of the config file, else the one that --resume, a run or step
+    folder, or --out_dir names; None if a config file is named, or nothing."""
+    resume = flags.get("resume")
+    if len(names) == 1 and Path(names[0]).is_dir() and (resume or (Path(names[0]) / "config.json").exists()):
+        if not resume:
+            raise UserError(f"{names[0]} is a run, not a config file: continue it with  python train.py "
+                            + shlex.quote(f"--resume={names[0]}"))
+        return Path(names[0])
+    named = flags.get("out_dir") if resume in (True, "auto") else resume
+    if names or not named:
+        return None
+    folder = Path(named).parent if re.fullmatch(r"step_\d+", Path(named).name) else Path(named)
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def read_run(run):
+    """The settings of a run's config.json, but for those of a start; what it holds of another version is told. Relative
+    paths are meant from where the run was started, if they are there; the run itself may have been moved."""
+    path = run / "config.json"
+    about = read_json(path) if path.is_file() else {}
+    stored, home = about.get("settings"), Path(str(about.get("directory", ".")))
+    if not isinstance(stored, dict):
+        raise UserError(f"{run} has no config.json with the settings of a run: name a config file too, as in  python "
+                        f"train.py configs/debug.py {shlex.quote(f'--resume={run}')}")
+    for name in sorted(stored.keys() ^ FIELDS.keys()):
+        told = f"{stored[name]!r}, unknown to this version and left out" if name in stored else \
+            f"not recorded, so {FIELDS[name].default!r}, the default"
+        print(f"{path}: {name}: {told}", file=sys.stderr)
+    values = {name: checked(name, value, f"in {path}") for name, value in stored.items()
+              if name in FIELDS and FIELDS[name].metadata["group"] != "start"} | {"out_dir": str(run)}
+
+    def found(name):
+        if not name or Path(name).is_absolute() or home.absolute() == Path.cwd() or not (home / name).exists():
+            return name
+        print(f"{name} is taken from {home}, where {run} was started", file=sys.stderr)
+        return str(home / name)
+    for name in {"data", "tokenizer"} & values.keys():
+        value = values[name]
+        values[name] = {found(key): value[key] for key in value} if isinstance(value, dict) else found(value)
+    return values
 
 
 def read_file(path):

@@ -10,6 +10,7 @@ import fcntl
 import math
 import os
 import select
+import shlex
 import signal
 import socket
 import statistics
@@ -148,8 +149,8 @@ class Guard:
             file.write(f"{said}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        print(f"error: {said}: hung? The stacks of all ranks are in {path.parent}/, and --resume continues from the "
-              "last checkpoint. If nothing hangs, raise --step_timeout", file=sys.stderr, flush=True)
+        print(f"error: {said}: hung? The stacks of all ranks are in {path.parent}/. If nothing hangs, raise "
+              f"--step_timeout. From the last checkpoint:  {command(self.config.out_dir)}", file=sys.stderr, flush=True)
         time.sleep(5)  # the first to end ends the others: let them write too
         os._exit(HUNG)
 
@@ -178,7 +179,23 @@ class Guard:
             raise parallel.Restart(words) from error
         raise UserError(f"out of memory in {self.doing} ({_first_line(error)}). What lowers it: --micro_batch_size "
                         f"(now {size}), --activation_checkpointing=full, a shorter --sequence_length, more ranks, "
-                        "--ep; --resume continues from the last checkpoint") from error
+                        f"--ep. From the last checkpoint:  {command(self.config.out_dir)}") from error
+
+
+def command(run, *words):
+    """What continues a run, or begins it again if it has saved nothing, to be pasted: by the launcher that is at work,
+    as far as a rank knows it."""
+    here, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1
+    script = next((word for word in sys.orig_argv if Path(word).name == "train.py"), "train.py")
+    launcher = os.environ.get("NANOK2_LAUNCHER")
+    if launcher is None and "WORLD_SIZE" in os.environ:
+        nodes = int(os.environ["WORLD_SIZE"]) // here
+        place = (f"--nnodes={nodes} --node_rank=$NODE_RANK --master_addr={os.environ.get('MASTER_ADDR')} "
+                 f"--master_port={os.environ.get('MASTER_PORT')}" if nodes > 1 else "--standalone")
+        launcher = f"torchrun {place} --nproc_per_node={here} {shlex.quote(script)}"
+    launcher = launcher or shlex.join([sys.orig_argv[0] or "python", script])
+    resume = [f"--resume={run}"] if (Path(run) / "checkpoints/latest").exists() else [str(run), "--resume=auto"]
+    return f"{launcher} {shlex.join([*resume, *words])}"
 
 
 def is_out_of_memory(error):
@@ -218,7 +235,7 @@ class Spikes:
 # ----------------------------------------------------------------------------- ranks side by side
 
 @torch.no_grad()
-def refuse_drift(tensors, numbers, step):
+def refuse_drift(tensors, numbers, step, run="OUT_DIR"):
     """Ranks that hold the same part of the state must hold the same bits: raises a UserError that names the ranks and a
     tensor if not. tensors: {name: tensor}; numbers: what every rank counts for itself. All ranks call it together."""
     if parallel.ranks() == 1:
@@ -240,8 +257,8 @@ def refuse_drift(tensors, numbers, step):
             hosts = [host for _, host in everyone]
             apart = " and ".join(", ".join(f"{rank} ({hosts[rank]})" for rank in ranks) for ranks in groups.values())
             raise UserError(f"after step {step} ranks {apart} differ in {name}, which they should hold alike: a fault "
-                            "of one machine, its memory or a link. Nothing of this was saved; --resume continues from "
-                            "the last checkpoint, best without the machine that is the odd one")
+                            "of one machine, its memory or a link. Nothing of this was saved. From the last "
+                            f"checkpoint, best without the machine that is the odd one:  {command(run)}")
 
 
 def _bit_sum(tensor):

@@ -1,10 +1,13 @@
 """A run's folder: what a new or a resumed run may do with it, and what is written before the first step.
 
 What can be refused is refused before anything is written or deleted: a folder that holds another run, a checkpoint of
-another model, tokenizer or data, a disk that is too small. Next: train.py, which asks in this order.
+another model, tokenizer or data, a disk that is too small. What a rewind leaves behind is set aside, as a run of its
+own in aside/. Next: train.py, which asks in this order.
 """
 
 import dataclasses
+import datetime
+import itertools
 import json
 import os
 import platform
@@ -18,20 +21,31 @@ import torch
 
 import checkpoint
 import guard
+import hf
 import metrics
 import parallel
 from data import tokenizer
 from data.shards import read_json
 from errors import STOPPED, UserError
 from model import ModelConfig
+from muon import schedule_factor
 
-FREE = {"aux_loss_alpha", "z_loss", "initializer_range", "max_position_embeddings"}  # of the model, without a tensor
+# Of the model, what a resumed run may change, with a line: a stage of longer context the first three, which keeps its
+# optimizer state; the next two are weights in the loss, as rates are; the last is spent at step 0. All else holds a
+# tensor, or is the function that the tensors were trained in (num_experts_per_tok, rms_norm_eps, ...).
+FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "aux_loss_alpha", "z_loss", "initializer_range"}
+LOGS = ("metrics.jsonl", "samples.md", "curves.png")
+UNFINISHED = ".unfinished"  # in a folder of aside/, until all that belongs there is there
+WRITTEN = [*LOGS, "config.json", "tokenizer", "stacks", "wandb", "aside", ".deleted"]  # by runs, besides checkpoints/
 PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_rollbacks", "new_data", "wandb",
          "wandb_project"}
 
 
 def find_source(run, config):
     """The step folder to resume from, None for a new run."""
+    parallel.once(finish_setting_aside, run)
+    if rewound(config) and (missing := parallel.once(why_missing, Path(config.resume))):
+        raise UserError(missing)
     if config.resume == "auto":
         return checkpoint.find(run) if parallel.once(checkpoint.step_folders, run / "checkpoints") else None
     return checkpoint.find(run if config.resume is True else config.resume) if config.resume else None
@@ -39,9 +53,13 @@ def find_source(run, config):
 
 def refuse_to_mix(run, source, config):
     """An out_dir that holds a run is for going on with that run, unless told otherwise."""
+    if not (run / "checkpoints").exists() and hf.is_hf(run):
+        raise UserError(f"{run} holds an exported model: choose another --out_dir")
+    if config.overwrite and source and not is_within(source, run) and run.resolve() in source.resolve().parents:
+        raise UserError(f"--overwrite would delete {source}, which is to be continued: choose another --out_dir")
     if holds_run(run) and not is_within(source, run) and not config.overwrite and config.resume != "auto":
-        raise UserError(f"{run} holds a run already: continue it with --resume, start anew with --overwrite, or choose "
-                        "another --out_dir")
+        raise UserError(f"{run} holds a run already: start anew with --overwrite, choose another --out_dir, or go on "
+                        f"with it:  {guard.command(run)}")
 
 
 def holds_run(folder):
@@ -50,13 +68,23 @@ def holds_run(folder):
 
 def is_within(source, run):
     """Whether the step folder to resume from, if any, is one of this run's own."""
-    return source is not None and run.resolve() in source.resolve().parents
+    return source is not None and source.resolve().parent == (run / "checkpoints").resolve()
+
+
+def why_missing(step_folder):
+    """Why a step folder that was named is not there, "" if it is."""
+    if step_folder.is_dir():
+        return ""
+    there = [path.name for path in checkpoint.step_folders(step_folder.parent)]
+    kept = sorted(str(path) for path in step_folder.parent.parent.glob(f"aside/*/checkpoints/{step_folder.name}"))
+    return f"no checkpoint {step_folder}; " + (f"it was set aside: --resume={kept[-1]}" if kept else
+                                               f"there are {', '.join(there) or 'none'}")
 
 
 def compare(config, encoder, stream, manifest, source):
     """What differs between a checkpoint and this run, a line each, where a run may change it. A UserError lists what it
     may not: the model, the tokenizer and, unless new_data says so, what decides which sequence comes when."""
-    stored, now = manifest["config"], dataclasses.asdict(config)
+    stored, now = _resolved(manifest["config"]), _resolved(dataclasses.asdict(config))
     model = {field.name for field in dataclasses.fields(ModelConfig)} - FREE
     differing = {name: f"{name}: {stored[name]} there, {now[name]} here"
                  for name in now if name in stored and stored[name] != now[name]}
@@ -72,7 +100,53 @@ def compare(config, encoder, stream, manifest, source):
     if other and not config.new_data:
         raise UserError(f"{source} was trained on another stream of data: {'; '.join(other)}. Continue on the data and "
                         "settings it had; or accept with --new_data that text is repeated or left out")
-    return other + [line for name, line in differing.items() if name not in model | PLAIN | identity.keys()]
+    unknown = [f"{name}: {stored[name]} there, unknown to this version" for name in stored if name not in now]
+    return other + [line for name, line in differing.items() if name not in model | PLAIN | identity.keys()] + unknown
+
+
+def _resolved(settings):
+    """Settings with the length of wsd's decay as a number, as train.py uses it."""
+    fifth = settings.get("max_steps", 0) // 5
+    return settings | ({"decay_steps": fifth} if settings.get("decay_steps", 0) is None else {})
+
+
+SCHEDULE = ("schedule", "max_steps", "warmup_steps", "decay_steps", "min_lr_ratio")
+
+
+def rates(stored, config, start):
+    """What becomes of the learning rate of a run that was trained with the settings `stored` and goes on from a step,
+    in words, and how to keep it if it jumps; "" if the schedule is the same."""
+    stored, now = _resolved(stored), _resolved(dataclasses.asdict(config))
+    names = {*SCHEDULE, "muon_lr"}
+    if not start or not names <= stored.keys() or all(stored[name] == now[name] for name in names):
+        return ""
+
+    def factor(settings, step):
+        return schedule_factor(min(step, settings["max_steps"]), *(settings[name] for name in SCHEDULE))
+    before, due = (stored["muon_lr"] * factor(stored, step) for step in (start, start + 1))
+    after, end, warmup = now["muon_lr"] * factor(now, start + 1), now["max_steps"], now["warmup_steps"]
+    fall = max(end - now["decay_steps"], warmup) if now["schedule"] == "wsd" else warmup
+    said = f"learning rate: {before:.2e} at step {start}, {after:.2e} at step {start + 1}" \
+        + f", up to {now['muon_lr']:.2e} at step {warmup}" * (start + 1 < warmup) \
+        + (", and no fall" if now["schedule"] == "constant" else f", falling from step {max(fall, start) + 1} to "
+           f"{now['muon_lr'] * factor(now, end):.2e} at step {end}")
+    if abs(after - due) <= 0.01 * due:
+        return said
+    keep = f"--muon_lr={before:.6g}" + f" --warmup_steps={start}" * (start + 1 < warmup)
+    if stored.get("adamw_lr") is not None:
+        keep += f" --adamw_lr={stored['adamw_lr'] * factor(stored, start):.6g}"
+    return (f"warning: {said}. To hold {before:.2e}: --schedule=constant {keep}; to let it fall from there to the end: "
+            f"--schedule=wsd --decay_steps={end - start} {keep}")
+
+
+def data_read(identity, tokens, before):
+    """{a data folder by what it holds: tokens read from it} after so many tokens of a stream, and those before it."""
+    shares = dict(zip(data_keys(identity), (share for _, share, _ in identity.get("data", {}).values())))
+    return before | {key: before.get(key, 0) + tokens * share / sum(shares.values()) for key, share in shares.items()}
+
+
+def data_keys(identity):
+    return [f"{size} tokens, {fingerprint}" for size, _, fingerprint in identity.get("data", {}).values()]
 
 
 def _same(before, now):
@@ -92,19 +166,29 @@ def require_room(run, source, n_bytes, steps, config):
             free = shutil.disk_usage(there).free
     except OSError as error:
         raise UserError(f"{run} cannot be written ({error.strerror}): choose another --out_dir") from error
-    present = checkpoint.step_folders(folder)
-    staying = [path for path in present if not rewound(config) or path.name <= source.name] \
-        if is_within(source, run) else []
-    taken = lambda paths: sum(file.stat().st_size for path in paths for file in path.iterdir())
-    free += taken(present) - taken(staying)
+    within = is_within(source, run)
+    if within and rewound(config) and os.stat(folder).st_dev != os.stat(run).st_dev:
+        raise UserError(f"{folder} lies on another disk than {run}, so what is beyond {source.name} cannot be set "
+                        "aside: choose another --out_dir for the new branch")
+    replaced = (folder, run / "aside") if config.overwrite and not within else ()
+    free += sum(map(bytes_in, replaced))  # what a rewind sets aside stays on the disk
+    staying = [path for path in checkpoint.step_folders(folder) if path.name <= source.name] if within else []
+    taken = sum(map(bytes_in, staying))
     saves = -(-steps // config.save_interval) if config.save_interval else 1
     most = config.keep_checkpoints + 1 + bool(config.eval_interval)  # one more while it is written; the best
-    need = max(min(saves + len(staying), most) * n_bytes - taken(staying), n_bytes) if steps > 0 else 0
+    need = max(min(saves + len(staying), most) * n_bytes - taken, n_bytes) if steps > 0 else 0
     if need > free:
-        gb = lambda n: f"{n / 1e9:,.2f} GB"
-        raise UserError(f"{run}: its checkpoints, of {gb(n_bytes)} each, will need {gb(need)} more, but only "
-                        f"{gb(free)} are free: make room, choose another --out_dir, lower --keep_checkpoints or set "
+        raise UserError(f"{run}: its checkpoints, of {size(n_bytes)} each, will need {size(need)} more, but only "
+                        f"{size(free)} are free: make room, choose another --out_dir, lower --keep_checkpoints or set "
                         "--save_interval=0")
+
+
+def bytes_in(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def size(n_bytes):
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e7 else f"{n_bytes / 1e6:,.2f} MB"
 
 
 def rewound(config):
@@ -131,26 +215,138 @@ def roll_back(run, reason, step, sequences, config, watch, log):
                             f"--max_rollbacks={config.max_rollbacks - 1}"])  # later words win
 
 
-def open_run(run, source, start, config, config_file, argv, encoder):
-    """Make the run folder, or clear away what a new or rewound run replaces; returns the run's id. Only now, when
-    everything that could be refused has been."""
-    if config.overwrite and holds_run(run) and not is_within(source, run):
-        shutil.rmtree(run / ".deleted", ignore_errors=True)
-        if (run / "checkpoints").is_dir():
-            os.rename(run / "checkpoints", run / ".deleted")  # at once: half a deletion would look like a run
-        for path in run.iterdir():
-            if path.name != guard.LOCK:  # which this process holds
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def open_run(run, source, start, changed, config, config_file, argv, encoder):
+    """Make the run folder, or put away what a new or rewound run replaces. Only now, when everything that could be
+    refused has been. Returns (the run's id, the folder of what was set aside or None)."""
+    within = is_within(source, run)
+    if config.overwrite and holds_run(run) and not within:
+        delete(run)
+    aside = put_away(run, start, rewound(config), changed) if within else None
+    say_what_goes(run, start)
     run_id = provenance(run, config, config_file, argv)
     if encoder:
         tokenizer.save(encoder, run / "tokenizer")
-    if source:
-        checkpoint.drop_after(run / "checkpoints", start, rewound(config))
-    return run_id
+    return run_id, aside
+
+
+def delete(run):
+    """Delete a run, and nothing that no run writes."""
+    steps, kept = checkpoint.step_folders(run / "checkpoints"), len(list(run.glob("aside/*")))
+    shutil.rmtree(run / ".deleted", ignore_errors=True)
+    if (run / "checkpoints").is_dir():
+        os.rename(run / "checkpoints", run / ".deleted")  # at once: half a deletion would look like a run
+    for path in map(run.joinpath, WRITTEN):
+        if path.exists():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    print(f"--overwrite: deleted the run in {run}: {len(steps)} checkpoints"
+          + (f", up to {steps[-1].name}" if steps else "") + f", and {kept} branches set aside" * bool(kept))
+
+
+# ---------------------------------------------------------------------- what a rewind leaves behind
+
+def put_away(run, step, by_name, changed):
+    """Clear the way of a run that continues from `step`; returns the folder of what was set aside, or None.
+
+    Where the step was named, what lies beyond it, checkpoints and records, is a branch and set aside. Otherwise the
+    checkpoints beyond it were passed over as damaged: somebody may still want to look, so they become damaged_step_...;
+    and the records are those of steps that are done again, which matter only if something has `changed`."""
+    beyond = [path for path in checkpoint.step_folders(run / "checkpoints") if checkpoint.step_of(path) > step]
+    records = read_beyond(run, step)
+    for path in beyond if not by_name else ():
+        os.rename(path, damaged := unused(path.with_name(f"damaged_{path.name}")))
+        print(f"{path} is kept as {damaged.name}")
+    aside = None
+    if by_name and beyond or records and (by_name or changed):
+        reached = max([record["step"] for record in records] + [checkpoint.step_of(path) for path in beyond])
+        aside = set_aside(run, unused(run / f"aside/step_{step:08d}_to_{reached:08d}"))
+    point_at_what_is_there(run)
+    return aside
+
+
+def read_beyond(run, step):
+    return [record for record in metrics.read_records(run / "metrics.jsonl") if record["step"] > step]
+
+
+def say_what_goes(run, step):
+    """Say what metrics.RunLog will leave out of the records of a run that goes on from a step."""
+    path, beyond = run / "metrics.jsonl", len(read_beyond(run, step))
+    lines = sum(map(bool, path.read_bytes().split(b"\n"))) if path.exists() else 0
+    for count, what in ((beyond, f"records, and the samples, beyond step {step}: these steps are done again"),
+                        (lines - len(metrics.read_records(path)), "lines that are no records, as a kill leaves them")):
+        if count:
+            print(f"metrics.jsonl: dropped {count} {what}")
+
+
+def unused(path):
+    return next(name for n in itertools.count(1)
+                if not (name := path if n == 1 else path.with_name(f"{path.name}-{n}")).exists())
+
+
+def set_aside(run, folder):
+    """Give what a run holds beyond the first step in a folder's name a folder of its own, a run like any other, and say
+    so. A kill at any instant loses nothing: first come copies, which get their name when they are whole; then
+    checkpoints move, the newest first, and what is left to do is marked and done by the next start."""
+    temporary = run / "aside/.copies"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "checkpoints").mkdir(parents=True)
+    for name in filter(lambda name: (run / name).exists(), LOGS):
+        shutil.copy2(run / name, temporary)
+    about = read_json(run / "config.json") | {"run_id": secrets.token_hex(4)}  # W&B would take the two for one
+    metrics.replace_text(temporary / "config.json", json.dumps(about, indent=1) + "\n")
+    if (run / "tokenizer").is_dir():
+        shutil.copytree(run / "tokenizer", temporary / "tokenizer")
+    (temporary / UNFINISHED).touch()
+    os.rename(temporary, folder)
+    finish_setting_aside(run)
+    return folder
+
+
+def finish_setting_aside(run):
+    for mark in run.glob(f"aside/step_*/{UNFINISHED}"):
+        folder = mark.parent
+        step = int(folder.name.split("_")[1])
+        for path in reversed(checkpoint.step_folders(run / "checkpoints")):
+            if checkpoint.step_of(path) > step:
+                os.rename(path, folder / "checkpoints" / path.name)
+        for place in (folder, run):
+            point_at_what_is_there(place)
+        kept = [json.dumps(record) for record in metrics.read_records(run / "metrics.jsonl") if record["step"] <= step]
+        metrics.replace_text(run / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+        moved = len(checkpoint.step_folders(folder / "checkpoints"))
+        mark.unlink()
+        print(f"set aside what {run} holds beyond step {step}: {moved} checkpoints, records and samples, "
+              f"{size(bytes_in(folder))} in {folder}; delete it when you do not need it"
+              + f", or go on with it:  {guard.command(folder)}" * bool(moved))
+
+
+def point_at_what_is_there(run):
+    """Make `latest` name the newest checkpoint, and `best` that with the lowest validation loss where one is known;
+    where there is none, the pointer goes."""
+    folder, losses = run / "checkpoints", validation_losses(run)
+    left = checkpoint.step_folders(folder)
+    known = [path for path in left if checkpoint.step_of(path) in losses]
+    best = min(known, key=lambda path: losses[checkpoint.step_of(path)], default=checkpoint.pointed(folder, "best"))
+    for name, target in (("latest", left[-1] if left else None), ("best", best)):
+        if target:
+            checkpoint.point(folder, name, target)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def validation_losses(run):
+    return {record["step"]: record["loss"] for record in metrics.read_records(run / "metrics.jsonl")
+            if record["kind"] == "val" and type(record.get("loss")) is float}
+
+
+def best_loss(run, otherwise):
+    """The validation loss of the checkpoint that `best` names, None if there is none; otherwise: if not recorded."""
+    best = checkpoint.pointed(run / "checkpoints", "best")
+    return validation_losses(run).get(checkpoint.step_of(best), otherwise) if best else None
 
 
 def provenance(run, config, config_file, argv):
-    """Write config.json: settings, versions, commit and command. Returns the run's id, which a resumed run keeps."""
+    """Write config.json: settings, versions, commit, the first command and all with their times, and the folder in
+    which relative paths are meant. Returns the run's id, which a resumed run keeps."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "config.json"
     earlier = read_json(path) if path.exists() else {}
@@ -159,8 +355,14 @@ def provenance(run, config, config_file, argv):
         commit = git.stdout.strip() or None
     except OSError:  # no git on this machine
         commit = None
-    about = {"run_id": earlier.get("run_id", secrets.token_hex(4)), "config_file": config_file, "command": argv,
-             "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
+    commands = earlier.get("commands", [{"words": earlier["command"], "time": None}] if "command" in earlier else [])
+    now = {"words": argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    about = {"run_id": earlier.get("run_id", secrets.token_hex(4)),
+             "config_file": config_file or earlier.get("config_file"), "command": earlier.get("command", argv),
+             "commands": [*commands, now], "directory": os.getcwd(), "commit": commit,
+             "torch": torch.__version__, "python": platform.python_version(),
              "settings": dataclasses.asdict(config)}
+    if parallel.starts():  # those that are left are for this start alone
+        about["settings"]["max_rollbacks"] = earlier.get("settings", {}).get("max_rollbacks", config.max_rollbacks)
     metrics.replace_text(path, json.dumps(about, indent=1) + "\n")
     return about["run_id"]

@@ -1,4 +1,5 @@
 """Train a model:  python train.py configs/debug.py [--key=value ...]     (--help lists every setting)
+                  python train.py --resume=out/debug [...]         (goes on with that run's own settings)
                   torchrun --nproc_per_node=8 train.py configs/small.py
 
 The whole run in one function, top to bottom: settings, data, run folder, model, optimizer, resume, the loop. Every rank
@@ -53,7 +54,6 @@ def train(argv, watch):
     layout = parallel.make_layout(config, device)
     kernels = parallel.choose_kernels(config, device)
     micro_batch_size, accumulation = parallel.split_batch(config)
-    config.decay_steps = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
     tokens_per_step = config.global_batch_size * config.sequence_length
 
     # ------------------------------------------------------------------ data
@@ -76,6 +76,11 @@ def train(argv, watch):
     parallel.once(metrics.require_wandb, config)
     manifest = parallel.once(checkpoint.read_manifest, source) if source else {}
     changed = runs.compare(config, encoder, stream, manifest, source) if source else []
+    start = manifest.get("step", 0)
+    if start >= config.max_steps:
+        print(f"step {start} is done already, of max_steps={config.max_steps}: raise --max_steps to go on"
+              + f", as in  {guard.command(run, f'--max_steps={2 * start}')}" * runs.is_within(source, run))
+        return None
 
     # ------------------------------------------------------------------ model and optimizer
     compute_dtype = getattr(torch, config.dtype)
@@ -95,8 +100,8 @@ def train(argv, watch):
     loss_scale, good_steps = 2.0**16 if config.dtype == "float16" else 1.0, 0  # float16 gradients would underflow
 
     # ------------------------------------------------------------------ resume
-    start, best_loss = manifest.get("step", 0), manifest.get("best_loss")
     sequences, tokens = manifest.get("sequences", 0) + config.skip_sequences, manifest.get("tokens", 0)  # seen so far
+    first, read = tokens, manifest.get("read") or runs.data_read(manifest.get("stream", {}), tokens, {})
     spikes = guard.Spikes(config.spike_sigmas, manifest.get("losses", ()))
     state = checkpoint.named_tensors(model, optimizer)
     parallel.once(runs.require_room, run, source, checkpoint.size(state), config.max_steps - start, config)
@@ -112,16 +117,18 @@ def train(argv, watch):
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
     parallel.once(run.mkdir, parents=True, exist_ok=True)
     parallel.once(watch.claim, run)  # if it is new
-    run_id = parallel.once(runs.open_run, run, source, start, config, config_file, argv, encoder)
+    run_id, aside = parallel.once(runs.open_run, run, source, start, changed, config, config_file, argv, encoder)
     log = watch.log = metrics.RunLog(run, config, start, run_id, active=parallel.rank() == 0)
     if parallel.starts() and not config.skip_sequences:
         log.write("event", start, event="restart", command=argv)
     if source:
         stream.go_to({} if config.new_data else manifest.get("places", {}))
-        log.write("event", start, event="resume", source=str(source), changed=changed, skipped=config.skip_sequences)
+        rates = runs.rates(manifest["config"], config, start)
+        log.write("event", start, event="resume", source=str(source), changed=changed, skipped=config.skip_sequences,
+                  rates=rates, set_aside=aside and str(aside))
         print(f"resumed from {source}", *changed, sep="\n  changed: ")
-    if not parallel.once(checkpoint.pointed, run / "checkpoints", "best"):
-        best_loss = None  # that of another folder or branch
+        print(rates, end="\n" * bool(rates))
+    best_loss = parallel.once(runs.best_loss, run, manifest.get("best_loss"))
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
     if config.compile or (config.compile is None and device.type == "cuda"):
         parallel.compile_blocks(model)
@@ -129,7 +136,8 @@ def train(argv, watch):
     # ------------------------------------------------------------------ what is about to happen
     total, active = count_parameters(config)
     flops = flops_per_token(config, config.sequence_length)
-    epochs = stream.epochs(config.max_steps * config.global_batch_size)
+    epochs = stream.epochs((config.max_steps - start) * config.global_batch_size,
+                           [read.get(key, 0) / config.sequence_length for key in runs.data_keys(stream.identity())])
     print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a "
           f"token; {layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}")
     print(f"{config.max_steps - start} steps of {tokens_per_step:,} tokens, {epochs:.2f} epochs in all; "
@@ -137,11 +145,10 @@ def train(argv, watch):
     if epochs > 4:
         print(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
     print("\n".join(routing_table(model.named_parameters(), routes)))
-    if start >= config.max_steps:
-        print(f"step {start} is done already: raise --max_steps to go on")
 
     # ------------------------------------------------------------------ the loop
     watch.begin(config)
+    decay_steps = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
     peak = (metrics.peak_flops(device) or 0) * parallel.ranks()
     parameters = list(model.parameters())
     model.train()
@@ -153,7 +160,7 @@ def train(argv, watch):
     for step in range(start + 1, config.max_steps + 1):
         watch.beat(f"step {step}", patient=step <= start + guard.EARLY)
         step_started = time.perf_counter()
-        factor = schedule_factor(step, config.schedule, config.max_steps, config.warmup_steps, config.decay_steps,
+        factor = schedule_factor(step, config.schedule, config.max_steps, config.warmup_steps, decay_steps,
                                  config.min_lr_ratio)
         for group, peak_rate in zip(optimizer.param_groups, peak_rates):
             group["lr"] = peak_rate * factor
@@ -212,8 +219,8 @@ def train(argv, watch):
             report_save(saver.outcome(wait=True), log, final=False)
             runs.roll_back(run, trouble, step, sequences, config, watch, log)  # returns if there is no checkpoint yet
         if skipped >= config.max_skipped_steps:
-            raise UserError(f"{trouble}: lower the learning rates and --resume from the last checkpoint in "
-                            f"{run}/checkpoints")
+            raise UserError(f"{trouble}: lower the learning rates and continue from the last checkpoint:  "
+                            f"{guard.command(run, f'--muon_lr={config.muon_lr / 2:g}')}")
         seconds, steps_timed = seconds + time.perf_counter() - step_started, steps_timed + 1
 
         # Record, validate, sample, save. A signal leaves out what is not the save.
@@ -242,7 +249,8 @@ def train(argv, watch):
             for prompt in config.sample_prompts:
                 log.sample(step, prompt, sample(model, encoder, prompt, config, step))
         if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
-            guard.refuse_drift(checkpoint.named_tensors(model, optimizer), [step, sequences, optimizer.steps], step)
+            counted = [step, sequences, optimizer.steps]
+            guard.refuse_drift(checkpoint.named_tensors(model, optimizer), counted, step, run)
             for slow in guard.stragglers(waited, device):
                 log.write("event", step, event="straggler", **slow)
                 print("step {step}: rank {rank} on {host} is slow in {what}: {seconds:.3f} s, the median is "
@@ -252,14 +260,16 @@ def train(argv, watch):
             watch.beat(f"the save of step {step}", patient=True)
             report_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way
             about = {"sequences": sequences, "tokens": tokens, "optimizer_steps": optimizer.steps,
-                     "stream": stream.identity(), "tokenizer": tokenizer.fingerprint(encoder) if encoder else None,
-                     "torch": torch.__version__, "loss_scale": [loss_scale, good_steps],
+                     "stream": stream.identity(), "read": runs.data_read(stream.identity(), tokens - first, read),
+                     "tokenizer": tokenizer.fingerprint(encoder) if encoder else None, "torch": torch.__version__,
+                     "loss_scale": [loss_scale, good_steps],
                      "losses": list(spikes.losses), "places": places, "config": dataclasses.asdict(config)}
             saver.start(step, checkpoint.named_tensors(model, optimizer), about, (validated or {}).get("loss"))
         final = last or bool(watch.agreed)
         report_save(saver.outcome(wait=final or not config.async_save), log, final)
-        if watch.agreed:
-            print(f"{watch.signal or 'a signal on another rank'}: saved step {step}; continue with --resume")
+        if watch.agreed and not last:
+            print(f"{watch.signal or 'a signal on another rank'}: saved step {step}; continue with:  "
+                  f"{guard.command(run)}")
             break
     log.close()
     if watch.agreed and not last:
@@ -330,7 +340,8 @@ def report_save(outcome, log, final):
         log.write("event", step, event="save", path=str(result))
         log.draw()
     elif final:
-        raise UserError(f"{result}; free some space and --resume from the checkpoint before") from result
+        raise UserError(f"{result}; free some space and continue from the checkpoint before:  "
+                        f"{guard.command(log.folder)}") from result
     else:
         log.write("event", step, event="save_failed", error=str(result))
         print(f"warning: {result}; going on", flush=True)

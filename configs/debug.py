@@ -38,5 +38,4 @@ dtype = "float32"           # at this width bfloat16 is no faster, AVX512-BF16 o
 eval_interval = 90
 eval_batches = 21           # the whole validation split
 save_interval = 150
-sample_interval = 225
-sample_prompts = ["def __init__(self", "import"]
+sample_interval = 225       # of texts from the document start, whatever the data

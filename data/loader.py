@@ -199,9 +199,10 @@ class TrainStream:
             if name in places and is_stream(name):
                 source.go_to(places[name])
 
-    def epochs(self, sequences):
-        """Passes over the most repeated folder after that many sequences."""
-        return max(sequences * share / MIXTURE_BLOCK / source.count for share, source in zip(self.shares, self.sources))
+    def epochs(self, sequences, before=None):
+        """Passes over the most repeated folder after so many sequences; before: those read of each already."""
+        return max((read + sequences * share / MIXTURE_BLOCK) / source.count for read, share, source in
+                   zip(before or [0] * len(self.sources), self.shares, self.sources))
 
     def max_id(self):
         return max(source.split.max_id for source in self.sources)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on all GPUs of this node, and go on by itself after a failure:
-#   bash launch/multinode.sh configs/small.py [--key=value ...]
+#   bash launch/multinode.sh configs/small.py [--key=value ...]      # or --resume=out/small, with the run's own settings
 # On several nodes run the same line on each, over a shared file system for out_dir and the same data everywhere:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash launch/multinode.sh configs/small.py      # NODE_RANK=1 on the other
 #
@@ -17,6 +17,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 : "${PYTHON:=python}" "${MAX_FAILURES:=3}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
 export PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's option: else it dies of USR1
+
+export NANOK2_LAUNCHER="NPROC_PER_NODE=$NPROC_PER_NODE bash launch/multinode.sh"  # what a rank names to continue with
+[ "$NNODES" = 1 ] || NANOK2_LAUNCHER="NNODES=$NNODES NODE_RANK=\$NODE_RANK MASTER_ADDR=$MASTER_ADDR $NANOK2_LAUNCHER"
 
 # Refuses mistakes in the settings before any rank starts, and knows where the run will lie.
 about="$("$PYTHON" -m config "$@")" || exit 2
@@ -35,7 +38,7 @@ trap stop TERM INT USR1
 
 # What the first attempt was told about its start, to overwrite, to resume from elsewhere, to skip data, is spent only
 # when a checkpoint of this launch is there; until then it holds for what this launch itself has begun. Later words win.
-continuing=("$@" --resume=auto --no-overwrite --skip_sequences=0)
+continuing=("$@" --out_dir="$out" --resume=auto --no-overwrite --skip_sequences=0)
 choose_words() {
     local newest
     newest="$(latest)"

@@ -1,22 +1,30 @@
 #!/usr/bin/env bash
 # From nothing to a trained model and its text, on any machine with Python 3.11+:  bash launch/quickstart.sh
 # Needs no GPU, no account, and no network beyond the package index. A second run goes straight to training.
+# Flags go to the training:  bash launch/quickstart.sh --out_dir=out/mine --max_steps=900
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install requirements.txt
 python="$VENV/bin/python"
 
+about="$("$python" -m config configs/debug.py "$@")"  # a mistake in the flags ends it here
+out="${about%$'\n'*}"
+case " $* " in
+    *" --data"*) prompts=("") ;;  # other text does not begin like Python
+    *) prompts=("def __init__(self" "import") ;;
+esac
 "$python" -m data.prepare stdlib --vocab_size=2048
 "$python" train.py configs/debug.py --overwrite "$@"
-for prompt in "def __init__(self" "import"; do
+for prompt in "${prompts[@]}"; do
     printf '\n--- a sample, prompt "%s"\n' "$prompt"
-    "$python" generate.py out/debug --prompt "$prompt" --max_new_tokens=120 --temperature=0.7 --top_k=50
+    "$python" generate.py "$out" --prompt "$prompt" --max_new_tokens=120 --temperature=0.7 --top_k=50
 done
+quoted="$(printf %q "$out")"
 cat <<EOF
 
-Everything of this run is in $(pwd)/out/debug:
+Everything of this run is in $(cd "$out" && pwd):
   curves.png      loss, learning rate, gradient norm, throughput, attention logits, expert load
   samples.md      text sampled while training
   metrics.jsonl   one JSON record a line
-  checkpoints/    latest and best; continue with: $python train.py configs/debug.py --resume --max_steps=...
-The data: $(pwd)/data/stdlib. More text: $python generate.py out/debug --prompt "class " --stream
+  checkpoints/    latest and best; continue with: $python train.py --resume=$quoted --max_steps=...
+More text: $python generate.py $quoted --prompt "class " --stream
 EOF

@@ -84,6 +84,9 @@ def test_a_spike_rolls_back_and_leaves_out_its_data(config, tmp_path, bad_data, 
     assert events[0]["step"] == 60 and events[0]["from_step"] == SPIKE and events[0]["sequences"] == [480, 488]
     assert "standard deviations above" in events[0]["reason"] and "leaving out 8 sequences" in capsys.readouterr().out
     assert [step for step, _ in losses(run)] == list(range(1, SPIKE + 10))
+    aside = run / "aside/step_00000060_to_00000061"  # what was recorded, and no checkpoint: no gigabyte
+    assert "spike" in [e["event"] for e in records(aside, "event")]
+    assert not checkpoint.step_folders(aside / "checkpoints")
     assert checkpoint.read_manifest(checkpoint.find(run))["sequences"] == (SPIKE + 9) * 8 + 8
     run_train(config, *STEPS, f"--resume={run}/checkpoints/step_00000060", f"--out_dir={by_hand}", "--skip_sequences=8")
     assert losses(run)[60:] == losses(by_hand)

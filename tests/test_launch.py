@@ -213,6 +213,40 @@ def test_the_readme_command_runs_under_torchrun(slow_config, tmp_path):
     assert not workers(tmp_path / "run")
 
 
+@pytest.mark.parametrize("words, samples", [
+    (["--out_dir=out/my run"], 2), (["--max_steps=3"], 2), (["--data=data/book", "--out_dir=ELSEWHERE"], 1)])
+def test_the_quickstart_samples_from_the_run_that_it_made(tmp_path, words, samples):
+    """With stand-ins for all but the settings: what it calls, and the folder that its last lines name."""
+    venv, log = tmp_path / "venv", tmp_path / "log"
+    (venv / "bin").mkdir(parents=True)
+    words = [word.replace("ELSEWHERE", str(tmp_path / "elsewhere")) for word in words]
+    out = next((word[10:] for word in words if word.startswith("--out_dir=")), "out/debug")
+    (venv / "bin/python").write_text(
+        f"""#!/usr/bin/env bash
+if [ "$2" = config ]; then exec {shlex.quote(sys.executable)} "$@"; fi
+for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; echo >> {shlex.quote(str(log))}
+"""
+    )
+    (venv / "bin/python").chmod(0o755)
+    requirements = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("requirements*.txt")))
+    (venv / ".installed-requirements.txt").write_text(requirements, encoding="utf-8")
+    made = ROOT / out
+    existed = made.exists()
+    made.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(["bash", "launch/quickstart.sh", *words], cwd=ROOT, env={**os.environ, "VENV": str(venv)},
+                              capture_output=True, text=True, timeout=120)
+    finally:
+        if not existed:
+            made.rmdir()
+    assert done.returncode == 0, done.stderr
+    calls = log.read_text(encoding="utf-8").splitlines()
+    assert [call.split("><")[0] for call in calls] == ["<-m", "<train.py", *["<generate.py"] * samples]
+    assert all(call.split("><")[1] == out for call in calls[2:]) and f"in {made}:" in done.stdout
+    told = shlex.split(done.stdout.split("continue with: ")[1].splitlines()[0])
+    assert told[1:3] == ["train.py", f"--resume={out}"]
+
+
 # ---------------------------------------------------------------------- files for clusters
 
 

@@ -1,18 +1,39 @@
 """Resuming: after a signal, after SIGKILL, from a step, from another run; and what is refused."""
 
+import dataclasses
+import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import checkpoint
+import config as settings
+import generate
+import guard
+import runs
 from data import prepare
 from errors import STOPPED, UserError
-from muon import Muon
-from tests.helpers import ROOT, assert_equal_runs, losses, make_data, records, run_stopped, run_train
+from model import ModelConfig, build
+from muon import Muon, schedule_factor
+from tests.helpers import (
+    ROOT,
+    TINY,
+    assert_equal_runs,
+    losses,
+    make_config,
+    make_data,
+    records,
+    run_stopped,
+    run_train,
+    small_run,
+)
 
 
 def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
@@ -41,7 +62,8 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bitwise(config, tmp_path)
     words = [config, f"--out_dir={killed}", "--max_steps=30", "--save_interval=5", "--keep_checkpoints=9"]
     process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
     path, deadline = killed / "metrics.jsonl", time.time() + 120
-    while time.time() < deadline and not (path.exists() and '"kind": "train", "step": 13' in path.read_text()):
+    there = lambda: path.exists() and '"kind": "train", "step": 13' in path.read_text(encoding="utf-8")
+    while time.time() < deadline and not there():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -62,7 +84,7 @@ def test_a_signal_saves_and_exits_cleanly(config, tmp_path, number):
             break
     process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode == STOPPED and "continue with --resume" in rest
+    assert process.returncode == STOPPED and shlex.split(rest)[-2:] == ["train.py", f"--resume={tmp_path / 'run'}"]
     step = checkpoint.read_manifest(checkpoint.find(tmp_path / "run"))["step"]
     assert step == losses(tmp_path / "run")[-1][0]
 
@@ -87,28 +109,26 @@ def test_resume_refuses_another_model_and_names_the_difference(config, tmp_path)
         run_train(config, "--max_steps=4", "--resume", "--optimizer=adamw")
     with pytest.raises(UserError, match="no complete checkpoint"):
         run_train(config, f"--out_dir={tmp_path / 'new'}", "--resume")
-    (tmp_path / "notes.txt").write_text("\n\n".join(f"note {i} " * 30 for i in range(60)))
-    prepare.main(
-        [
-            "text",
-            str(tmp_path / "notes.txt"),
-            "--split_on=\n\n",
-            "--vocab_size=257",
-            "--val_fraction=0.2",
-            f"--out={tmp_path / 'notes'}",
-        ]
-    )
+    (tmp_path / "notes.txt").write_text("\n\n".join(f"note {i} " * 30 for i in range(60)), encoding="utf-8")
+    words = ["--split_on=\n\n", "--vocab_size=257", "--val_fraction=0.2", f"--out={tmp_path / 'notes'}"]
+    prepare.main(["text", str(tmp_path / "notes.txt"), *words])
     with pytest.raises(UserError, match="another tokenizer"):
         run_train(config, "--max_steps=4", "--resume", f"--data={tmp_path / 'notes'}")
     assert len(losses(tmp_path / "run")) == 2
 
 
-def test_a_run_folder_is_not_overwritten_by_accident(config, tmp_path):
+def test_a_run_folder_is_not_overwritten_by_accident(config, tmp_path, capsys):
     run_train(config, "--max_steps=2")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match=f"holds a run already: .* train.py --resume={tmp_path}/run$"):
         run_train(config, "--max_steps=3")
+    (tmp_path / "run/thesis.txt").write_text("dear to me", encoding="utf-8")
     run_train(config, "--max_steps=3", "--overwrite")
-    assert len(losses(tmp_path / "run")) == 3
+    assert len(losses(tmp_path / "run")) == 3 and (tmp_path / "run/thesis.txt").exists()
+    assert f"deleted the run in {tmp_path}/run: 1 checkpoints, up to step_00000002" in capsys.readouterr().out
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "deepseek_v3"}', encoding="utf-8")
+    with pytest.raises(UserError, match="holds an exported model"):
+        run_train(config, f"--out_dir={tmp_path / 'hf'}", "--overwrite")
 
 
 def test_a_refused_overwrite_deletes_nothing(config, tmp_path):
@@ -120,7 +140,7 @@ def test_a_refused_overwrite_deletes_nothing(config, tmp_path):
         )
     assert losses(tmp_path / "keep")[-1][0] == 2 and checkpoint.find(tmp_path / "keep")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("dear to me")
+    (tmp_path / "mine/thesis.txt").write_text("dear to me", encoding="utf-8")
     run_train(
         config, "--max_steps=2", f"--out_dir={tmp_path / 'mine'}", "--overwrite"
     )  # holds no run: nothing to delete
@@ -136,7 +156,8 @@ def test_best_belongs_to_the_branch_and_the_folder(config, tmp_path):
         config, *options, f"--resume={tmp_path / 'run'}/checkpoints/step_00000010", "--max_steps=11", "--decay_steps=1"
     )
     folder = tmp_path / "run/checkpoints"
-    assert (folder / "latest").read_text().strip() == checkpoint.find(tmp_path / "run").name == "step_00000011"
+    latest = (folder / "latest").read_text(encoding="utf-8").strip()
+    assert latest == checkpoint.find(tmp_path / "run").name == "step_00000011"
     assert checkpoint.find(tmp_path / "run", "best").is_dir()
     run_train(
         config, *options, f"--resume={best.parent}/step_00000005", f"--out_dir={tmp_path / 'other'}", "--max_steps=10"
@@ -178,3 +199,200 @@ def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
     run_stopped(config, "--eval_interval=5", "--sample_interval=5")
     assert losses(tmp_path / "run")[-1][0] == 5 and not records(tmp_path / "run", "val")
     assert checkpoint.find(tmp_path / "run").name == "step_00000005" and not (tmp_path / "run/samples.md").exists()
+
+
+# ---------------------------------------------------------------------- with the run's own settings
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A run of two steps with settings that its config file does not have, in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("ended run")
+    path = make_config(folder / "tiny.py", data=str(make_data(folder / "data", 2000, 300)), hidden_size=16,
+                       num_hidden_layers=2, global_batch_size=2, micro_batch_size=2)
+    run_train(path, f"--out_dir={folder / 'b2'}", "--max_steps=2", "--moe_intermediate_size=8", "--muon_lr=0.003")
+    return folder
+
+
+def test_a_run_continues_with_its_own_settings(ended, tmp_path, monkeypatch):
+    for number, words in enumerate((["--resume=RUN"], ["RUN", "--resume"], ["RUN", "--resume=auto"],
+                                    ["--out_dir=RUN", "--resume"], ["--resume=RUN/checkpoints/step_00000002"],
+                                    ["--resume=RUN/", "--out_dir=RUN", "--resume=auto"])):
+        run = shutil.copytree(ended / "b2", tmp_path / f"moved {number}")
+        run_train(*(word.replace("RUN", str(run)) for word in words), "--max_steps=3", "--warmup_steps=2")
+        about = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        stored = about["settings"]
+        assert losses(run)[-1][0] == 3 and stored["out_dir"] == str(run) and stored["max_steps"] == 3
+        assert (stored["moe_intermediate_size"], stored["muon_lr"], stored["warmup_steps"]) == (8, 0.003, 2)
+        assert about["command"][0] == str(ended / "tiny.py") == about["config_file"]
+        assert [entry["words"][-1] for entry in about["commands"]] == ["--muon_lr=0.003", "--warmup_steps=2"]
+
+
+def test_a_file_that_is_named_counts(ended):
+    config, path = settings.load([str(ended / "tiny.py"), f"--resume={ended / 'b2'}"])
+    assert config.muon_lr == 0.01 and config.out_dir == "out/tiny" and path == str(ended / "tiny.py")
+
+
+def test_paths_are_meant_from_where_the_run_was_started(ended, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(ended / "b2", tmp_path / "run")
+    about = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    about["settings"] |= {"data": "data", "future_setting": 7}
+    del about["settings"]["z_loss"]
+    (run / "config.json").write_text(json.dumps(about | {"directory": str(ended)}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert settings.load(["--resume=run"])[0].data == str(ended / "data")
+    said = capsys.readouterr().err
+    assert f"data is taken from {ended}, where run was started" in said
+    assert "future_setting: 7, unknown to this version" in said and "z_loss: not recorded, so 0.0" in said
+    monkeypatch.chdir(ended)
+    assert settings.load([f"--resume={run}"])[0].data == "data"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["b2"], "b2 is a run, not a config file: continue it with  python train.py --resume=b2"),
+    (["data"], "no config file"),
+    (["b2", "--overwrite"], "is a run, not a config file"), (["--resume"], "name one config file"),
+    (["--resume=data"], "data has no config.json with the settings of a run: name a config file too"),
+    (["--resume=no/such"], "no/such has no config.json"), (["tiny.py", "b2", "--resume"], "got .*tiny.py.*b2")])
+def test_what_names_no_run_is_said(ended, monkeypatch, words, message):
+    monkeypatch.chdir(ended)
+    with pytest.raises(UserError, match=message):
+        settings.load(words)
+
+
+def test_the_command_that_continues_can_be_pasted(ended, monkeypatch):
+    for name in ("WORLD_SIZE", "NANOK2_LAUNCHER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "../train.py", "configs/debug.py"])
+    assert shlex.split(guard.command(ended / "b2")) == ["python", "../train.py", f"--resume={ended / 'b2'}"]
+    assert settings.load(shlex.split(guard.command(ended / "b2"))[2:])[0].out_dir == str(ended / "b2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert guard.command("out/x") == "torchrun --standalone --nproc_per_node=2 ../train.py out/x --resume=auto"
+    monkeypatch.chdir(ended)
+    assert guard.command("b2") == "torchrun --standalone --nproc_per_node=2 ../train.py --resume=b2"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    assert "--nnodes=2 --node_rank=$NODE_RANK --master_addr=10.0.0.1" in guard.command("b2")
+    monkeypatch.setenv("NANOK2_LAUNCHER", "bash launch/multinode.sh")
+    assert shlex.split(guard.command(ended / "b2")) == ["bash", "launch/multinode.sh", f"--resume={ended}/b2"]
+
+
+def test_a_run_that_is_done_says_so_and_changes_nothing(ended, capsys):
+    before = {path: path.read_bytes() for path in (ended / "b2").rglob("*") if path.is_file() and path.name != ".lock"}
+    for words in ([f"--resume={ended / 'b2'}"], [ended / "tiny.py", f"--resume={ended / 'b2'}", "--max_steps=1",
+                                                 f"--out_dir={ended / 'b2'}", "--moe_intermediate_size=8"]):
+        capsys.readouterr()
+        assert run_train(*words) is None
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "done already" in line]
+        assert "step 2 is done already" in line and shlex.split(line)[-1] == "--max_steps=4"
+    assert before == {path: path.read_bytes() for path in before}
+
+
+# ---------------------------------------------------------------------- what a resumed run may change
+
+
+LIKE_THE_LOSS = {"rope_theta": 10.0, "aux_loss_alpha": 0.5, "z_loss": 0.1, "initializer_range": 0.5,
+                 "max_position_embeddings": 128,
+                 "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}}
+THE_FUNCTION = {"num_experts_per_tok": 3, "n_group": 2, "topk_group": 2, "norm_topk_prob": False,
+                "routed_scaling_factor": 9.0, "rms_norm_eps": 1e-3}
+TENSORS = {"attention": "mha", "vocab_size": 99, "hidden_size": 48, "intermediate_size": 48, "moe_intermediate_size": 8,
+           "num_hidden_layers": 2, "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
+           "qk_rope_head_dim": 8, "v_head_dim": 4, "n_routed_experts": 16, "n_shared_experts": 2,
+           "first_k_dense_replace": 2, "tie_word_embeddings": True}
+
+
+def test_every_field_of_the_model_is_decided(tmp_path):
+    """A field that holds no tensor is allowed to change with a line, or refused; a new one has to be put here."""
+    shapes = lambda c: {n: p.shape for n, p in build(c, "meta").named_parameters(remove_duplicate=False)}
+    same = lambda a, b: shapes(a) == shapes(b) and a.tie_word_embeddings == b.tie_word_embeddings
+    there = ModelConfig(**TINY)
+    assert {f.name for f in dataclasses.fields(ModelConfig)} == {*LIKE_THE_LOSS, *THE_FUNCTION, *TENSORS}
+    stream = SimpleNamespace(identity=dict)
+    manifest = {"config": dataclasses.asdict(settings.Config(**TINY))}
+    for name, value in (LIKE_THE_LOSS | THE_FUNCTION | TENSORS).items():
+        assert same(there, ModelConfig(**TINY | {name: value})) == (name not in TENSORS), name
+        config = settings.Config(**TINY | {"routed_scaling_factor": there.routed_scaling_factor, name: value})
+        if name in LIKE_THE_LOSS:
+            told = f"{name}: {getattr(there, name)} there, {value} here"
+            assert runs.compare(config, None, stream, manifest, "x") == [told]
+        else:
+            with pytest.raises(UserError, match=f"holds another model: {name}"):
+                runs.compare(config, None, stream, manifest, "x")
+
+
+def test_a_stage_of_longer_context_keeps_its_optimizer_state(tmp_path, capsys):
+    path, run = small_run(tmp_path, max_steps=2, decay_steps=1), tmp_path / "run"
+    run_train(path, f"--resume={run}", f"--out_dir={tmp_path / 'long'}", "--max_steps=4", "--new_data",
+              "--sequence_length=64", "--rope_theta=10000", "--max_position_embeddings=128",
+              "--rope_scaling={'type':'yarn','factor':2.0,'original_max_position_embeddings':64}")
+    said = capsys.readouterr().out
+    assert "changed: rope_theta: 50000.0 there, 10000.0 here" in said and "changed: rope_scaling: None there" in said
+    assert checkpoint.read_manifest(checkpoint.find(tmp_path / "long"))["optimizer_steps"] == 4
+    assert generate.load(tmp_path / "long")[0].config.rope_scaling["factor"] == 2.0
+
+
+@pytest.mark.parametrize("start, there, here, jumps", [
+    (450, {}, {"max_steps": 900}, True),                       # wsd, ended: from 5e-4 back to 1e-2
+    (450, {"schedule": "cosine"}, {"max_steps": 900, "schedule": "cosine"}, True),
+    (150, {}, {"max_steps": 900}, False),                      # still at the peak
+    (150, {}, {"max_steps": 300}, True),                       # in the middle of a fall
+    (10, {}, {"warmup_steps": 200}, True),
+    (10, {}, {"muon_lr": 5e-3}, True),
+    (300, {}, {"muon_lr": 5e-3}, True),
+    (300, {"adamw_lr": 3e-3}, {"max_steps": 600, "adamw_lr": 3e-3}, True),
+    (450, {"decay_steps": None}, {"max_steps": 900, "decay_steps": None}, True),
+    (450, {"schedule": "constant"}, {"schedule": "constant", "max_steps": 900}, False),
+    (300, {}, {}, None)])
+def test_what_the_rate_will_do_is_said_and_how_to_keep_it(start, there, here, jumps):
+    base = dict(max_steps=450, warmup_steps=20, decay_steps=250, muon_lr=1e-2, min_lr_ratio=0.05)
+
+    def rate(config, step, peak=None):
+        decay = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
+        return (peak or config.muon_lr) * schedule_factor(step, config.schedule, config.max_steps, config.warmup_steps,
+                                                          decay, config.min_lr_ratio)
+    old, new = settings.Config(**base | there), settings.Config(**base | there | here)
+    said = runs.rates(dataclasses.asdict(old), new, start)
+    if jumps is None:
+        assert said == ""
+        return
+    assert said.startswith("warning: ") == jumps and f"{rate(old, start):.2e} at step {start}" in said
+    assert f"{rate(new, start + 1):.2e} at step {start + 1}" in said and ("To hold" in said) == jumps
+    if not jumps:
+        return
+    advice = said.split("To hold")[1].split("; to let")
+    hold, fall = (settings.read_flags(re.findall(r"--\S+", part)) for part in advice)
+    held = settings.Config(**base | there | here | hold)
+    at = rate(old, start)
+    assert [rate(held, step) for step in range(start + 1, held.max_steps + 1)] == pytest.approx(
+        [at] * (held.max_steps - start), rel=1e-4)
+    if old.adamw_lr:
+        assert held.adamw_lr == pytest.approx(rate(old, start, old.adamw_lr), rel=1e-4)
+    falling = settings.Config(**base | there | here | fall)
+    rates = [rate(falling, step) for step in range(start + 1, falling.max_steps + 1)]
+    assert 0.98 * at < rates[0] < 1.0001 * at and rates[-1] == pytest.approx(0.05 * at, rel=1e-4)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_resume_event_holds_what_the_rate_does(tmp_path, capsys):
+    path, run = small_run(tmp_path, max_steps=2, warmup_steps=1), tmp_path / "run"
+    run_train(path, "--resume", "--max_steps=3", "--muon_lr=0.1")
+    (event,) = [e for e in records(run, "event") if e["event"] == "resume"]
+    assert event["rates"].startswith("warning: learning rate: 1.00e-02 at step 2, 1.00e-01 at step 3")
+    assert event["rates"] in capsys.readouterr().out
+
+
+def test_epochs_count_what_was_read_and_will_be(tmp_path, capsys):
+    """2,000 tokens are 62 windows of 32: two steps of eight sequences, then two of 16; then other data, and back."""
+    path, other = small_run(tmp_path, max_steps=2, decay_steps=1, global_batch_size=8), tmp_path / "other"
+    make_data(other, 2000, 100, seed=1)
+    shown = lambda: float(re.search(r"([\d.]+) epochs in all", capsys.readouterr().out).group(1))
+    assert shown() == pytest.approx(16 / 62, abs=0.006)
+    options = (path, "--resume", "--global_batch_size=16", "--new_data")
+    run_train(*options, "--max_steps=4")
+    assert shown() == pytest.approx(48 / 62, abs=0.006)
+    run_train(*options, "--max_steps=5", f"--data={other}")
+    assert shown() == pytest.approx(16 / 62, abs=0.006)
+    run_train(*options, "--max_steps=6")
+    assert shown() == pytest.approx(64 / 62, abs=0.006)

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import checkpoint
+import config as settings
 import train
 from errors import UserError
 from model import K2
 from muon import Muon, schedule_factor
 from tests.helpers import (
+    ROOT,
     assert_equal_runs,
     final_tensors,
     losses,
@@ -224,6 +226,11 @@ def test_what_a_model_says_cannot_break_the_samples_file(config, tmp_path):
     run_train(config, "--max_steps=6", f"--resume={tmp_path}/run/checkpoints/step_00000004", "--sample_interval=2")
     found = re.findall(r"\n## step (\d+)\n", (tmp_path / "run/samples.md").read_text())
     assert [int(step) for step in found] == [2, 4, 6]
+
+
+def test_no_config_assumes_what_the_text_is():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        assert settings.load([str(path)])[0].sample_prompts == [""]
 
 
 def test_a_finished_run_says_so(config, capsys):
