@@ -9,7 +9,6 @@ prepare.py.
 import base64
 import collections
 import hashlib
-import heapq
 import json
 from pathlib import Path
 from unittest import mock
@@ -19,7 +18,8 @@ import regex
 import tiktoken
 from tiktoken_ext import openai_public
 
-from data.convert import byte_letters, read_hf
+from data import bpe
+from data.convert import read_hf
 from data.shards import read_json
 from errors import UserError
 
@@ -192,56 +192,11 @@ def fingerprint(encoder):
 def train_bpe(texts, vocab_size, name="bpe", pattern=PATTERN):
     """Train a byte-level BPE of vocab_size ids, END_OF_TEXT included, on an iterable of str; returns the Encoding.
 
-    Greedy: the most frequent adjacent pair inside words is merged, ties to the lowest pair of ids (Sennrich et al.,
-    arXiv 1508.07909). Pair counts are kept up to date and only the words that contain the merged pair are touched.
-    Stops early when every word is a single token. The regex package may know newer Unicode than tiktoken: characters
-    assigned between the two can make other words here than when encoding, which costs a merge or two, nothing else.
+    Greedy: see bpe.py.
     """
     if vocab_size < 257:
         raise UserError(f"a byte-level BPE needs a vocabulary of at least 257, not {vocab_size}")
-    splitter = regex.compile(pattern)
-    frequency = collections.Counter()
-    for text in texts:
-        frequency.update(splitter.findall(text))
-    letters = byte_letters()
-    tokens = [bytes([byte]) for byte in sorted(letters, key=letters.get)]  # the usual order, which decides ties
-    id_of = {token[0]: number for number, token in enumerate(tokens)}
-    words = [[id_of[byte] for byte in word.encode()] for word in frequency]
-    weights = list(frequency.values())
-    counts, where = collections.Counter(), collections.defaultdict(list)
-    for index, (word, weight) in enumerate(zip(words, weights)):
-        for pair in zip(word, word[1:]):
-            counts[pair] += weight
-            where[pair].append(index)
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
-    while heap and len(tokens) < vocab_size - 1:
-        negative, pair = heapq.heappop(heap)
-        if counts[pair] != -negative:  # it has become rarer since it was pushed
-            if counts[pair] > 0:
-                heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        (left, right), new, made = pair, len(tokens), set()
-        tokens.append(tokens[left] + tokens[right])
-        for index in where.pop(pair):
-            word, weight, i = words[index], weights[index], 0
-            while i + 1 < len(word):
-                if word[i] == left and word[i + 1] == right:
-                    word[i:i + 2] = [new]
-                    if i > 0:
-                        counts[word[i - 1], left] -= weight
-                        counts[word[i - 1], new] += weight
-                        where[word[i - 1], new].append(index)
-                        made.add((word[i - 1], new))
-                    if i + 1 < len(word):
-                        counts[right, word[i + 1]] -= weight
-                        counts[new, word[i + 1]] += weight
-                        where[new, word[i + 1]].append(index)
-                        made.add((new, word[i + 1]))
-                i += 1
-        for created in made:  # the counts of all others only fall
-            if counts[created] > 0:
-                heapq.heappush(heap, (-counts[created], created))
+    tokens = bpe.train(texts, vocab_size - 1, pattern)
     return encoding(name, {token: rank for rank, token in enumerate(tokens)}, pattern)
 
 
