@@ -49,8 +49,8 @@ def _count(texts, pattern):
                     break
     words = [word.encode() for word in frequency]
     if (total := sum(map(len, words))) >= MOST:
-        print(f"the tokenizer is trained on the first {MOST:,} of the {total:,} bytes of distinct words read so far, and "
-              "on no further text: memory would not hold more")
+        print(f"the tokenizer is trained on the first {MOST:,} of {total:,} bytes of distinct words, and on no text "
+              "beyond these: memory would not hold more")
         ends = itertools.accumulate(map(len, words))
         words = [word[:max(MOST - end + len(word), 0)] for word, end in zip(words, ends)]
     return words, frequency.values()
