@@ -187,7 +187,9 @@ def _byte_level_bpe(encoder, before):
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
              "vocab": {written(token): rank for token, rank in ranks.items()}, "merges": merges}
-    special = encoder._special_tokens
-    if sorted(special.values()) != list(range(len(ranks), len(ranks) + len(special))):
-        model["vocab"] |= special  # or else the library would give them the ids that follow the last
+    # The library gives added tokens the ids that follow the vocabulary, whatever is written: others stand in it too.
+    later = sorted(number for number in encoder._special_tokens.values() if number > max(ranks.values()))
+    size = len(ranks) + len(encoder._special_tokens) - len(later)
+    model["vocab"] |= {text: number for text, number in encoder._special_tokens.items()
+                       if number not in later or later != list(range(size, size + len(later)))}
     return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]}, "decoder": level, "model": model}
