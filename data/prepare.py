@@ -212,7 +212,12 @@ def make_tokenizer(args, files):
             if left <= 0:
                 print(f"on the first {TRAINING_TEXT:,} characters")
                 return
-    return tokenizer.load(args.tokenizer, texts()) if args.tokenizer else tokenizer.train_bpe(texts(), args.vocab_size)
+    if not args.tokenizer:
+        return tokenizer.train_bpe(texts(), args.vocab_size)
+    encoder = tokenizer.load(args.tokenizer, texts())
+    for line in tokenizer.notes(encoder):
+        print(line)
+    return encoder
 
 
 def fetch_shards(args, out):

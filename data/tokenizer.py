@@ -27,7 +27,7 @@ from data.words import END_OF_TEXT, SentencePiece, Words, train_words, write_abo
 from errors import UserError
 
 WHITE_SPACE = "".join(chr(code) for code in range(0x3001) if regex.match(r"\s", chr(code)))
-SPACES, WORD_LETTER = regex.compile(r"\s*"), regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
+SPACES, LETTER = regex.compile(r"\s*"), regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
 RUN = 100_000  # white space beyond this is encoded in parts: tiktoken's pattern overflows its stack at a million
 SHORT_NAMES = {"cl100k": "cl100k_base", "o200k": "o200k_base"}
 # Words with their leading space, numbers up to three digits, punctuation runs, line ends with what precedes them, and
@@ -47,7 +47,7 @@ def load(spec, texts=None):
     spec, options = _options(str(spec))
     path = Path(spec)
     if path.is_dir():
-        path = find(path) or path / FILES[0]
+        path = _find_or_refuse(path)
     if spec == "bytes":
         encoder = encoding("bytes", {bytes([i]): i for i in range(256)})
     elif spec.startswith("words:"):
@@ -87,9 +87,19 @@ def find(folder):
     return there[0] if there else None
 
 
+def _find_or_refuse(folder):
+    path = find(folder)
+    if path is None:
+        slow = " (of vocab.json and merges.txt the transformers package makes a tokenizer.json: save_pretrained)"
+        raise UserError(f"{folder} is no tokenizer folder: it has none of {', '.join(FILES)}, *.tiktoken"
+                        + slow * (folder / "vocab.json").is_file())
+    return path
+
+
 def _load_file(path, options):
-    name = path.stem if path.stem not in ("tokenizer", "tiktoken") else path.absolute().parent.name
-    beside = Beside(path.parent if path.parent.name != "original" else path.parent.parent)
+    folder = path.absolute().parent
+    folder = folder.parent if folder.name == "original" else folder
+    name, beside = path.stem if path.stem not in ("tokenizer", "tiktoken") else folder.name, Beside(folder)
     notes = [f"the tokenizer is read from {path}"]
     if path.suffix == ".json":
         pattern, ranks, special_tokens, steps = read_hf(path, beside)
@@ -104,7 +114,7 @@ def _load_file(path, options):
         encoder = _load_ranks(path, name, beside, options.get("pattern"))
     default = end_of_text(encoder)
     text, why = beside.end_of_text(encoder._special_tokens)
-    if text is not None:
+    if text is not None and not encoder.separator:
         notes.append(f"documents are separated by {text}, id {encoder._special_tokens[text]}: {why}")
         if encoder._special_tokens[text] != default:
             encoder.separator = text
@@ -123,7 +133,8 @@ def _load_ranks(path, name, beside, pattern):
     if pattern is None and path.with_name("encoding.json").is_file():
         return _load_saved(path.parent, path)
     kind = pattern or (path.stem if path.stem in names else beside.ranks_file(path, ranks))
-    special_tokens = {text: token["id"] for text, token in beside.added.items()}
+    added = {} if kind == "nanok2" else beside.added
+    special_tokens = {text: token["id"] for text, token in added.items()}
     if kind in RANKS_FILES:
         used = set(special_tokens.values())
         pattern, reserved, _ = RANKS_FILES[kind]
@@ -140,7 +151,7 @@ def _load_ranks(path, name, beside, pattern):
         raise UserError(f"{path}: {said}. Name it, --tokenizer='{path}?pattern=NAME', with NAME one of nanok2 (for files "
                         f"made here, and as any file was read before), {', '.join([*RANKS_FILES, *names])}; or put an "
                         'encoding.json with "pattern" and "special_tokens" beside it')
-    plain = [token for token in beside.added.values() if not token["special"]]
+    plain = [token for token in added.values() if not token["special"]]
     return encoding(name, ranks, pattern, special_tokens,
                     {"normalizer": None, "splits": [], "added": plain} if plain else None)
 
@@ -215,8 +226,8 @@ class ByteLevel(tiktoken.Encoding):
         if self.steps is None:
             return self.encode_words(text)
         ids = []
-        for part in _extracted(text, *self._added[0]):
-            for piece in [part] if type(part) is int else _extracted(self._normal(part), *self._added[1]):
+        for part in self._parts(text, *self._added[0]):
+            for piece in [part] if type(part) is int else self._parts(self._normal(part), *self._added[1]):
                 if type(piece) is int:
                     ids.append(piece)
                     continue
@@ -227,30 +238,31 @@ class ByteLevel(tiktoken.Encoding):
                     ids += self.encode_words(word)
         return ids
 
+    def _parts(self, text, known, find):
+        """Yield the parts of a text: str, or the id of a token of `known`. What else `find` finds is plain text, and so
+        is what separates documents: none can end itself."""
+        at, end_id = 0, end_of_text(self)
+        for match in find(text) if known else ():
+            token, (start, end) = known.get(match[0]), match.span()
+            if token is None or token["id"] == end_id:
+                continue
+            if token.get("single_word") and (start and LETTER.match(text, start - 1) or LETTER.match(text, end)):
+                continue
+            if token.get("lstrip"):
+                start = at + len(text[at:start].rstrip(WHITE_SPACE))
+            if token.get("rstrip"):
+                end = SPACES.match(text, end).end()
+            if start > at:
+                yield text[at:start]
+            yield token["id"]
+            at = end
+        if at < len(text):
+            yield text[at:]
+
     def encode_to_numpy(self, text, **options):
         if self.steps is None:
             return super().encode_to_numpy(text, **options)
         return np.array(self.encode_ordinary(text), dtype=np.uint32)
-
-
-def _extracted(text, known, find):
-    """Yield the parts of a text: str, or the id of a token of `known`. Other matches of `find` are plain text."""
-    at = 0
-    for match in find(text) if known else ():
-        token, (start, end) = known.get(match[0]), match.span()
-        beside = (start and WORD_LETTER.match(text, start - 1)) or WORD_LETTER.match(text, end)
-        if token is None or token.get("single_word") and beside:
-            continue
-        if token.get("lstrip"):
-            start = at + len(text[at:start].rstrip(WHITE_SPACE))
-        if token.get("rstrip"):
-            end = SPACES.match(text, end).end()
-        if start > at:
-            yield text[at:start]
-        yield token["id"]
-        at = end
-    if at < len(text):
-        yield text[at:]
 
 
 def encoding(name, ranks, pattern=PATTERN, special_tokens=None, steps=None):
@@ -351,7 +363,7 @@ def _load_saved(folder, ranks=None):
             model = folder / "tokenizer.model"
             encoder = SentencePiece(model.read_bytes(), about["name"] + "", model)
         else:
-            ranks = ranks or folder / "ranks.tiktoken"
+            ranks = ranks or next(iter(sorted(folder.glob("*.tiktoken"))), folder / "ranks.tiktoken")
             encoder = encoding(about.get("name", ranks.stem) + "", read_ranks(ranks), about["pattern"],
                                about["special_tokens"], about.get("steps"))
         encoder.separator = about.get("separator")
