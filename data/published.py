@@ -35,9 +35,9 @@ class Beside:
     def __init__(self, folder):
         files = {name: read_json(folder / name) for name in
                  ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json",
-                  "params.json") if (folder / name).is_file()}
+                  "params.json", "original/params.json") if (folder / name).is_file()}
         self.about, self.model = files.get("tokenizer_config.json", {}), files.get("config.json", {})
-        self.params = files.get("params.json", {})
+        self.params = files.get("params.json") or files.get("original/params.json", {})
         added = self.about.get("added_tokens_decoder") or {}
         try:
             self.added = {token["content"] + "": {"special": True, **token, "id": int(number)}

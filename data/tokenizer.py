@@ -7,6 +7,7 @@ of special tokens is plain text: no document can end itself. Next: convert.py, p
 """
 
 import base64
+import functools
 import hashlib
 import json
 import unicodedata
@@ -47,7 +48,7 @@ def load(spec, texts=None):
     spec, options = _options(str(spec))
     path = Path(spec)
     if path.is_dir():
-        path = _find_or_refuse(path)
+        path = find(path) or path / FILES[0]
     if spec == "bytes":
         encoder = encoding("bytes", {bytes([i]): i for i in range(256)})
     elif spec.startswith("words:"):
@@ -87,15 +88,6 @@ def find(folder):
     return there[0] if there else None
 
 
-def _find_or_refuse(folder):
-    path = find(folder)
-    if path is None:
-        slow = " (of vocab.json and merges.txt the transformers package makes a tokenizer.json: save_pretrained)"
-        raise UserError(f"{folder} is no tokenizer folder: it has none of {', '.join(FILES)}, *.tiktoken"
-                        + slow * (folder / "vocab.json").is_file())
-    return path
-
-
 def _load_file(path, options):
     folder = path.absolute().parent
     folder = folder.parent if folder.name == "original" else folder
@@ -103,7 +95,9 @@ def _load_file(path, options):
     notes = [f"the tokenizer is read from {path}"]
     if path.suffix == ".json":
         pattern, ranks, special_tokens, steps = read_hf(path, beside)
-        encoder = _whole(encoding(name, ranks, pattern, special_tokens, steps), path)
+        if _complete(pattern) is None:
+            raise UserError(f"{path} cannot be converted: its pattern {pattern} leaves characters out")
+        encoder = encoding(name, ranks, _complete(pattern), special_tokens, steps)
         if not special_tokens:
             notes.append(f"{path} has no special tokens: {END_OF_TEXT} is added, id {encoder.n_vocab - 1}")
         if steps and steps["normalizer"]:
@@ -130,9 +124,9 @@ def _load_ranks(path, name, beside, pattern):
     """A ranks file: what cuts its words, and its special tokens, is known from `pattern`, its name or its folder."""
     ranks, names = read_ranks(path), tiktoken.list_encoding_names()
     first = max(ranks.values()) + 1
-    if pattern is None and path.with_name("encoding.json").is_file():
-        return _load_saved(path.parent, path)
     kind = pattern or (path.stem if path.stem in names else beside.ranks_file(path, ranks))
+    if path.with_name("encoding.json").is_file() and not (pattern or path.stem in names):
+        return _load_saved(path.parent, path)
     added = {} if kind == "nanok2" else beside.added
     special_tokens = {text: token["id"] for text, token in added.items()}
     if kind in RANKS_FILES:
@@ -148,8 +142,8 @@ def _load_ranks(path, name, beside, pattern):
         pattern = PATTERN
     else:
         said = f"there is no pattern {kind!r}" if kind else "nothing says how this ranks file cuts words"
-        raise UserError(f"{path}: {said}. Name it, --tokenizer='{path}?pattern=NAME', with NAME one of nanok2 (for files "
-                        f"made here, and as any file was read before), {', '.join([*RANKS_FILES, *names])}; or put an "
+        raise UserError(f"{path}: {said}. Name it, --tokenizer='{path}?pattern=NAME', with NAME one of nanok2 (of "
+                        f"what was made or read here before), {', '.join([*RANKS_FILES, *names])}; or put an "
                         'encoding.json with "pattern" and "special_tokens" beside it')
     plain = [token for token in added.values() if not token["special"]]
     return encoding(name, ranks, pattern, special_tokens,
@@ -180,20 +174,17 @@ def _around(name, ranks):
         return getattr(openai_public, name)()
 
 
-def _whole(encoder, path):
-    """The encoder, made to take as a word what its pattern leaves out between two words, as Hugging Face does. Patterns
-    come from another regular expression engine: one that leaves characters out even then would lose them."""
+@functools.cache
+def _complete(pattern):
+    """The pattern, made to take as a word what it leaves out between two words, as Hugging Face does. Patterns come
+    from another regular expression engine: None of one that loses characters even then."""
     letters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    pairs = (a + b for a in letters[:128] for b in letters[:128])
-    texts = " ".join(pairs), "".join(letters)
-    loses = lambda encoder: any(encoder.decode(encoder.encode_words(text)) != text for text in texts)
-    if loses(encoder):
-        pattern = encoder._pat_str
-        pattern = rf"{pattern}|(?:(?!{pattern})[\s\S]){{1,{RUN}}}"  # a longer one would overflow tiktoken's stack
-        encoder = encoding(encoder.name, encoder._mergeable_ranks, pattern, encoder._special_tokens, encoder.steps)
-        if loses(encoder):
-            raise UserError(f"{path} cannot be converted: its pattern {pattern} leaves characters out")
-    return encoder
+    texts = " ".join(a + b for a in letters[:128] for b in letters[:128]), "".join(letters)
+    for whole in (pattern, rf"{pattern}|(?:(?!{pattern})[\s\S]){{1,{RUN}}}"):  # a longer one would overflow the stack
+        encoder = encoding(f"a tokenizer, {pattern}", {bytes([i]): i for i in range(256)}, whole)
+        if all(encoder.decode(encoder.encode_ordinary(text)) == text for text in texts):
+            return whole
+    return None
 
 
 class ByteLevel(tiktoken.Encoding):
@@ -371,7 +362,8 @@ def _load_saved(folder, ranks=None):
             raise UserError(f"its separator {encoder.separator!r} is none of its special tokens")
         return encoder
     except (OSError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{folder} is no tokenizer folder (encoding.json and its files): {error}") from error
+        others = "" if (folder / FILES[0]).is_file() else f", nor has it one of {', '.join(FILES[1:])}, *.tiktoken"
+        raise UserError(f"{folder} is no tokenizer folder (encoding.json and its files{others}): {error}") from error
 
 
 def fingerprint(encoder):
@@ -381,7 +373,7 @@ def fingerprint(encoder):
         parts += (json.dumps(encoder.steps, sort_keys=True),) if encoder.steps else ()
     else:
         parts = encoder.parts
-    if encoder.separator and encoder.separator != next(filter(encoder._special_tokens.get, SEPARATORS), None):
+    if encoder.separator and encoder.separator != next((t for t in SEPARATORS if t in encoder._special_tokens), None):
         parts += (encoder.separator,)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -16,7 +16,8 @@ from tests.helpers import ROOT
 # A file imports only from lines above its own.
 ORDER = [
     ["errors", "sampling"],
-    ["kernels", "data.shards", "data.tokenizer", "data.convert", "data.bpe", "data.published", "data.words", "data.sources", "owners"],
+    ["kernels", "data.shards", "data.tokenizer", "data.convert", "data.bpe", "data.published", "data.words"]
+    + ["data.sources", "owners"],
     ["mla", "moe", "dispatch", "data.loader", "data.stream", "data.prepare"],
     ["model"],
     ["muon", "config"],
