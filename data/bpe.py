@@ -45,10 +45,10 @@ def _count(texts, pattern):
             unchecked += len(text)
             if unchecked > MOST // 8:  # no need to measure the words before they can have grown by so much
                 unchecked = 0
-                if sum(len(word.encode()) for word in frequency) >= MOST:
+                if sum(len(word.encode()) for word in frequency) > MOST:
                     break
     words = [word.encode() for word in frequency]
-    if (total := sum(map(len, words))) >= MOST:
+    if (total := sum(map(len, words))) > MOST:
         print(f"the tokenizer is trained on the first {MOST:,} of {total:,} bytes of distinct words, and on no text "
               "beyond these: memory would not hold more")
         ends = itertools.accumulate(map(len, words))

@@ -106,6 +106,7 @@ def _load_file(path, options):
         encoder = SentencePiece(path.read_bytes(), name, path)
     else:
         encoder = _load_ranks(path, name, beside, options.get("pattern"))
+        notes += encoder.notes
     default = end_of_text(encoder)
     text, why = beside.end_of_text(encoder._special_tokens)
     if text is not None and not encoder.separator:
@@ -146,8 +147,10 @@ def _load_ranks(path, name, beside, pattern):
                         f"what was made or read here before), {', '.join([*RANKS_FILES, *names])}; or put an "
                         'encoding.json with "pattern" and "special_tokens" beside it')
     plain = [token for token in added.values() if not token["special"]]
-    return encoding(name, ranks, pattern, special_tokens,
-                    {"normalizer": None, "splits": [], "added": plain} if plain else None)
+    steps = {"normalizer": None, "splits": [], "added": plain} if plain else None
+    encoder = encoding(name, ranks, pattern, special_tokens, steps)
+    encoder.notes = [f"words are cut as by {kind}"]
+    return encoder
 
 
 def _load_name(spec):
@@ -279,7 +282,8 @@ def encoding(name, ranks, pattern=PATTERN, special_tokens=None, steps=None):
 def end_of_text(encoder):
     """The id that separates documents, None if the tokenizer has no such token: the one that was chosen for it, or
     else the first of SEPARATORS that it has."""
-    names = [encoder.separator] if encoder.separator else SEPARATORS
+    chosen = getattr(encoder, "separator", None)
+    names = [chosen] if chosen else SEPARATORS
     return next((encoder._special_tokens[text] for text in names if text in encoder._special_tokens), None)
 
 
@@ -335,12 +339,12 @@ def save(encoder, folder):
     """Write the tokenizer as a folder that `load` reads back, on any machine."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not isinstance(encoder, ByteLevel):
+    if not isinstance(encoder, tiktoken.Encoding):
         return encoder.save(folder)
     ranks = sorted(encoder._mergeable_ranks.items(), key=lambda item: item[1])
     (folder / "ranks.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks))
     about = {"name": encoder.name, "pattern": encoder._pat_str, "special_tokens": encoder._special_tokens}
-    about |= {"steps": encoder.steps} if encoder.steps else {}
+    about |= {"steps": encoder.steps} if getattr(encoder, "steps", None) else {}
     write_about(folder, encoder, about)
 
 
@@ -368,13 +372,15 @@ def _load_saved(folder, ranks=None):
 
 def fingerprint(encoder):
     """A short hash of everything that decides the ids; two encoders with the same one are interchangeable."""
-    if isinstance(encoder, ByteLevel):
+    if isinstance(encoder, tiktoken.Encoding):
         parts = (encoder._pat_str, sorted(encoder._special_tokens.items()), sorted(encoder._mergeable_ranks.items()))
-        parts += (json.dumps(encoder.steps, sort_keys=True),) if encoder.steps else ()
+        steps = getattr(encoder, "steps", None)
+        parts += (json.dumps(steps, sort_keys=True),) if steps else ()
     else:
         parts = encoder.parts
-    if encoder.separator and encoder.separator != next((t for t in SEPARATORS if t in encoder._special_tokens), None):
-        parts += (encoder.separator,)
+    chosen = getattr(encoder, "separator", None)
+    if chosen and chosen != next((text for text in SEPARATORS if text in encoder._special_tokens), None):
+        parts += (chosen,)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,8 @@ CLOSING = frozenset(".,;:!?)]}%…”\n")  # no space before these
 
 def write_about(folder, encoder, about):
     """encoding.json, with the separator if it was chosen."""
-    about |= {"separator": encoder.separator} if encoder.separator else {}
+    separator = getattr(encoder, "separator", None)
+    about |= {"separator": separator} if separator else {}
     (folder / "encoding.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

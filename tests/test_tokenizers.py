@@ -55,7 +55,7 @@ def library_bpe(pattern=None, vocab_size=700, special_tokens=()):
     return made
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama3", "special tokens first"])
+@pytest.fixture(scope="module", params=["gpt2", "special tokens first"])
 def pair(request, tmp_path_factory):
     """(the library's tokenizer, ours from its tokenizer.json)"""
     pattern = None if request.param == "gpt2" else LLAMA3
@@ -75,7 +75,7 @@ def test_converted_tokenizer_json_equals_the_library_token_for_token(pair):
         assert theirs.decode([id], skip_special_tokens=False) == mine.decode("utf-8", "replace")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(text=st.text())
 def test_converted_equals_the_library_and_round_trips_on_any_text(pair, text):
     theirs, ours = pair
