@@ -176,7 +176,7 @@ def _byte_level_bpe(encoder, before):
     merges = []
     for token in sorted(ranks, key=ranks.get):
         parts = merge_parts(ranks, token)
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]  # for what is found as a whole word, or so
+        splits = ((token[:i], token[i:]) for i in range(1, len(token)))  # for what is found as a whole word, or so
         pairs = [parts] if len(parts) == 2 else [split for split in splits if ranks.keys() >= set(split)]
         merges += [[written(part) for part in pair] for pair in pairs]
     # In tiktoken {1,3}+ is possessive, in tokenizers a repetition of the group; without the + both mean the same here.

@@ -7,6 +7,7 @@ parts that the merges of lower ids leave of it are a listed merge, and these mer
 is checked here, and what cannot be expressed is refused. Next: tokenizer.py, which loads the result.
 """
 
+import heapq
 import re
 
 from data.shards import read_json
@@ -27,7 +28,7 @@ def byte_letters():
 def read_hf(path, beside=None):
     """(pattern, {bytes: rank}, {text: id} of the other tokens, steps) of a tokenizer.json; UserError if it is none, or
     one that is not plain byte-level BPE. steps: what comes before the pattern, None if nothing does; tokenizer.py's
-    Stepwise says what stands in it. What the post-processor adds around a text is left out: data/ puts separators.
+    ByteLevel says what stands in it. What the post-processor adds around a text is left out: data/ puts separators.
     beside: a published.Beside, for tokens that only tokenizer_config.json knows."""
     try:
         about = read_json(path)
@@ -117,7 +118,8 @@ def _check(path, ranks, order, ignore_merges, special_tokens):
         parts = merge_parts(ranks, token)
         place = order.get(tuple(parts), -1)
         splits = ((token[:i], token[i:]) for i in range(1, len(token)))  # tiktoken makes the token of any of them
-        known = ignore_merges and all(split in order for split in splits if ranks.keys() >= set(split))
+        known = len(parts) > 2 and ignore_merges and all(split in order for split in splits
+                                                         if ranks.keys() >= set(split))
         if len(parts) == 2 and place <= last or len(parts) > 2 and not known:
             raise UserError(f"{path}: the ids do not follow the merges (token {token!r}, id {ranks[token]}), so that "
                             "no ranks give the same ids; train a tokenizer on the data instead, --train-tokenizer=N")
@@ -127,11 +129,19 @@ def _check(path, ranks, order, ignore_merges, special_tokens):
 def merge_parts(ranks, token):
     """What byte-pair encoding with the merges before its own leaves of a token: the two tokens whose merge makes it,
     more if no merge does and it is found as a whole word only, one for a single byte."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, ranks[token]) for left, right in zip(parts, parts[1:])]
-        best = min(range(len(pairs)), key=pairs.__getitem__)
-        if pairs[best] >= ranks[token]:
-            break
-        parts[best:best + 2] = [parts[best] + parts[best + 1]]
-    return parts
+    size, own, heap = len(token), ranks[token], []
+    end, before = [*range(1, size + 1)], [*range(-1, size)]  # of the part that starts at i; 0 where none does any more
+
+    def consider(i):
+        if i >= 0 and end[i] < size and ranks.get(token[i:end[end[i]]], own) < own:
+            heapq.heappush(heap, (ranks[token[i:end[end[i]]]], i, end[end[i]]))
+    for i in range(size):
+        consider(i)
+    left = size
+    while heap and left > 2:
+        _, i, stop = heapq.heappop(heap)
+        if 0 < end[i] < size and end[end[i]] == stop:
+            end[end[i]], end[i], before[stop], left = 0, stop, i, left - 1
+            consider(before[i])
+            consider(i)
+    return [token[i:end[i]] for i in range(size) if end[i]]

@@ -64,8 +64,8 @@ class Beside:
         return next((name for name, (_, _, published) in RANKS_FILES.items() if published == size), None)
 
     def end_of_text(self, special_tokens):
-        """(the token that separates documents, why), or (None, why not). Declared ends come first, but not one that
-        ends the turn of a chat where there is another; the last resort is the declared start."""
+        """(the token that separates documents, why), or (None, None). Declared ends come first, but not one that ends
+        the turn of a chat where there is another; the last resort is the declared start."""
         name_of = {number: text for text, number in special_tokens.items()}
         ends, starts = ([(name_of.get(token, token), where) for token, where in declared
                          if name_of.get(token, token) in special_tokens] for declared in (self.ends, self.starts))
@@ -74,7 +74,7 @@ class Beside:
         if turns:
             known = [(text, f"by its name ({turns[0][0]}, {turns[0][1]}, ends a turn of a chat)") for text, _ in known]
         found = [found for found in ends if found not in turns] + known + turns + starts
-        return found[0] if found else (None, "no file beside it declares one, and none has a known name")
+        return found[0] if found else (None, None)
 
 
 def _listed(value):

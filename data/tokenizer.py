@@ -104,6 +104,7 @@ def _load_file(path, options):
             notes.append(f"text is normalised to NFC, as {path} says")
     elif _is_sentencepiece(path):
         encoder = SentencePiece(path.read_bytes(), name, path)
+        beside.ends.append((encoder.processor.eos_id(), "the end of text of the model"))
     else:
         encoder = _load_ranks(path, name, beside, options.get("pattern"))
         notes += encoder.notes
