@@ -46,7 +46,8 @@ def parse(argv):
                  "fineweb-gpt2-shards"])
     add("files", nargs="*", help="files, folders to search for files, or globs; for hf: a repository, folder or file")
     add("--out", help="folder of the shards (default data/SOURCE)")
-    add("--tokenizer", help="what data/tokenizer.py's load takes, as bytes, gpt2 or a folder (default: train a BPE)")
+    add("--tokenizer", help="what data/tokenizer.py's load takes, as bytes, gpt2, a folder, 'FOLDER?end_of_text=TOKEN' "
+        "(default: train a BPE)")
     add("--vocab_size", "--train_tokenizer", type=int, default=4096,
         help="size of the trained BPE, end of text included; for random: of the vocabulary")
     add("--pattern", help="which files of a folder, as in *.py (default: all, or those of the source's kind)")
