@@ -74,9 +74,10 @@ def published_tokenizer(path, vocab_size):
 
 
 def encode_prompt(encoder, prompt):
-    """The prompt as ids, with the document separator before it."""
+    """The prompt as ids, with the document separator before it. Of a tokenizer without one nothing says where a text
+    starts: there an empty prompt is a line end."""
     end = tokenizers.end_of_text(encoder)
-    return ([] if end is None else [end]) + encoder.encode_ordinary(prompt)
+    return ([] if end is None else [end]) + encoder.encode_ordinary(prompt) or encoder.encode_ordinary("\n") or [0]
 
 
 def stream_text(model, encoder, prompt_ids, max_new_tokens, **options):

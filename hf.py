@@ -12,7 +12,8 @@ import torch
 from config import checked, model_config
 from data.convert import byte_letters, merge_parts
 from data.shards import read_json
-from data.tokenizer import UNKNOWN, WORD, SentencePiece, Words, end_of_text
+from data.tokenizer import end_of_text
+from data.words import UNKNOWN, WORD, SentencePiece, Words
 from errors import UserError
 from hf_weights import Published, note, refuse_other_kinds
 from model import build
@@ -192,36 +193,46 @@ def to_hf_tokenizer(encoder):
     if isinstance(encoder, SentencePiece):
         raise UserError("a SentencePiece tokenizer has no tokenizer.json here: move the run's tokenizer folder away to "
                         "export the weights alone, and load the tokenizer.model in it with the sentencepiece package")
-    special = [{"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": True} for text, number in encoder._special_tokens.items()]
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-                 "post_processor": None}
+    steps = getattr(encoder, "steps", None) or {"normalizer": None, "splits": [], "added": []}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = {text: {"id": number, "content": text, **flags, "special": True}
+              for text, number in encoder._special_tokens.items()}
+    tokens |= {token["content"]: {**flags, "normalized": True, **token, "special": False} for token in steps["added"]}
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None,
+                 "added_tokens": sorted(tokens.values(), key=lambda token: token["id"]),
+                 "normalizer": steps["normalizer"] and {"type": steps["normalizer"]}, "post_processor": None}
     if isinstance(encoder, Words):  # every match is a word, and what lies between is dropped
         split = {"type": "Split", "pattern": {"Regex": WORD}, "behavior": "Removed", "invert": True}
         model = {"type": "WordLevel", "vocab": encoder.ids, "unk_token": UNKNOWN}
         tokenizer |= {"pre_tokenizer": split, "decoder": None, "model": model}
     else:
-        tokenizer |= _byte_level_bpe(encoder)
+        tokenizer |= _byte_level_bpe(encoder, steps["splits"])
     end = next((text for text, number in encoder._special_tokens.items() if number == end_of_text(encoder)), None)
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
              "clean_up_tokenization_spaces": False}
     return tokenizer, about
 
 
-def _byte_level_bpe(encoder):
+def _byte_level_bpe(encoder, before):
     ranks, letters = encoder._mergeable_ranks, byte_letters()
     written = lambda token: "".join(letters[byte] for byte in token)
     merges = []
     for token in sorted(ranks, key=ranks.get):
         parts = merge_parts(ranks, token)
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]  # for what is found as a whole word, or so
+        splits = ((token[:i], token[i:]) for i in range(1, len(token)))  # for what is found as a whole word, or so
         pairs = [parts] if len(parts) == 2 else [split for split in splits if ranks.keys() >= set(split)]
         merges += [[written(part) for part in pair] for pair in pairs]
     # In tiktoken {1,3}+ is possessive, in tokenizers a repetition of the group; without the + both mean the same here.
-    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", encoder._pat_str)
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    patterns = [*before, re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", encoder._pat_str)]
+    cuts = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            for pattern in patterns]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
              "vocab": {written(token): rank for token, rank in ranks.items()}, "merges": merges}
-    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level, "model": model}
+    # The library gives added tokens the ids that follow the vocabulary, whatever is written: others stand in it too.
+    later = sorted(number for number in encoder._special_tokens.values() if number > max(ranks.values()))
+    size = len(ranks) + len(encoder._special_tokens) - len(later)
+    model["vocab"] |= {text: number for text, number in encoder._special_tokens.items()
+                       if number not in later or later != list(range(size, size + len(later)))}
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]}, "decoder": level, "model": model}

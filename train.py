@@ -298,6 +298,8 @@ def open_tokenizer(config):
         if known and known != tokenizer.fingerprint(encoder):
             raise UserError(f"{folder} was made with another tokenizer than {config.tokenizer or 'the other folders'}: "
                             "use the one it was made with, or prepare the data again")
+    for line in tokenizer.notes(encoder):
+        print(line)
     return encoder
 
 
@@ -325,9 +327,15 @@ def evaluate(model, validation, starts, batch_size, device, watch):
 
 
 def sample(model, encoder, prompt, config, step):
-    """A continuation of the prompt as text, from its own random generator; a sharded model needs all ranks for it."""
-    return "".join(stream_text(model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8,
-                               top_k=50, seed=config.seed + step, agree=parallel.same))
+    """A continuation of the prompt as text, from its own random generator; a sharded model needs all ranks for it. No
+    sample is worth a run: what goes wrong is said, and stands in its place."""
+    try:
+        return "".join(stream_text(model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8,
+                                   top_k=50, seed=config.seed + step, agree=parallel.same))
+    except Exception as error:
+        said = errors.one_line(f"no sample of {prompt!r} at step {step}: {type(error).__name__}: {error}")
+        print(f"warning: {said}; going on", flush=True)
+        return f"({said})"
 
 
 def report_save(outcome, log, final):

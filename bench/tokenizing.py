@@ -16,9 +16,7 @@ import regex
 import bench
 import errors
 from data import tokenizer
-
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+from data.published import LLAMA3
 
 
 def corpus():

@@ -1,4 +1,5 @@
-"""A Hugging Face tokenizer.json as the pattern, ranks and special tokens of a tiktoken.Encoding, with the same ids.
+"""A Hugging Face tokenizer.json as the pattern, ranks and special tokens of a tiktoken.Encoding, with the same ids, and
+what has to be done to a text before it.
 
 Both byte-pair encode the same way, except that tokenizer.json lists merges of two tokens in their order, and tiktoken
 merges whatever two neighbours make the token of the lowest id. They agree on every text if, for each token, the two
@@ -6,6 +7,7 @@ parts that the merges of lower ids leave of it are a listed merge, and these mer
 is checked here, and what cannot be expressed is refused. Next: tokenizer.py, which loads the result.
 """
 
+import heapq
 import re
 
 from data.shards import read_json
@@ -23,59 +25,87 @@ def byte_letters():
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-def read_hf(path):
-    """(pattern, {bytes: rank}, {text: id} of the added tokens) of a tokenizer.json; UserError if it is none, or one
-    that is not plain byte-level BPE. What the post-processor adds around a text is left out: data/ puts separators."""
+def read_hf(path, beside=None):
+    """(pattern, {bytes: rank}, {text: id} of the other tokens, steps) of a tokenizer.json; UserError if it is none, or
+    one that is not plain byte-level BPE. steps: what comes before the pattern, None if nothing does; tokenizer.py's
+    ByteLevel says what stands in it. What the post-processor adds around a text is left out: data/ puts separators.
+    beside: a published.Beside, for tokens that only tokenizer_config.json knows."""
     try:
         about = read_json(path)
-        model, added = about["model"], about.get("added_tokens") or []
-        special_tokens = {token["content"]: token["id"] for token in added}
-        blank = [token["content"] for token in added if not token["content"].strip()]
-        vocab, merges = model["vocab"], model["merges"]
-        pattern, problem = _pattern(about.get("pre_tokenizer"))
+        model, added = about["model"], {token["content"]: token for token in about.get("added_tokens") or []}
+        vocab, pairs = model["vocab"], [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merged = {"".join(pair) for pair in pairs}
+        taken = {**{id: text for text, id in vocab.items()}, **{token["id"]: text for text, token in added.items()}}
+        for text, token in (beside.added if beside else {}).items():
+            if text not in merged and taken.get(token["id"], text) == text:
+                added.setdefault(text, token)
+        for text in (text for text, _ in (beside.ends + beside.starts if beside else ()) if text in vocab):
+            if text not in merged and len(text) > 1:  # as transformers does
+                added.setdefault(text, {"content": text, "id": vocab[text], "special": True})
+        patterns, problem = _patterns(about.get("pre_tokenizer"))
+        flags = ("content", "id", "single_word", "lstrip", "rstrip", "normalized")
+        steps = {"normalizer": None, "splits": (patterns or [])[:-1],
+                 "added": [{"normalized": True} | {flag: token[flag] for flag in flags if flag in token}
+                           for text, token in added.items() if text and not token.get("special")]}
+        special_tokens = {text: token["id"] for text, token in added.items()
+                          if not (text in merged or len(text) == 1) or vocab.get(text) != token["id"]}
+        normalizer = about.get("normalizer") or {"type": "Sequence", "normalizers": []}
+        forms = [one["type"] for one in normalizer.get("normalizers", [normalizer])]
+        blank = [text for text in special_tokens if added[text].get("special") and not text.strip()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no tokenizer.json of a BPE model: {type(error).__name__} {error}") from error
     extras = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
               if model.get(key)]
-    if about.get("normalizer"):
-        problem = "a normalizer, which changes the text"
-    elif model.get("type", "BPE") != "BPE" or extras:
+    if set(forms) == {"NFC"}:
+        steps["normalizer"] = "NFC"
+    elif forms:
+        problem = f"a normalizer, {', '.join(forms)}, which changes the text"
+    if model.get("type", "BPE") != "BPE" or extras:
         problem = f"the model {model.get('type')} with {extras}"
     elif blank:  # such tokens are cut out of any text before BPE, and no setting prevents it
         problem = f"added tokens of white space, such as {blank[0]!r}"
     if problem:
-        raise UserError(f"{path} has {problem}. Only byte-level BPE can be converted: no normalizer, pre_tokenizer "
-                        "ByteLevel, alone or after one Split by an isolated Regex, without add_prefix_space")
+        raise UserError(f"{path} has {problem}. Only byte-level BPE can be converted: no normalizer but NFC, "
+                        "pre_tokenizer ByteLevel without add_prefix_space, alone or after Splits by an isolated Regex "
+                        "or Digits")
     byte_of = {letter: byte for byte, letter in byte_letters().items()}
     as_bytes = lambda token: bytes(byte_of[letter] for letter in token)
     try:
         ranks = {as_bytes(token): rank for token, rank in vocab.items() if token not in special_tokens}
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
         order = {(as_bytes(left), as_bytes(right)): place for place, (left, right) in enumerate(pairs)}
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} is no byte-level BPE: {error} stands in its vocabulary or merges") from error
     _check(path, ranks, order, model.get("ignore_merges"), special_tokens)
-    return pattern, ranks, special_tokens
+    return patterns[-1], ranks, special_tokens, steps if any(steps.values()) else None
 
 
-def _pattern(pre_tokenizer):
-    """(the regular expression that cuts words, None), or (None, why there is none)."""
+def _patterns(pre_tokenizer):
+    """(the regular expressions that cut words one after another, None), or (None, why there are none)."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     *before, level = steps
     if level["type"] != "ByteLevel" or level.get("add_prefix_space", True):
         return None, f"the pre_tokenizer {level}"
-    if level.get("use_regex", True) and not before:
-        return GPT2_PATTERN, None
-    if level.get("use_regex", True) or len(before) != 1 or before[0]["type"] != "Split":
-        return None, f"the pre_tokenizers {', '.join(step['type'] for step in steps)}"
-    split = before[0]
-    pattern = split["pattern"].get("Regex")
-    if not pattern or split["behavior"] != "Isolated" or split.get("invert"):
-        return None, f"the pre_tokenizer {split}"
-    outside = re.sub(r"\[\^?(\\.|[^\]\\])*\]|\\[^hHRXZ]", "", pattern)  # without character classes and escapes
-    unlike = (re.search(r"\{\d+(,\d*)?\}\+|[$^]|\\[hHRXZ]|\(\?[a-z]*[mx]", outside)
-              or re.search(r"(?<!\\)(?:\\\\)*\\[wWbB]", pattern))  # of which letters, digits and marks differ
-    return (None, f"{unlike[0]!r}, which tiktoken reads in another way, in its pattern") if unlike else (pattern, None)
+    patterns = []
+    for step in before:
+        if step["type"] == "Digits":
+            patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and step["pattern"].get("Regex") \
+                and not step.get("invert"):
+            patterns.append(step["pattern"]["Regex"])
+        else:
+            return None, f"the pre_tokenizer {step if step['type'] == 'Split' else step['type']}"
+    patterns += [GPT2_PATTERN] if level.get("use_regex", True) else []
+    if not patterns:
+        return None, "the pre_tokenizers ByteLevel without use_regex, alone"
+    for pattern in patterns:
+        outside = re.sub(r"\[\^?(\\.|[^\]\\])*\]|\\[^hHRXZ]", "", pattern)  # without character classes and escapes
+        unlike = (re.search(r"\{\d+(,\d*)?\}\+|[$^]|\\[hHRXZ]|\(\?[a-z]*[mx]", outside)
+                  or re.search(r"(?<!\\)(?:\\\\)*\\[wWbB]", pattern))  # of which letters, digits and marks differ
+        if pattern is not patterns[-1]:  # that one tiktoken reads, those before the regex package
+            unlike = unlike or re.search(r"\((?!\?(?:[:=!]|<[=!]))|&&|\[(\\.|[^\]\\\[])*\[", pattern)
+        if unlike:
+            return None, f"{unlike[0]!r}, which tiktoken reads in another way, in its pattern"
+    return patterns, None
 
 
 def _check(path, ranks, order, ignore_merges, special_tokens):
@@ -88,7 +118,8 @@ def _check(path, ranks, order, ignore_merges, special_tokens):
         parts = merge_parts(ranks, token)
         place = order.get(tuple(parts), -1)
         splits = ((token[:i], token[i:]) for i in range(1, len(token)))  # tiktoken makes the token of any of them
-        known = ignore_merges and all(split in order for split in splits if ranks.keys() >= set(split))
+        known = len(parts) > 2 and ignore_merges and all(split in order for split in splits
+                                                         if ranks.keys() >= set(split))
         if len(parts) == 2 and place <= last or len(parts) > 2 and not known:
             raise UserError(f"{path}: the ids do not follow the merges (token {token!r}, id {ranks[token]}), so that "
                             "no ranks give the same ids; train a tokenizer on the data instead, --train-tokenizer=N")
@@ -98,11 +129,19 @@ def _check(path, ranks, order, ignore_merges, special_tokens):
 def merge_parts(ranks, token):
     """What byte-pair encoding with the merges before its own leaves of a token: the two tokens whose merge makes it,
     more if no merge does and it is found as a whole word only, one for a single byte."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, ranks[token]) for left, right in zip(parts, parts[1:])]
-        best = min(range(len(pairs)), key=pairs.__getitem__)
-        if pairs[best] >= ranks[token]:
-            break
-        parts[best:best + 2] = [parts[best] + parts[best + 1]]
-    return parts
+    size, own, heap = len(token), ranks[token], []
+    end, before = [*range(1, size + 1)], [*range(-1, size)]  # of the part that starts at i; 0 where none does any more
+
+    def consider(i):
+        if i >= 0 and end[i] < size and ranks.get(token[i:end[end[i]]], own) < own:
+            heapq.heappush(heap, (ranks[token[i:end[end[i]]]], i, end[end[i]]))
+    for i in range(size):
+        consider(i)
+    left = size
+    while heap and left > 2:
+        _, i, stop = heapq.heappop(heap)
+        if 0 < end[i] < size and end[end[i]] == stop:
+            end[end[i]], end[i], before[stop], left = 0, stop, i, left - 1
+            consider(before[i])
+            consider(i)
+    return [token[i:end[i]] for i in range(size) if end[i]]

@@ -52,7 +52,8 @@ def parse(argv):
                  "fineweb-gpt2-shards"])
     add("files", nargs="*", help="files, folders to search for files, or globs; for hf: a repository, folder or file")
     add("--out", help="folder of the shards (default data/SOURCE)")
-    add("--tokenizer", help="what data/tokenizer.py's load takes, as bytes, gpt2 or a folder (default: train a BPE)")
+    add("--tokenizer", help="what data/tokenizer.py's load takes, as bytes, gpt2, a folder, 'FOLDER?end_of_text=TOKEN' "
+        "(default: train a BPE)")
     add("--vocab_size", "--train_tokenizer", type=int, default=4096,
         help="size of the trained BPE, end of text included; for random: of the vocabulary")
     add("--pattern", help="which files of a folder, as in *.py (default: all, or those of the source's kind)")
@@ -273,7 +274,12 @@ def make_tokenizer(args, files, account):
             if left <= 0:
                 print(f"on the first {TRAINING_TEXT:,} characters")
                 return
-    return tokenizer.load(args.tokenizer, texts()) if args.tokenizer else tokenizer.train_bpe(texts(), args.vocab_size)
+    if not args.tokenizer:
+        return tokenizer.train_bpe(texts(), args.vocab_size)
+    encoder = tokenizer.load(args.tokenizer, texts())
+    for line in tokenizer.notes(encoder):
+        print(line)
+    return encoder
 
 
 def fetch_shards(args, out):

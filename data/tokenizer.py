@@ -2,15 +2,16 @@
 on the data; SentencePiece. All but the last two are tiktoken.Encoding, and those two offer what is used of it here.
 
 Everything works offline except a tiktoken name that is not in its cache. A tokenizer is saved as a folder,
-encoding.json with ranks.tiktoken or tokenizer.model, which travels with the data and with every run. Next: convert.py,
-prepare.py.
+encoding.json with ranks.tiktoken or tokenizer.model, which travels with the data and with every run. What a text spells
+of special tokens is plain text: no document can end itself. Next: convert.py, published.py, words.py, prepare.py.
 """
 
 import base64
-import collections
+import functools
 import hashlib
-import heapq
 import json
+import unicodedata
+import urllib.parse
 from pathlib import Path
 from unittest import mock
 
@@ -19,54 +20,138 @@ import regex
 import tiktoken
 from tiktoken_ext import openai_public
 
-from data.convert import byte_letters, read_hf
+from data import bpe
+from data.convert import read_hf
+from data.published import RANKS_FILES, SEPARATORS, Beside
 from data.shards import read_json
+from data.words import END_OF_TEXT, SentencePiece, Words, train_words, write_about
 from errors import UserError
 
-END_OF_TEXT = "<|endoftext|>"  # stands before every document; generation stops at it
-# The token that ends a text, under the names that tokenizers of others give it: the first that there is separates.
-SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]", "</s>", "<eos>")
+WHITE_SPACE = "".join(chr(code) for code in range(0x3001) if regex.match(r"\s", chr(code)))
+SPACES, LETTER = regex.compile(r"\s*"), regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
 RUN = 100_000  # white space beyond this is encoded in parts: tiktoken's pattern overflows its stack at a million
-UNKNOWN = "<unk>"
 SHORT_NAMES = {"cl100k": "cl100k_base", "o200k": "o200k_base"}
 # Words with their leading space, numbers up to three digits, punctuation runs, line ends with what precedes them, and
 # indentation less its last space, which belongs to the word.
 PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
-# For Words: UNKNOWN, as some corpora write it; words with their apostrophes; single marks; line ends.
-WORD = r"<unk>|[\p{L}\p{M}\p{N}_]+(?:['’][\p{L}\p{M}]+)*|[^\s\p{L}\p{M}\p{N}_]|\n"
-CLOSING = frozenset(".,;:!?)]}%…”\n")  # no space before these
+# What a folder's tokenizer is read from: the first of these, or else a *.tiktoken.
+FILES = ("encoding.json", "tokenizer/encoding.json", "tokenizer.json", "tiktoken.model", "tokenizer.model",
+         "original/tokenizer.model")
 
 
 def load(spec, texts=None):
-    """The tokenizer that a name or path means: "bytes"; a tiktoken name; a ranks file in tiktoken's format (cut into
-    words by PATTERN, or as tiktoken does if it is called like one of its encodings: cl100k_base.tiktoken); a Hugging
-    Face tokenizer.json of byte-level BPE; a SentencePiece .model; a folder with one of these, or one that `save` wrote;
-    "words:N", the N most frequent words of texts, an iterable of str."""
+    """The tokenizer that a name or path means: "bytes"; a tiktoken name; a ranks file in tiktoken's format, of a known
+    kind; a Hugging Face tokenizer.json of byte-level BPE; a SentencePiece .model; a folder with one of these, or one
+    that `save` wrote; "words:N", the N most frequent words of texts, an iterable of str. Behind it may stand
+    ?end_of_text=TOKEN, the special token that separates documents, and, for a ranks file, pattern=NAME: how it cuts
+    words, one of RANKS_FILES, a tiktoken name or nanok2, which is PATTERN."""
+    spec, options = _options(str(spec))
     path = Path(spec)
-    if spec == "bytes":
-        return encoding("bytes", {bytes([i]): i for i in range(256)})
-    if str(spec).startswith("words:"):
-        return train_words(texts, str(spec)[len("words:"):])
     if path.is_dir():
-        files = [path / name for name in ("encoding.json", "tokenizer.json", "tokenizer.model")]
-        path = next((file for file in files if file.is_file()), files[0])
-        if path == files[0]:
-            return _load_folder(path.parent)
-    if not path.is_file():
-        return _load_name(str(spec))
-    name = path.stem if path.stem != "tokenizer" else path.absolute().parent.name
+        path = find(path) or path / FILES[0]
+    if spec == "bytes":
+        encoder = encoding("bytes", {bytes([i]): i for i in range(256)})
+    elif spec.startswith("words:"):
+        encoder = train_words(texts, spec[len("words:"):])
+    elif path.name == FILES[0]:
+        encoder = _load_saved(path.parent)
+    elif path.is_file():
+        encoder = _load_file(path, options)
+    else:
+        encoder = _load_name(spec)
+    wanted = options.get("end_of_text")
+    if wanted is not None:
+        if wanted not in encoder._special_tokens:
+            raise UserError(f"end_of_text={wanted!r} is none of the special tokens of {spec}: {_some(encoder)}")
+        encoder.separator, encoder.notes = wanted, [f"documents are separated by {wanted}, as the command says"]
+    return encoder
+
+
+def _options(spec):
+    """(what stands before the question mark of a spec, {name: value} of what stands behind it)."""
+    where, mark, query = spec.rpartition("?")
+    if not mark or Path(spec).exists():
+        return spec, {}
+    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    if not options or options.keys() - {"end_of_text", "pattern"}:
+        raise UserError(f"tokenizer {spec!r}: behind the question mark stands end_of_text=TOKEN or pattern=NAME")
+    return where, options
+
+
+def find(folder):
+    """The file that `load` reads the tokenizer of a folder from, None if there is none."""
+    folder = Path(folder)
+    there = [path for path in [*map(folder.joinpath, FILES), *sorted(folder.glob("*.tiktoken"))] if path.is_file()]
+    pieces = [path for path in there if path.name == "tokenizer.model" and _is_sentencepiece(path)]
+    if pieces and there[0].name == "tokenizer.json":  # Llama-2 has both; its tokenizer.json is not byte-level
+        return pieces[0]
+    return there[0] if there else None
+
+
+def _load_file(path, options):
+    folder = path.absolute().parent
+    folder = folder.parent if folder.name == "original" else folder
+    name, beside = path.stem if path.stem not in ("tokenizer", "tiktoken") else folder.name, Beside(folder)
+    notes = [f"the tokenizer is read from {path}"]
     if path.suffix == ".json":
-        pattern, ranks, special_tokens = read_hf(path)
-        encoder = encoding(name, ranks, pattern, special_tokens)
-        _check_round_trip(encoder, path)
-        return encoder
-    if path.suffix == ".model" and path.read_bytes()[:1] == b"\n":  # ranks files have this ending too
-        return SentencePiece(path.read_bytes(), name, path)
-    ranks = read_ranks(path)
-    if path.stem in tiktoken.list_encoding_names():
-        about = _around(path.stem, ranks)
-        return encoding(path.stem, ranks, about["pat_str"], about["special_tokens"])
-    return encoding(path.stem, ranks)
+        pattern, ranks, special_tokens, steps = read_hf(path, beside)
+        if _complete(pattern) is None:
+            raise UserError(f"{path} cannot be converted: its pattern {pattern} leaves characters out")
+        encoder = encoding(name, ranks, _complete(pattern), special_tokens, steps)
+        if not special_tokens:
+            notes.append(f"{path} has no special tokens: {END_OF_TEXT} is added, id {encoder.n_vocab - 1}")
+        if steps and steps["normalizer"]:
+            notes.append(f"text is normalised to NFC, as {path} says")
+    elif _is_sentencepiece(path):
+        encoder = SentencePiece(path.read_bytes(), name, path)
+        beside.ends.append((encoder.processor.eos_id(), "the end of text of the model"))
+    else:
+        encoder = _load_ranks(path, name, beside, options.get("pattern"))
+        notes += encoder.notes
+    default = end_of_text(encoder)
+    text, why = beside.end_of_text(encoder._special_tokens)
+    if text is not None and not encoder.separator:
+        notes.append(f"documents are separated by {text}, id {encoder._special_tokens[text]}: {why}")
+        if encoder._special_tokens[text] != default:
+            encoder.separator = text
+    encoder.notes = notes
+    return encoder
+
+
+def _is_sentencepiece(path):
+    return path.suffix == ".model" and path.read_bytes()[:1] == b"\n"  # ranks files have this ending too
+
+
+def _load_ranks(path, name, beside, pattern):
+    """A ranks file: what cuts its words, and its special tokens, is known from `pattern`, its name or its folder."""
+    ranks, names = read_ranks(path), tiktoken.list_encoding_names()
+    first = max(ranks.values()) + 1
+    kind = pattern or (path.stem if path.stem in names else beside.ranks_file(path, ranks))
+    if path.with_name("encoding.json").is_file() and not (pattern or path.stem in names):
+        return _load_saved(path.parent, path)
+    added = {} if kind == "nanok2" else beside.added
+    special_tokens = {text: token["id"] for text, token in added.items()}
+    if kind in RANKS_FILES:
+        used = set(special_tokens.values())
+        pattern, reserved, _ = RANKS_FILES[kind]
+        special_tokens |= {text: id for id, text in enumerate(reserved(first), first) if id not in used}
+    elif kind in names:
+        about = _around(kind, ranks)
+        pattern, published = about["pat_str"], about["special_tokens"]
+        if path.stem == kind or 0 <= min(published.values()) - first <= 1:  # the very file; else its pattern alone
+            special_tokens = published
+    elif kind == "nanok2":
+        pattern = PATTERN
+    else:
+        said = f"there is no pattern {kind!r}" if kind else "nothing says how this ranks file cuts words"
+        raise UserError(f"{path}: {said}. Name it, --tokenizer='{path}?pattern=NAME', with NAME one of nanok2 (of "
+                        f"what was made or read here before), {', '.join([*RANKS_FILES, *names])}; or put an "
+                        'encoding.json with "pattern" and "special_tokens" beside it')
+    plain = [token for token in added.values() if not token["special"]]
+    steps = {"normalizer": None, "splits": [], "added": plain} if plain else None
+    encoder = encoding(name, ranks, pattern, special_tokens, steps)
+    encoder.notes = [f"words are cut as by {kind}"]
+    return encoder
 
 
 def _load_name(spec):
@@ -76,7 +161,8 @@ def _load_name(spec):
         raise UserError(f"no tokenizer {spec!r}: expected 'bytes', 'words:N', a tokenizer folder, a tokenizer.json, a "
                         f"SentencePiece .model, a ranks file, or one of {names}")
     try:
-        return tiktoken.get_encoding(name)
+        shared = tiktoken.get_encoding(name)
+        return encoding(name, shared._mergeable_ranks, shared._pat_str, shared._special_tokens)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a damaged download is a ValueError
         url = getattr(getattr(error, "request", None), "url", None)
         cached = f" as $TIKTOKEN_CACHE_DIR/{hashlib.sha1(url.encode()).hexdigest()}" if url else ""
@@ -92,34 +178,129 @@ def _around(name, ranks):
         return getattr(openai_public, name)()
 
 
-def _check_round_trip(encoder, path):
-    """Patterns come from another regular expression engine: one that leaves characters out would lose them."""
+@functools.cache
+def _complete(pattern):
+    """The pattern, made to take as a word what it leaves out between two words, as Hugging Face does. Patterns come
+    from another regular expression engine: None of one that loses characters even then."""
     letters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    pairs = (a + b for a in letters[:128] for b in letters[:128])
-    for text in (" ".join(pairs), "".join(letters)):
-        if encoder.decode(encoder.encode_ordinary(text)) != text:
-            raise UserError(f"{path} cannot be converted: its pattern {encoder._pat_str} leaves characters out")
+    texts = " ".join(a + b for a in letters[:128] for b in letters[:128]), "".join(letters)
+    for whole in (pattern, rf"{pattern}|(?:(?!{pattern})[\s\S]){{1,{RUN}}}"):  # a longer one would overflow the stack
+        encoder = encoding(f"a tokenizer, {pattern}", {bytes([i]): i for i in range(256)}, whole)
+        if all(encoder.decode(encoder.encode_ordinary(text)) == text for text in texts):
+            return whole
+    return None
 
 
-def encoding(name, ranks, pattern=PATTERN, special_tokens=None):
-    """A tiktoken.Encoding; without special_tokens it gets END_OF_TEXT after the last rank."""
-    special_tokens = special_tokens or {END_OF_TEXT: max(ranks.values()) + 1}
-    if not all(type(i) is int and 0 <= i < 2**31 for i in (*ranks.values(), *special_tokens.values())):
+class ByteLevel(tiktoken.Encoding):
+    """A tiktoken.Encoding, and what Hugging Face can do before one pattern cuts words. steps: None, or {"normalizer":
+    None or "NFC", "added": tokens that are their id wherever they stand in a text, with their flags, "splits": regular
+    expressions that cut a text, each what the one before left, matched or not, before the pattern cuts the pieces}.
+    notes: lines that tell a user how it was read."""
+    separator, notes = None, ()
+
+    def __init__(self, name, *, steps=None, **options):
+        super().__init__(name, **options)
+        self.steps, self.encode_words = steps, super().encode_ordinary
+        if steps is None:
+            return
+        if steps["normalizer"] not in (None, "NFC"):
+            raise ValueError(f"normalizer {steps['normalizer']!r}")
+        self._cuts = [regex.compile(f"({pattern})").split for pattern in steps["splits"]]
+        self._added = []  # for two passes, before and after normalising: {text: token}, what finds them
+        for late in (False, True):
+            known = {self._normal(token["content"]) if late else token["content"]: token for token in steps["added"]
+                     if token.get("normalized", True) is late}
+            others = [] if late else [text for text in self._special_tokens if text not in known]
+            every = sorted([*known, *others], key=len, reverse=True)  # the longest that starts first is found
+            self._added.append((known, regex.compile("|".join(map(regex.escape, every))).finditer))
+
+    def _normal(self, text):
+        return unicodedata.normalize("NFC", text) if self.steps["normalizer"] else text
+
+    def encode_ordinary(self, text):
+        if self.steps is None:
+            return self.encode_words(text)
+        ids = []
+        for part in self._parts(text, *self._added[0]):
+            for piece in [part] if type(part) is int else self._parts(self._normal(part), *self._added[1]):
+                if type(piece) is int:
+                    ids.append(piece)
+                    continue
+                words = [piece]
+                for cut in self._cuts:
+                    words = [word for one in words for word in cut(one) if word]
+                for word in words:
+                    ids += self.encode_words(word)
+        return ids
+
+    def _parts(self, text, known, find):
+        """Yield the parts of a text: str, or the id of a token of `known`. What else `find` finds is plain text, and so
+        is what separates documents: none can end itself."""
+        at, end_id = 0, end_of_text(self)
+        for match in find(text) if known else ():
+            token, (start, end) = known.get(match[0]), match.span()
+            if token is None or token["id"] == end_id:
+                continue
+            if token.get("single_word") and (start and LETTER.match(text, start - 1) or LETTER.match(text, end)):
+                continue
+            if token.get("lstrip"):
+                start = at + len(text[at:start].rstrip(WHITE_SPACE))
+            if token.get("rstrip"):
+                end = SPACES.match(text, end).end()
+            if start > at:
+                yield text[at:start]
+            yield token["id"]
+            at = end
+        if at < len(text):
+            yield text[at:]
+
+    def encode_to_numpy(self, text, **options):
+        if self.steps is None:
+            return super().encode_to_numpy(text, **options)
+        return np.array(self.encode_ordinary(text), dtype=np.uint32)
+
+
+def encoding(name, ranks, pattern=PATTERN, special_tokens=None, steps=None):
+    """A ByteLevel; without special_tokens it gets END_OF_TEXT after the last id."""
+    added = [token["id"] for token in steps["added"]] if steps else []
+    special_tokens = special_tokens or {END_OF_TEXT: max([*ranks.values(), *added]) + 1}
+    if not all(type(i) is int and 0 <= i < 2**31 for i in (*ranks.values(), *special_tokens.values(), *added)):
         raise UserError(f"the ranks or special tokens of {name} have ids that are no whole numbers from 0 to 2**31")
     if not set(ranks.values()).isdisjoint(special_tokens.values()):
         raise UserError(f"the ranks of {name} contain ids of its special tokens: they are of another tokenizer")
+    if not {*ranks.values(), *special_tokens.values()}.issuperset(added):
+        raise UserError(f"the added tokens of {name} have ids that it does not know")
     try:
-        encoder = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-        if regex.fullmatch(pattern, ""):
-            raise ValueError("it matches the empty text, which makes encoding panic")
+        encoder = ByteLevel(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens, steps=steps)
+        for one in [pattern, *(steps["splits"] if steps else ())]:
+            if regex.fullmatch(one, "", regex.V1):
+                raise ValueError("it matches the empty text, which makes encoding panic")
         return encoder
     except (ValueError, regex.error) as error:
         raise UserError(f"tiktoken cannot read the pattern of {name}: {error}") from error
 
 
 def end_of_text(encoder):
-    """The id that separates documents, None if the tokenizer has no such token."""
-    return next((encoder._special_tokens[text] for text in SEPARATORS if text in encoder._special_tokens), None)
+    """The id that separates documents, None if the tokenizer has no such token: the one that was chosen for it, or
+    else the first of SEPARATORS that it has."""
+    chosen = getattr(encoder, "separator", None)
+    names = [chosen] if chosen else SEPARATORS
+    return next((encoder._special_tokens[text] for text in names if text in encoder._special_tokens), None)
+
+
+def notes(encoder):
+    """Lines that a user should see before preparing data or training."""
+    if end_of_text(encoder) is not None:
+        return [*encoder.notes]
+    return [*encoder.notes, f"warning: the tokenizer {encoder.name} has no end-of-text token: documents run together, "
+            "generation never stops by itself, and packing=best_fit and document_mask cannot be used. If one of its "
+            f"special tokens ends a text ({_some(encoder)}), prepare the data with --tokenizer='TOKENIZER?end_of_text="
+            "TOKEN', or name it as eos_token in a tokenizer_config.json beside the tokenizer"]
+
+
+def _some(encoder):
+    names = list(encoder._special_tokens)
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "it has none"
 
 
 def encode(encoder, text):
@@ -164,180 +345,52 @@ def save(encoder, folder):
     ranks = sorted(encoder._mergeable_ranks.items(), key=lambda item: item[1])
     (folder / "ranks.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks))
     about = {"name": encoder.name, "pattern": encoder._pat_str, "special_tokens": encoder._special_tokens}
-    (folder / "encoding.json").write_text(json.dumps(about, indent=1) + "\n")
+    about |= {"steps": encoder.steps} if getattr(encoder, "steps", None) else {}
+    write_about(folder, encoder, about)
 
 
-def _load_folder(folder):
+def _load_saved(folder, ranks=None):
+    """What `save` wrote, or an encoding.json of the user's beside a ranks file."""
     try:
         about = read_json(folder / "encoding.json")
         if about.get("kind") == "words":
-            return Words([word + "" for word in about["words"]])  # here and below, a TypeError if it is no text
-        if about.get("kind") == "sentencepiece":
+            encoder = Words([word + "" for word in about["words"]])  # here and below, a TypeError if it is no text
+        elif about.get("kind") == "sentencepiece":
             model = folder / "tokenizer.model"
-            return SentencePiece(model.read_bytes(), about["name"] + "", model)
-        ranks = read_ranks(folder / "ranks.tiktoken")
-        return encoding(about["name"] + "", ranks, about["pattern"], about["special_tokens"])
+            encoder = SentencePiece(model.read_bytes(), about["name"] + "", model)
+        else:
+            ranks = ranks or next(iter(sorted(folder.glob("*.tiktoken"))), folder / "ranks.tiktoken")
+            encoder = encoding(about.get("name", ranks.stem) + "", read_ranks(ranks), about["pattern"],
+                               about["special_tokens"], about.get("steps"))
+        encoder.separator = about.get("separator")
+        if encoder.separator is not None and encoder.separator not in encoder._special_tokens:
+            raise UserError(f"its separator {encoder.separator!r} is none of its special tokens")
+        return encoder
     except (OSError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{folder} is no tokenizer folder (encoding.json and its files): {error}") from error
+        others = "" if (folder / FILES[0]).is_file() else f", nor has it one of {', '.join(FILES[1:])}, *.tiktoken"
+        raise UserError(f"{folder} is no tokenizer folder (encoding.json and its files{others}): {error}") from error
 
 
 def fingerprint(encoder):
     """A short hash of everything that decides the ids; two encoders with the same one are interchangeable."""
-    if not isinstance(encoder, tiktoken.Encoding):
-        return hashlib.sha256(repr(encoder.parts).encode()).hexdigest()[:16]
-    parts = (encoder._pat_str, sorted(encoder._special_tokens.items()), sorted(encoder._mergeable_ranks.items()))
+    if isinstance(encoder, tiktoken.Encoding):
+        parts = (encoder._pat_str, sorted(encoder._special_tokens.items()), sorted(encoder._mergeable_ranks.items()))
+        steps = getattr(encoder, "steps", None)
+        parts += (json.dumps(steps, sort_keys=True),) if steps else ()
+    else:
+        parts = encoder.parts
+    chosen = getattr(encoder, "separator", None)
+    if chosen and chosen != next((text for text in SEPARATORS if text in encoder._special_tokens), None):
+        parts += (chosen,)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def train_bpe(texts, vocab_size, name="bpe", pattern=PATTERN):
     """Train a byte-level BPE of vocab_size ids, END_OF_TEXT included, on an iterable of str; returns the Encoding.
 
-    Greedy: the most frequent adjacent pair inside words is merged, ties to the lowest pair of ids (Sennrich et al.,
-    arXiv 1508.07909). Pair counts are kept up to date and only the words that contain the merged pair are touched.
-    Stops early when every word is a single token. The regex package may know newer Unicode than tiktoken: characters
-    assigned between the two can make other words here than when encoding, which costs a merge or two, nothing else.
+    Greedy: see bpe.py.
     """
     if vocab_size < 257:
         raise UserError(f"a byte-level BPE needs a vocabulary of at least 257, not {vocab_size}")
-    splitter = regex.compile(pattern)
-    frequency = collections.Counter()
-    for text in texts:
-        frequency.update(splitter.findall(text))
-    letters = byte_letters()
-    tokens = [bytes([byte]) for byte in sorted(letters, key=letters.get)]  # the usual order, which decides ties
-    id_of = {token[0]: number for number, token in enumerate(tokens)}
-    words = [[id_of[byte] for byte in word.encode()] for word in frequency]
-    weights = list(frequency.values())
-    counts, where = collections.Counter(), collections.defaultdict(list)
-    for index, (word, weight) in enumerate(zip(words, weights)):
-        for pair in zip(word, word[1:]):
-            counts[pair] += weight
-            where[pair].append(index)
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
-    while heap and len(tokens) < vocab_size - 1:
-        negative, pair = heapq.heappop(heap)
-        if counts[pair] != -negative:  # it has become rarer since it was pushed
-            if counts[pair] > 0:
-                heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        (left, right), new, made = pair, len(tokens), set()
-        tokens.append(tokens[left] + tokens[right])
-        for index in where.pop(pair):
-            word, weight, i = words[index], weights[index], 0
-            while i + 1 < len(word):
-                if word[i] == left and word[i + 1] == right:
-                    word[i:i + 2] = [new]
-                    if i > 0:
-                        counts[word[i - 1], left] -= weight
-                        counts[word[i - 1], new] += weight
-                        where[word[i - 1], new].append(index)
-                        made.add((word[i - 1], new))
-                    if i + 1 < len(word):
-                        counts[right, word[i + 1]] -= weight
-                        counts[new, word[i + 1]] += weight
-                        where[new, word[i + 1]].append(index)
-                        made.add((new, word[i + 1]))
-                i += 1
-        for created in made:  # the counts of all others only fall
-            if counts[created] > 0:
-                heapq.heappush(heap, (-counts[created], created))
+    tokens = bpe.train(texts, vocab_size - 1, pattern)
     return encoding(name, {token: rank for rank, token in enumerate(tokens)}, pattern)
-
-
-# ---------------------------------------------------------------------- the kinds that are no tiktoken.Encoding
-
-def train_words(texts, size):
-    """Words of the `size` most frequent words of texts; fewer if there are no more."""
-    if texts is None or not str(size).isdecimal() or int(size) < 1:
-        raise UserError(f"words:{size} is counted on the data, as in  python -m data.prepare text notes/ "
-                        "--tokenizer=words:10000 ; to use it again, give the tokenizer folder of that data")
-    find, counts = regex.compile(WORD).findall, collections.Counter()
-    for text in texts:
-        counts.update(find(text))
-    del counts[UNKNOWN]
-    ordered = sorted(counts, key=lambda word: (-counts[word], word))
-    return Words(ordered[:int(size)])
-
-
-class Words:
-    """Word-level, as small studies use it: UNKNOWN is id 0, then the words, END_OF_TEXT last. Lossy: decoding puts one
-    space between words, none before closing marks, and cannot bring back white space or what was unknown."""
-
-    name = "words"
-
-    def __init__(self, words):
-        self.texts = [UNKNOWN, *words, END_OF_TEXT]
-        self.ids = {text: number for number, text in enumerate(self.texts[:-1])}
-        self.n_vocab, self.parts = len(self.texts), ("words", WORD, tuple(words))
-        self._special_tokens = {UNKNOWN: 0, END_OF_TEXT: self.n_vocab - 1}
-        self._find = regex.compile(WORD).findall
-
-    def encode_ordinary(self, text):
-        return [self.ids.get(word, 0) for word in self._find(text)]
-
-    def encode_ordinary_batch(self, texts, num_threads=1):
-        return [self.encode_ordinary(text) for text in texts]
-
-    def decode_single_token_bytes(self, token):
-        """With the space before it."""
-        if not 0 <= token < self.n_vocab:
-            raise KeyError(token)
-        text = self.texts[token]
-        return (text if text in CLOSING else " " + text).encode()
-
-    def decode_bytes(self, ids):
-        return b"".join(map(self.decode_single_token_bytes, ids)).replace(b"\n ", b"\n").removeprefix(b" ")
-
-    def decode(self, ids):
-        return self.decode_bytes(ids).decode()
-
-    def save(self, folder):
-        about = {"kind": "words", "name": self.name, "words": self.texts[1:-1]}
-        (folder / "encoding.json").write_text(json.dumps(about, indent=1) + "\n")
-
-
-class SentencePiece:
-    """A SentencePiece model, through the package of that name. Whether decoding gives the text back is the model's
-    affair: one with byte fallback and without normalization does."""
-
-    def __init__(self, model, name, path):
-        """model: the bytes of the .model file; path: where they come from, for errors."""
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise UserError("a SentencePiece .model needs the package:  pip install sentencepiece") from error
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"the SentencePiece model {path} is damaged: {error}") from error
-        self.model, self.name, self.n_vocab = model, name, self.processor.vocab_size()
-        self.parts = ("sentencepiece", model)
-        special = filter(lambda i: self.processor.is_control(i) or self.processor.is_unknown(i), range(self.n_vocab))
-        self._special_tokens = {self.processor.id_to_piece(i): i for i in special}
-        self.encode_ordinary = self.processor.encode
-
-    def encode_ordinary_batch(self, texts, num_threads=1):
-        return self.processor.encode(list(texts), num_threads=num_threads)
-
-    def decode_single_token_bytes(self, token):
-        """With the space before it; a control token is nothing, as in `decode`."""
-        if not 0 <= token < self.n_vocab:
-            raise KeyError(token)
-        piece = self.processor.id_to_piece(token)
-        if self.processor.is_control(token):
-            return b""
-        if self.processor.is_unknown(token):
-            return self.processor.decode([token]).encode()
-        return bytes([int(piece[3:5], 16)]) if self.processor.is_byte(token) else piece.replace("▁", " ").encode()
-
-    def decode_bytes(self, ids):
-        return self.decode(ids).encode()
-
-    def decode(self, ids):
-        return self.processor.decode(list(ids))
-
-    def save(self, folder):
-        (folder / "tokenizer.model").write_bytes(self.model)
-        about = {"kind": "sentencepiece", "name": self.name}
-        (folder / "encoding.json").write_text(json.dumps(about) + "\n")

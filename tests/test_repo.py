@@ -16,8 +16,8 @@ from tests.helpers import ROOT
 # A file imports only from lines above its own.
 ORDER = [
     ["errors"],
-    ["sampling", "kernels", "data.advice", "data.shards", "data.tokenizer", "data.convert", "data.files",
-     "data.columns", "data.sources", "owners"],
+    ["sampling", "kernels", "owners", "data.advice", "data.shards", "data.tokenizer", "data.convert", "data.published",
+     "data.bpe", "data.words", "data.files", "data.columns", "data.sources"],
     ["mla", "moe", "dispatch", "data.loader", "data.stream", "data.prepare"],
     ["model"],
     ["muon", "config", "hf_weights"],

@@ -55,7 +55,7 @@ def library_bpe(pattern=None, vocab_size=700, special_tokens=()):
     return made
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama3", "special tokens first"])
+@pytest.fixture(scope="module", params=["gpt2", "special tokens first"])
 def pair(request, tmp_path_factory):
     """(the library's tokenizer, ours from its tokenizer.json)"""
     pattern = None if request.param == "gpt2" else LLAMA3
@@ -75,7 +75,7 @@ def test_converted_tokenizer_json_equals_the_library_token_for_token(pair):
         assert theirs.decode([id], skip_special_tokens=False) == mine.decode("utf-8", "replace")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(text=st.text())
 def test_converted_equals_the_library_and_round_trips_on_any_text(pair, text):
     theirs, ours = pair
@@ -162,10 +162,10 @@ def test_any_accepted_merge_list_encodes_as_the_library_does(tokens, random):
 def spoil(about, kind):
     model, steps = about["model"], about["pre_tokenizer"]["pretokenizers"]
     if kind == "normalizer":
-        about["normalizer"] = {"type": "NFC"}
+        about["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
     elif kind == "prefix space":
         steps[1]["add_prefix_space"] = True
-    elif kind == "two splits":
+    elif kind == "letter case before the last split":
         steps.insert(0, steps[0])
     elif kind == "no words":
         about["pre_tokenizer"] = steps[1]
@@ -181,8 +181,6 @@ def spoil(about, kind):
         steps[0]["pattern"]["Regex"] = r"\w+|[^\w\s]+|\s+"
     elif kind == "unknown class":
         steps[0]["pattern"]["Regex"] = r"\p{Nonsense}+|[\s\S]"
-    elif kind == "leaves out":
-        steps[0]["pattern"]["Regex"] = r"\p{L}+|\s+"
     elif kind == "metaspace":
         about["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
     elif kind == "none":
@@ -198,7 +196,7 @@ def spoil(about, kind):
     elif kind == "byte missing":
         del model["vocab"]["A"]
     elif kind == "white space":
-        about["added_tokens"] = [{"id": 5000, "content": "  ", "special": False}]
+        about["added_tokens"] = [{"id": 5000, "content": "  ", "special": True}]
     elif kind == "id twice":
         about["added_tokens"] = [{"id": 300, "content": "<x>", "special": True}]
 
@@ -206,17 +204,16 @@ def spoil(about, kind):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("normalizer", "a normalizer"),
+        ("normalizer", "a normalizer, NFC, Lowercase"),
         ("prefix space", "add_prefix_space"),
-        ("two splits", "Split, Split, ByteLevel"),
-        ("no words", "the pre_tokenizers ByteLevel"),
+        ("letter case before the last split", r"'\(', which tiktoken reads in another way"),
+        ("no words", "the pre_tokenizers ByteLevel without use_regex, alone"),
         ("removed", "Removed"),
         ("possessive", r"'\{1,3\}.', which tiktoken reads in another way"),
         ("line ends", "'.', which tiktoken reads in another way"),
         ("hex", "which tiktoken reads in another way"),
         ("word class", "which tiktoken reads in another way"),
         ("unknown class", "tiktoken cannot read the pattern"),
-        ("leaves out", "leaves characters out"),
         ("metaspace", "Metaspace"),
         ("none", "no tokenizer.json of a BPE"),
         ("unigram", "no tokenizer.json of a BPE"),

@@ -97,6 +97,28 @@ def test_sentencepiece_equals_its_library(piece_model):
     assert ours.decode_single_token_bytes(2) == b"" and tokenizer.describe(ours)["special_tokens"]["</s>"] == 2
 
 
+def test_a_sentencepiece_end_of_text_of_any_name_separates(piece_model, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS[0].splitlines()),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        eos_piece="<eod>",
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")  # Llama-2 has one beside it that is not byte-level
+    encoder = tokenizer.load(tmp_path)
+    tokenizer.save(encoder, tmp_path / "saved")
+    assert tokenizer.end_of_text(encoder) == tokenizer.end_of_text(tokenizer.load(tmp_path / "saved")) == 2
+    assert tokenizer.encode(encoder, "a").tolist() == [2, *encoder.processor.encode("a")]
+    assert tokenizer.fingerprint(tokenizer.load(tmp_path / "saved")) == tokenizer.fingerprint(encoder)
+    plain = tokenizer.load(str(piece_model))  # </s>: nothing that earlier versions did not find
+    assert plain.separator is None and tokenizer.end_of_text(plain) == 2
+
+
 @settings(deadline=None, max_examples=200)
 @given(text=st.text())
 def test_sentencepiece_round_trip(piece_model, text):
