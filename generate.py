@@ -61,7 +61,7 @@ def published_tokenizer(path, vocab_size):
     """The tokenizer of a Hugging Face directory; None, with a line, if it cannot be read or is of another model."""
     if (path / "tokenizer").is_dir():  # of our own export
         return tokenizers.load(path / "tokenizer")
-    if not any(path.glob("*token*")):
+    if tokenizers.find(path) is None:
         return None
     try:
         encoder = tokenizers.load(path)
