@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import parallel
-from errors import UserError
+from errors import Lossy, UserError
 from muon import local_rows
 
 SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
@@ -58,7 +58,7 @@ class Guard:
         if self.lock or not run.is_dir():
             return
         try:
-            self.lock = open(run / LOCK, "a+")
+            self.lock = open(run / LOCK, "a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"{run} cannot be written ({error.strerror}): choose another --out_dir") from error
         try:
@@ -95,10 +95,13 @@ class Guard:
         faulthandler.dump_traceback_later(1.2 * allowed + 10, exit=True, file=sys.__stderr__)
 
     def __enter__(self):
+        self.terminal = sys.stdout, sys.stderr  # a full disk or a closed pipe behind them must not end a run
+        sys.stdout, sys.stderr = Lossy(sys.stdout, sys.stderr), Lossy(sys.stderr, None)
         return self
 
     def __exit__(self, kind, error, traceback):
         self.over.set()
+        sys.stdout, sys.stderr = self.terminal
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -143,13 +146,16 @@ class Guard:
         seconds = time.monotonic() - self.since
         said = f"rank {parallel.rank()} on {socket.gethostname()} has been in {self.doing} for {seconds:.0f} s"
         path = Path(self.config.out_dir) / "stacks" / f"rank_{parallel.rank():05d}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
-            file.write(f"{said}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
         print(f"error: {said}: hung? The stacks of all ranks are in {path.parent}/, and --resume continues from the "
               "last checkpoint. If nothing hangs, raise --step_timeout", file=sys.stderr, flush=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(f"{said}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:  # a full disk: the process must end all the same
+            print(f"warning: {path} cannot be written ({error})", file=sys.stderr, flush=True)
         time.sleep(5)  # the first to end ends the others: let them write too
         os._exit(HUNG)
 
@@ -253,12 +259,14 @@ def _bit_sum(tensor):
 
 def stragglers(waited, device):
     """The ranks that are slow, as [{rank, host, what, seconds, median}]: in a fixed piece of arithmetic, by twice the
-    median; in waiting for data, by a second. waited: this rank's seconds for its data since the last call."""
+    median and 5 ms, below which a clock tells nothing; in waiting for data, by a second. waited: this rank's seconds
+    for its data since the last call."""
     if parallel.ranks() == 1:
         return []
     everyone = parallel.from_all((_probe(device), waited, socket.gethostname()))
     found = []
-    for what, at, slow in (("computing", 0, lambda s, middle: s > 2 * middle), ("data", 1, lambda s, m: s > m + 1)):
+    slow_by = {"computing": lambda s, m: s > max(2 * m, m + 0.005), "data": lambda s, m: s > m + 1}
+    for at, (what, slow) in enumerate(slow_by.items()):
         middle = statistics.median_low(entry[at] for entry in everyone)
         found += [{"rank": rank, "host": entry[2], "what": what, "seconds": entry[at], "median": middle}
                   for rank, entry in enumerate(everyone) if slow(entry[at], middle)]
@@ -266,8 +274,8 @@ def stragglers(waited, device):
 
 
 def _probe(device):
-    """Seconds for matrix products that keep the device busy for less than a millisecond; the best of five."""
-    n, repeat, dtype = (2048, 10, torch.bfloat16) if device.type == "cuda" else (256, 1, torch.float32)
+    """Seconds for matrix products that keep the device busy for five milliseconds or more; the best of five."""
+    n, repeat, dtype = (2048, 200, torch.bfloat16) if device.type == "cuda" else (512, 2, torch.float32)
     x, times = torch.zeros(n, n, device=device, dtype=dtype), []
     for _ in range(5):
         start, y = time.perf_counter(), x

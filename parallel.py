@@ -62,7 +62,7 @@ def start():
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT,
                             store=store, rank=number, world_size=count)
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # one voice; errors still come from every rank
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # one voice; errors still come from every rank
     global _patient, _notes
     _patient = second_group()
     _notes = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

@@ -148,6 +148,7 @@ def train(argv, watch):
     record, skipped = None, 0
     batches = prefetch(stream, device, range(start + 1, config.max_steps + 1), sequences, config.global_batch_size,
                        micro_batch_size, parallel.rank(), parallel.ranks(), timeout=0.8 * config.step_timeout)
+    pace, ended = metrics.Pace(), time.perf_counter()
     seconds, steps_timed = 0.0, 0  # spent training since the last record; validation and saving do not count
     waited = 0.0  # for data, since the ranks compared notes
     for step in range(start + 1, config.max_steps + 1):
@@ -214,7 +215,9 @@ def train(argv, watch):
         if skipped >= config.max_skipped_steps:
             raise UserError(f"{trouble}: lower the learning rates and --resume from the last checkpoint in "
                             f"{run}/checkpoints")
-        seconds, steps_timed = seconds + time.perf_counter() - step_started, steps_timed + 1
+        pace.add(time.perf_counter() - step_started, step_started - ended)
+        ended = time.perf_counter()
+        seconds, steps_timed = seconds + ended - step_started, steps_timed + 1
 
         # Record, validate, sample, save. A signal leaves out what is not the save.
         last = step == config.max_steps
@@ -226,8 +229,7 @@ def train(argv, watch):
                 grad_norm=norm, tokens_per_second=speed, mfu=flops * speed / peak if peak else None,
                 step_ms=1000 * seconds / steps_timed, memory_gib=metrics.memory_gib(device),
                 max_attention_logit=model.max_logits.max().item(), qk_clipped_heads=int(clipped), **routing)
-            eta = (config.max_steps - step) * seconds / steps_timed
-            print(metrics.step_line(record, config.max_steps, eta), flush=True)
+            print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0 and not skipped)
         validated = None
@@ -240,7 +242,10 @@ def train(argv, watch):
         if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not watch.agreed:
             watch.beat(f"the samples of step {step}", patient=True)
             for prompt in config.sample_prompts:
-                log.sample(step, prompt, sample(model, encoder, prompt, config, step))
+                text = sample(model, encoder, prompt, config, step, log)
+                if text is not None:
+                    log.sample(step, prompt, text)
+            model.train()  # a sample that failed has not put it back yet
         if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
             guard.refuse_drift(checkpoint.named_tensors(model, optimizer), [step, sequences, optimizer.steps], step)
             for slow in guard.stragglers(waited, device):
@@ -313,10 +318,15 @@ def evaluate(model, validation, starts, batch_size, device, watch):
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
 
 
-def sample(model, encoder, prompt, config, step):
-    """A continuation of the prompt as text, from its own random generator; a sharded model needs all ranks for it."""
-    return "".join(stream_text(model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8,
-                               top_k=50, seed=config.seed + step, agree=parallel.same))
+def sample(model, encoder, prompt, config, step, log):
+    """A continuation of the prompt as text, from its own random generator; a sharded model needs all ranks for it.
+    None if it fails, which log tells: what the tokenizer raises is the same on all ranks. What memory, a device or a
+    collective raises may be on one alone, and to go on would leave the ranks in different collectives."""
+    def must_end(error):
+        return guard.is_out_of_memory(error) or parallel.ranks() > 1 and isinstance(error, RuntimeError)
+    return log.attempt(f"the sample of {prompt[:40]!r}", lambda: "".join(stream_text(
+        model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8, top_k=50,
+        seed=config.seed + step, agree=parallel.same)), must_end)
 
 
 def report_save(outcome, log, final):

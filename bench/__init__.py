@@ -20,7 +20,7 @@ from kernels.backend import synchronize
 def machine():
     """What a result has to say about where it came from."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, encoding="utf-8",
                                 cwd=Path(__file__).parent).stdout.strip()
     except OSError:  # no git here
         commit = os.environ.get("COMMIT")
@@ -31,7 +31,7 @@ def machine():
 
 def _cpu_name():
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -42,7 +42,7 @@ def save(name, result):
     folder = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.date.today().isoformat()}-{name}.json"
-    path.write_text(json.dumps({**machine(), **result}, indent=1) + "\n")
+    path.write_text(json.dumps({**machine(), **result}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 
 

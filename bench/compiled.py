@@ -229,9 +229,9 @@ def compile_launch(kernel, arguments, options):
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
         report = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null"],
-                                capture_output=True, text=True, check=True).stderr
+                                capture_output=True, encoding="utf-8", check=True).stderr
     number = lambda pattern: int(re.search(pattern, report)[1])
     return {"registers": number(r"Used (\d+) registers"), "spilled": number(r"(\d+) bytes spill stores"),
             "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"],

@@ -30,7 +30,7 @@ def final_loss(argv, folder, optimizer, rate, steps, decay):
              "--save_interval=0", "--wandb=off"]
     subprocess.run([sys.executable, "train.py", *words], cwd=Path(__file__).parent.parent, check=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     loss = [record["loss"] for record in records if record["kind"] == "val"][-1]
     print(f"{optimizer:9} lr {rate:<7g} {steps:5} steps  validation loss {loss:.4f}", flush=True)
     return loss

@@ -100,7 +100,7 @@ def test_a_spike_is_recorded_where_no_rollback_was_asked_for(config, tmp_path, b
     words = [f"--resume={tmp_path / 'run'}/checkpoints/step_00000060", f"--out_dir={tmp_path / 'resumed'}"]
     run_train(config, *STEPS, *words)
     (again,) = [e for e in records(tmp_path / "resumed", "event") if e["event"] == "spike"]
-    assert again == spike
+    assert again | {"time": 0} == spike | {"time": 0}
 
 
 def test_non_finite_steps_roll_back_too_as_often_as_allowed(config, tmp_path, monkeypatch):
