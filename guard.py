@@ -9,6 +9,7 @@ import faulthandler
 import fcntl
 import math
 import os
+import re
 import select
 import signal
 import socket
@@ -16,13 +17,14 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 import zlib
 from pathlib import Path
 
 import torch
 
 import parallel
-from errors import Lossy, UserError
+from errors import Lossy, UserError, said
 from muon import local_rows
 
 SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
@@ -99,7 +101,7 @@ class Guard:
         sys.stdout, sys.stderr = Lossy(sys.stdout, sys.stderr), Lossy(sys.stderr, None)
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, trace):
         self.over.set()
         sys.stdout, sys.stderr = self.terminal
         faulthandler.cancel_dump_traceback_later()
@@ -114,6 +116,7 @@ class Guard:
             raise parallel.Restart(words) from error  # a rank that started again was missed in a collective
         if is_out_of_memory(error):
             self._out_of_memory(error)
+        refuse_broken_compiler(error)
 
     def _note(self, number, frame):
         if self.signal is None:
@@ -144,14 +147,14 @@ class Guard:
     def _give_up(self):
         parallel.leave_note("hung", True)  # all others write down where they are
         seconds = time.monotonic() - self.since
-        said = f"rank {parallel.rank()} on {socket.gethostname()} has been in {self.doing} for {seconds:.0f} s"
+        where = f"rank {parallel.rank()} on {socket.gethostname()} has been in {self.doing} for {seconds:.0f} s"
         path = Path(self.config.out_dir) / "stacks" / f"rank_{parallel.rank():05d}.txt"
-        print(f"error: {said}: hung? The stacks of all ranks are in {path.parent}/, and --resume continues from the "
+        print(f"error: {where}: hung? The stacks of all ranks are in {path.parent}/, and --resume continues from the "
               "last checkpoint. If nothing hangs, raise --step_timeout", file=sys.stderr, flush=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:
-                file.write(f"{said}\n")
+                file.write(f"{where}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:  # a full disk: the process must end all the same
@@ -185,6 +188,17 @@ class Guard:
         raise UserError(f"out of memory in {self.doing} ({_first_line(error)}). What lowers it: --micro_batch_size "
                         f"(now {size}), --activation_checkpointing=full, a shorter --sequence_length, more ranks, "
                         "--ep; --resume continues from the last checkpoint") from error
+
+
+def refuse_broken_compiler(error):
+    """A UserError if torch.compile cannot work here: no compiler, one that fails, no Python.h, no cache folder."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "BackendCompilerFailed" in kinds or "OSError" in kinds and any(
+            "_inductor" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+        told = [line for line in str(error).splitlines() if re.search(r"(?i)error|no working|no such|failed", line)]
+        raise UserError(f"torch.compile does not work here ({' | '.join(told[:3])[:500] or said(error)}): install a "
+                        "C++ compiler (g++) and Python's headers (python3-dev), let TORCHINDUCTOR_CACHE_DIR name a "
+                        "folder that can be written, or train with --no-compile") from error
 
 
 def is_out_of_memory(error):

@@ -163,6 +163,12 @@ def ranks():
 
 # ----------------------------------------------------------------------------- agreement
 
+def announce(what, device):
+    """Say what begins, where it may take its time: compilers are at work on a GPU."""
+    if device.type != "cpu":
+        print(f"{what} ...", flush=True)
+
+
 def once(function, *args, **options):
     """Call a function on rank 0 only; every rank gets its result, or ends with its error."""
     if ranks() == 1:
@@ -221,10 +227,12 @@ def part_of(tensor):
 def choose_kernels(config, device):
     """Decide which kernels compute, the same on every rank; returns the decision in words."""
     dtype = getattr(torch, config.dtype)
+    announce("checking the kernels", device)
     on = backend.use(config.kernels, device, dtype)
     if not all(from_all(on)):  # one rank's check failed
         on = backend.use("torch", device, dtype)
     if device.type == "cuda":
+        announce("measuring which attention and which matmuls of experts are the fastest here", device)
         lines, choices = once(selfcheck.fastest, config, split_batch(config)[0], device)
         selfcheck.adopt(choices)
         print(*lines, sep="\n")

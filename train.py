@@ -20,6 +20,7 @@ import checkpoint
 import config as settings
 import errors
 import guard
+import memory
 import metrics
 import parallel
 import runs
@@ -52,6 +53,7 @@ def train(argv, watch):
     device = pick_device(config.device)
     layout = parallel.make_layout(config, device)
     kernels = parallel.choose_kernels(config, device)
+    parallel.announce(f"reading {config.data}", device)
     micro_batch_size, accumulation = parallel.split_batch(config)
     config.decay_steps = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
     tokens_per_step = config.global_batch_size * config.sequence_length
@@ -78,6 +80,7 @@ def train(argv, watch):
     changed = runs.compare(config, encoder, stream, manifest, source) if source else []
 
     # ------------------------------------------------------------------ model and optimizer
+    parallel.announce("making the model", device)
     compute_dtype = getattr(torch, config.dtype)
     model = build(config, device, lambda model: parallel.distribute(model, layout, compute_dtype))
     model.compute_dtype = compute_dtype
@@ -85,6 +88,7 @@ def train(argv, watch):
         layer.recompute = config.activation_checkpointing
     heads = config.num_attention_heads if config.muon_per_head else 0
     routes = route_parameters(model.named_parameters(), config.optimizer, heads)
+    memory.require(config, model, routes, layout, device)
     ns_dtype = config.ns_dtype
     if ns_dtype == "auto":
         ns_dtype = "float32" if config.dtype == "float32" else "bfloat16"
@@ -123,7 +127,8 @@ def train(argv, watch):
     if not parallel.once(checkpoint.pointed, run / "checkpoints", "best"):
         best_loss = None  # that of another folder or branch
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
-    if config.compile or (config.compile is None and device.type == "cuda"):
+    compiled = config.compile or (config.compile is None and device.type == "cuda")
+    if compiled:
         parallel.compile_blocks(model)
 
     # ------------------------------------------------------------------ what is about to happen
@@ -142,6 +147,8 @@ def train(argv, watch):
 
     # ------------------------------------------------------------------ the loop
     watch.begin(config)
+    if compiled:
+        print("the first step compiles the blocks ...", flush=True)
     peak = (metrics.peak_flops(device) or 0) * parallel.ranks()
     parameters = list(model.parameters())
     model.train()

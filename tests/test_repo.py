@@ -21,7 +21,7 @@ ORDER = [
     ["model"],
     ["muon", "config"],
     ["parallel"],
-    ["checkpoint", "metrics", "hf", "guard"],
+    ["checkpoint", "metrics", "hf", "guard", "memory"],
     ["generate", "runs"],
     ["export"],
     ["train"],
