@@ -122,17 +122,23 @@ class Guard:
         if self.signal is None:
             self.signal, self.noted = signal.Signals(number).name, time.monotonic()
             print(f"{self.signal}: finishing the step, then saving; once more to stop at once", flush=True)
-        elif number == signal.SIGINT or time.monotonic() > self.noted + 5:
+        elif time.monotonic() > self.noted + self._echo(number):
             signal.signal(number, self.handlers[number])
             signal.raise_signal(number)
+
+    def _echo(self, number):
+        """Seconds in which a signal is taken for the echo of the one before it: of a terminal's Ctrl-C, torchrun sends
+        one more to its ranks."""
+        if number != signal.SIGINT:
+            return 5
+        return 2 if self.signal == "SIGINT" and "TORCHELASTIC_RUN_ID" in os.environ else 0
 
     def _watch(self):
         first = math.inf
         while not self.over.is_set():
             if select.select([self.inbox], [], [], min(1.0, self.config.step_timeout / 10))[0]:
                 for number in self.inbox.recv(64):  # Python's handlers wait until the main thread leaves native code
-                    if number in self.handlers and (time.monotonic() > first + 5 or first < math.inf
-                                                    and number == signal.SIGINT):
+                    if number in self.handlers and time.monotonic() > first + self._echo(number):
                         time.sleep(1)  # where the main thread can, it has ended by now
                         os._exit(128 + number)
                     first = min(first, time.monotonic())

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import errors
 from errors import UserError, said
 
 # Dense bf16 peak of the datasheet, FLOP/s, by a part of the device name; MFU is null for devices that are not here.
@@ -209,6 +210,20 @@ def step_line(record, max_steps, eta):
     return "  ".join([*parts, f"{record['memory_gib']:.1f} GiB", f"eta {duration(eta)}"])
 
 
+def summary(folders):
+    """How far each run folder is and its newest losses, a line each."""
+    if not folders or any(folder.startswith("-") for folder in folders):
+        raise UserError("python metrics.py RUN_FOLDER ...  prints how far runs are; curves.png in each draws them")
+    for folder in folders:
+        newest = {record["kind"]: record for record in read_records(Path(folder) / "metrics.jsonl")}
+        if "train" not in newest:
+            raise UserError(f"{folder}: there is no metrics.jsonl with a step in it")
+        last, val = newest["train"], newest.get("val", {})
+        shown = {"loss": last.get("loss"), "validation": val.get("loss"), "bits per byte": val.get("bits_per_byte")}
+        print(f"{folder}: step {last['step']}" + "".join(f"  {name} {value:.4f}" for name, value in shown.items()
+                                                         if isinstance(value, int | float)))
+
+
 def expert_statistics(counts_LE, biases_LE):
     """The record fields about routing, from one step's token counts of the MoE layers; None where nothing is routed."""
     if counts_LE.numel() == 0:
@@ -294,3 +309,7 @@ def draw_curves(folder):
     pyplot.close(figure)
     os.replace(temporary, folder / "curves.png")
     return folder / "curves.png"
+
+
+if __name__ == "__main__":
+    errors.run(summary)

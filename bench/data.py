@@ -227,4 +227,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(bench.command(main, __doc__))

@@ -10,7 +10,6 @@ overlapped: as in training.
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -75,9 +74,9 @@ class Waited:
         self.meter.waiting += time.perf_counter() - started
 
 
-def main(argv=None):
+def main(argv):
     parallel.start()
-    config, path = settings.load(argv or sys.argv[1:])
+    config, path = settings.load(argv)
     device = pick_device(config.device)
     layout = parallel.make_layout(config, device)
     micro, accumulation = parallel.split_batch(config)
@@ -192,4 +191,4 @@ def measure_saves(model, optimizer, step):
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    parallel.run(bench.command(main, __doc__))
