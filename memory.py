@@ -20,6 +20,7 @@ from kernels.attention import QUERY_CHUNK
 from kernels.cross_entropy import CHUNK_ELEMENTS, DEFAULT_CHUNK_BYTES
 from muon import local_rows
 
+PYTORCH = 80 * 2**20  # what its libraries take when they first run
 SURE, TIGHT = 1.25, 0.9  # refused beyond SURE times what is free, warned of beyond TIGHT times
 
 
@@ -113,7 +114,7 @@ def needed(config, model, routes, layout, device, size, forwards):
     elif dtype.itemsize < 4:  # rounded weights are kept for the backward
         computing += dtype.itemsize * (max(blocks) if config.activation_checkpointing == "full" else sum(blocks))
     copy = parameters + state if config.async_save and device.type == "cpu" else 0
-    return parameters + state + max(updating, computing) + copy
+    return parameters + state + max(updating, computing) + copy + PYTORCH
 
 
 def activations(config, dtype, device):

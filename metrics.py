@@ -27,7 +27,7 @@ from errors import UserError, said
 PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
               "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
-
+PATIENCE = 60.0  # seconds that a run waits for W&B at its end
 SAMPLE, SAMPLE_HEAD = "\n## step {}\n\n~~~\n{}", r"\n## step ([0-9]{1,18})\n\n~~~\n"
 
 
@@ -144,8 +144,8 @@ class Service:
     """Something outside that may fail or hang, such as W&B, in a thread of its own that does what it is told in order;
     the run waits for it only at the end, and not for long."""
 
-    def __init__(self, start, name, patience=60.0):
-        self.name, self.patience, self.orders = name, patience, queue.SimpleQueue()
+    def __init__(self, start, name):
+        self.name, self.orders = name, queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
         self.thread.start()
 
@@ -156,7 +156,7 @@ class Service:
 
     def close(self):
         self.orders.put(None)
-        self.thread.join(self.patience)
+        self.thread.join(PATIENCE)
         if self.thread.is_alive():
             print(f"warning: {self.name} does not answer; going on without its last lines", flush=True)
 

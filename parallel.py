@@ -95,9 +95,7 @@ def run(main):
         status = 1
     if status in (0, errors.STOPPED) and dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    os._exit(status)  # errors.run has flushed what was printed
 
 
 class Restart(Exception):
