@@ -2,7 +2,7 @@
 
 Parameters, gradients and optimizer state are counted; what the forward keeps for the backward is added up from the
 shapes that model.py, mla.py and moe.py keep (tests/test_memory.py compares the sum with what autograd really saves).
-On a CPU the peak is met within a fifth; compiled blocks and a GPU's kernels keep less than is counted here.
+On a CPU the peak of a process is met within a quarter; compiled blocks keep less than is counted here.
 
 Shapes: D hidden_size, H heads, Q and U widths of a query and a value, R latent, F width of an MLP, K experts a token.
 """
@@ -21,7 +21,8 @@ from kernels.cross_entropy import CHUNK_ELEMENTS, DEFAULT_CHUNK_BYTES
 from muon import local_rows
 
 PYTORCH = 80 * 2**20  # what its libraries take when they first run
-SURE, TIGHT = 1.25, 0.9  # refused beyond SURE times what is free, warned of beyond TIGHT times
+PIECES = 1.25  # on a CPU, of what activations take: the allocator keeps pieces that it cannot use (measured)
+SURE, TIGHT = 1.2, 0.8  # refused beyond SURE times what is free, warned of beyond TIGHT times
 
 
 def require(config, model, routes, layout, device):
@@ -40,7 +41,7 @@ def require(config, model, routes, layout, device):
     gb = lambda n: f"{n / 2**30:,.1f} GiB"
     said = (f"about {gb(needs[size])} of memory are needed{f' on rank {rank}' * (len(everyone) > 1)} with "
             f"micro_batch_size={size}, {gb(free)} are free")
-    smaller = max((n for n, need in needs.items() if n < size and need <= free), default=None)
+    smaller = max((n for n, need in needs.items() if n < size and need <= TIGHT * free), default=None)
     levers = f"--micro_batch_size={smaller} would fit" if smaller else \
         "lower --micro_batch_size" if needs[1] < 0.8 * needs[size] else "take a smaller model or more ranks"
     if config.activation_checkpointing != "full":
@@ -106,7 +107,8 @@ def needed(config, model, routes, layout, device, size, forwards):
     parameters = 0 if device.type == "cuda" else 4 * total  # there they are allocated already, here not yet touched
     updating = 4 * total + max(muon and wire * (muon + 4 * min(muon, 2**27)), 4 * (total - muon))
     head = config.vocab_size * config.hidden_size  # the loss makes its gradient in the forward, from chunks of logits
-    computing = size * activations(config, dtype, device) + 4 * head + (4 * total if forwards > 1 else 0)
+    kept = size * activations(config, dtype, device) * (PIECES if device.type == "cpu" else 1)
+    computing = int(kept) + 4 * head + (4 * total if forwards > 1 else 0)
     computing += 4 * 4 * CHUNK_ELEMENTS["cpu"] if device.type == "cpu" else 2 * DEFAULT_CHUNK_BYTES
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
     if layout.dense is not None:  # gathered: a block, the next one, and the gradients of one; both ends all the time

@@ -310,9 +310,10 @@ def test_another_error_stays_what_it_is(config, monkeypatch):
 
 
 def test_a_process_that_really_gets_no_memory_says_so_in_one_line(config, tmp_path):
-    words = ["train.py", config, "--sequence_length=4096", "--max_position_embeddings=4096", "--micro_batch_size=1024",
+    code = "import errors, memory, train; memory.require = lambda *_: None; errors.run(train.main)"  # unforeseen
+    words = ["-c", code, config, "--sequence_length=4096", "--max_position_embeddings=4096", "--micro_batch_size=1024",
              "--global_batch_size=1024", "--hidden_size=512", "--max_steps=1"]
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=100, env={**os.environ},
+        [sys.executable, *words], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100, env={**os.environ},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30)))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--micro_batch_size (now 1024)" in done.stderr

@@ -68,7 +68,7 @@ def test_parameters_and_states_are_counted_exactly():
         made = Muon(model.named_parameters(), routes=routes)
         state = sum(t.numel() * 4 for s in made.state.values() for t in s.values())
         parameters = sum(p.numel() * 4 for p in model.parameters())
-        rest = memory.activations(config_of(), torch.float32, CPU) + 4 * model.lm_head.weight.numel() \
+        rest = int(memory.PIECES * memory.activations(config_of(), torch.float32, CPU)) + 4 * model.lm_head.weight.numel() \
             + memory.PYTORCH + 16 * 2**21
         assert with_state == 2 * parameters + state + rest
 
@@ -103,6 +103,7 @@ def test_the_micro_batch_that_is_named_fits(monkeypatch):
     two, one = needed(config, 2, 4)[0], needed(config, 4, 2)[0]
     monkeypatch.setattr(memory, "free_bytes", lambda device: (two + one) // 2)
     monkeypatch.setattr(memory, "SURE", 1.0)
+    monkeypatch.setattr(memory, "TIGHT", 1.0)
     with pytest.raises(UserError, match="--micro_batch_size=2 would fit"):
         memory.require(config, model, routes, parallel.Layout(), CPU)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
