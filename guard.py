@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import parallel
-from errors import Lossy, UserError, said
+from errors import Lossy, UserError, said, to_nowhere
 from muon import local_rows
 
 SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
@@ -104,6 +104,11 @@ class Guard:
     def __exit__(self, kind, error, trace):
         self.over.set()
         sys.stdout, sys.stderr = self.terminal
+        for stream in self.terminal:
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # Lossy has said so; it is no failure of the run
+                to_nowhere(stream)
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)

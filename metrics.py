@@ -305,9 +305,12 @@ def draw_curves(folder):
         axis.set(title=title, ylabel=unit, xlabel="step")
         axis.grid(alpha=0.3)
     temporary = folder / ".curves.png"
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-    os.replace(temporary, folder / "curves.png")
+    try:
+        figure.savefig(temporary, dpi=110)
+        os.replace(temporary, folder / "curves.png")
+    finally:
+        pyplot.close(figure)  # pyplot keeps what is not closed
+        temporary.unlink(missing_ok=True)
     return folder / "curves.png"
 
 

@@ -111,8 +111,9 @@ def start_again(words):
     old one is left: no memory of a device, no half-done collective."""
     os.environ["NANOK2_STARTS"] = str(starts() + 1)
     script = sys.orig_argv[1:len(sys.orig_argv) - len(sys.argv[1:])]
-    sys.__stdout__.flush()
-    sys.__stderr__.flush()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(OSError):  # nobody reads it
+            stream.flush()
     for descriptor in map(int, os.listdir("/dev/fd")):
         with contextlib.suppress(OSError):  # the one that listed them is closed by now
             if descriptor > 2:

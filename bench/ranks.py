@@ -9,6 +9,7 @@ gathered: Muon by its all-gather twin, matrix by matrix; packed: owners and buck
 overlapped: as in training.
 """
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -187,6 +188,7 @@ def measure_saves(model, optimizer, step):
             if isinstance(result, OSError):
                 raise result
         stalls[name] = statistics.median(times)
+    parallel.once(shutil.rmtree, folder, ignore_errors=True)
     return stalls
 
 

@@ -68,8 +68,8 @@ def test_parameters_and_states_are_counted_exactly():
         made = Muon(model.named_parameters(), routes=routes)
         state = sum(t.numel() * 4 for s in made.state.values() for t in s.values())
         parameters = sum(p.numel() * 4 for p in model.parameters())
-        rest = int(memory.PIECES * memory.activations(config_of(), torch.float32, CPU)) + 4 * model.lm_head.weight.numel() \
-            + memory.PYTORCH + 16 * 2**21
+        kept = int(memory.PIECES * memory.activations(config_of(), torch.float32, CPU))
+        rest = kept + 4 * model.lm_head.weight.numel() + memory.PYTORCH + 16 * 2**21
         assert with_state == 2 * parameters + state + rest
 
 

@@ -17,6 +17,7 @@ import errors
 import generate
 import guard
 import metrics
+import parallel
 import train
 from data import prepare
 from tests.helpers import losses, records, run_train
@@ -287,6 +288,26 @@ def test_a_cache_folder_that_cannot_be_written_is_named(config, monkeypatch):
 def test_other_errors_keep_their_traceback():
     for error in (OSError(2, "a shard"), RuntimeError("a bug"), KeyError("x")):
         guard.refuse_broken_compiler(error)
+
+
+def test_what_takes_long_on_a_gpu_is_announced(capsys):
+    for device in ("cpu", "cuda"):
+        parallel.announce("checking the kernels", torch.device(device))
+    assert capsys.readouterr().out == "checking the kernels ...\n"
+
+
+@pytest.mark.curves
+def test_a_picture_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    from matplotlib import figure, pyplot
+
+    def font(self, path, **options):
+        path.write_bytes(b"half")
+        raise RuntimeError("a font")
+
+    monkeypatch.setattr(figure.Figure, "savefig", font)
+    with pytest.raises(RuntimeError):
+        metrics.draw_curves(tmp_path)
+    assert not list(tmp_path.iterdir()) and not pyplot.get_fignums()
 
 
 # ---------------------------------------------------------------------- python metrics.py
