@@ -159,43 +159,32 @@ class Config(ModelConfig):
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-# What settings are called elsewhere: {ours, perhaps with a remark: names}.
-ELSEWHERE = {
+ELSEWHERE = {  # what other programs call a setting, {ours, perhaps with a remark: theirs}
     "muon_lr (adamw_lr follows it)": "lr learning_rate max_lr max_learning_rate peak_lr base_lr",
-    "min_lr_ratio, a share of the peak": "min_lr min_learning_rate final_lr lr_min",
+    "min_lr_ratio, a share of the peak": "min_lr min_learning_rate final_lr",
     "micro_batch_size, sequences of one forward, or global_batch_size, those of a step":
-        "batch_size bs bsz train_batch_size device_batch_size per_device_batch_size per_device_train_batch_size",
+        "batch_size bs train_batch_size device_batch_size per_device_batch_size per_device_train_batch_size",
     "global_batch_size: the forwards of a step follow from it and micro_batch_size":
         "gradient_accumulation_steps gradient_accumulation grad_accum_steps accumulation_steps accumulate_grad_batches",
-    "sequence_length": "block_size seq_len seq_length max_seq_len max_seq_length context_length ctx_len n_ctx",
-    "num_hidden_layers": "n_layer n_layers num_layers layers depth",
-    "num_attention_heads": "n_head n_heads num_heads heads",
+    "sequence_length": "block_size seq_len seq_length max_seq_len max_seq_length context_length context_size n_ctx",
+    "num_hidden_layers": "n_layer n_layers num_layers", "num_attention_heads": "n_head n_heads num_heads",
     "kv_lora_rank: heads share a latent": "n_kv_head n_kv_heads num_kv_heads num_key_value_heads",
-    "hidden_size": "n_embd d_model dim model_dim embed_dim emb_dim hidden_dim width",
-    "intermediate_size": "ffn_dim d_ff n_inner ffn_hidden_size mlp_dim mlp_ratio",
-    "n_routed_experts": "num_experts n_experts num_local_experts moe_num_experts",
-    "num_experts_per_tok": "top_k moe_top_k experts_per_token num_experts_per_token n_activated_experts",
-    "aux_loss_alpha": "router_aux_loss_coef aux_loss_coef moe_aux_loss_coeff aux_loss_weight",
-    "rope_theta": "rope_base rotary_base", "tie_word_embeddings": "tie_embeddings weight_tying tie_weights",
-    "max_steps": "max_iters n_iters iterations num_iterations train_steps num_train_steps train_iters total_steps",
-    "max_steps: a run prints how many epochs they are": "epochs num_epochs max_epochs num_train_epochs n_epochs",
+    "hidden_size": "n_embd d_model dim model_dim embed_dim", "intermediate_size": "ffn_dim d_ff n_inner mlp_ratio",
+    "n_routed_experts": "num_experts n_experts num_local_experts", "num_experts_per_tok": "top_k moe_top_k",
+    "max_steps": "max_iters n_iters num_iterations train_steps num_train_steps train_iters total_steps",
+    "max_steps: a run prints how many epochs they are": "epochs num_epochs max_epochs num_train_epochs",
     "warmup_steps": "warmup_iters warmup lr_warmup_steps num_warmup_steps warmup_ratio",
-    "decay_steps": "lr_decay_iters lr_decay_steps cooldown_steps cooldown_iters",
-    "schedule": "lr_scheduler lr_schedule lr_scheduler_type lr_decay_style decay_lr scheduler",
-    "eval_batches": "eval_iters val_batches eval_steps_count", "optimizer": "optim",
-    "eval_interval": "eval_steps eval_every val_interval val_check_interval",
-    "save_interval": "save_steps save_every checkpoint_interval ckpt_interval checkpoint_every",
-    "log_interval": "logging_steps log_every log_freq", "keep_checkpoints": "save_total_limit save_top_k",
-    "grad_clip": "max_grad_norm clip_grad gradient_clip_val gradient_clipping clip",
-    "weight_decay": "wd", "momentum, Muon's; AdamW's betas are 0.9 and 0.95": "beta1 beta2 adam_beta1 adam_beta2 betas",
-    "weight_decay: there is no dropout here": "dropout attention_dropout hidden_dropout",
-    "dtype": "precision mixed_precision bf16 fp16 amp torch_dtype", "compile": "torch_compile",
-    "activation_checkpointing": "gradient_checkpointing grad_checkpointing activation_recompute",
-    "resume": "init_from load load_from ckpt ckpt_path checkpoint resume_from resume_from_checkpoint",
-    "out_dir": "out output output_dir save_dir log_dir", "run_name": "wandb_run_name name exp_name experiment",
-    "data": "dataset dataset_name data_dir data_path train_data input input_bin",
-    "tokenizer": "tokenizer_name tokenizer_path", "wandb": "wandb_log use_wandb report_to",
-    "wandb_project": "project project_name", "sample_prompts": "prompt prompts sample_prompt",
+    "decay_steps": "lr_decay_iters lr_decay_steps cooldown_steps", "eval_batches": "eval_iters val_batches",
+    "schedule": "lr_scheduler lr_schedule lr_scheduler_type decay_lr", "eval_interval": "eval_steps val_interval",
+    "save_interval": "save_steps checkpoint_interval ckpt_interval", "log_interval": "logging_steps log_every",
+    "grad_clip": "max_grad_norm clip_grad gradient_clip_val", "optimizer": "optim", "weight_decay": "wd",
+    "momentum, Muon's; AdamW's betas are 0.9 and 0.95": "beta1 beta2 adam_beta1 adam_beta2 betas",
+    "weight_decay: there is no dropout here": "dropout attention_dropout",
+    "dtype": "precision mixed_precision bf16 fp16 amp", "activation_checkpointing": "gradient_checkpointing",
+    "resume": "init_from load_from ckpt_path checkpoint resume_from resume_from_checkpoint",
+    "keep_checkpoints": "save_total_limit", "out_dir": "out output output_dir save_dir", "compile": "torch_compile",
+    "data": "dataset dataset_name data_dir data_path train_data", "tokenizer": "tokenizer_name tokenizer_path",
+    "wandb": "wandb_log use_wandb report_to", "run_name": "wandb_run_name exp_name", "sample_prompts": "prompt prompts",
 }
 
 
@@ -282,7 +271,8 @@ def checked(name, value, where):
     if isinstance(value, int | float) and not abs(value) < 2**63:
         raise UserError(f"{name} {where} must be finite, and below 2**63 in size")
     if any(isinstance(text, str) and re.search("[\0\ud800-\udfff]", text) for text in texts):
-        raise UserError(f"{name}={value!r} {where} must be text, without NUL and without bytes that are no UTF-8")
+        raise UserError(f"{name}={value!r} {where} must be text, without NUL and without bytes that are "
+                        "no UTF-8 (in a locale without it: LC_ALL=C.UTF-8)")
     kinds = _kinds(name)
     if choices := [kind for kind in kinds if isinstance(kind, str)]:
         if isinstance(value, str) and value in choices:

@@ -27,31 +27,25 @@ SURE, TIGHT = 1.2, 0.8  # refused beyond SURE times what is free, warned of beyo
 
 def require(config, model, routes, layout, device):
     """Refuse a run that clearly does not fit on some rank, with the levers; warn where it is close. All ranks call it
-    together, before the optimizer's state is made; they end alike."""
+    together, before the optimizer's state is made, and end alike."""
     size, forwards = parallel.split_batch(config)
-    free = free_bytes(device)
-    mine = {n: needed(config, model, routes, layout, device, n, size * forwards // n)
-            for n in range(1, size + 1) if size * forwards % n == 0} if free is not None else None
-    everyone = parallel.from_all((free, mine))
+    sizes = [size] + [2**n for n in range(size.bit_length()) if 2**n < size and size * forwards % 2**n == 0]
+    needs = {n: needed(config, model, routes, layout, device, n, size * forwards // n) for n in sizes}
+    everyone = parallel.from_all((free_bytes(device), needs))
     if any(free is None for free, _ in everyone):
         print(f"how much memory is free cannot be told on this {device.type}: whether the run fits is not checked")
         return
-    rank = max(range(len(everyone)), key=lambda i: everyone[i][1][size] / max(everyone[i][0], 1))
-    free, needs = everyone[rank]
-    gb = lambda n: f"{n / 2**30:,.1f} GiB"
-    said = (f"about {gb(needs[size])} of memory are needed{f' on rank {rank}' * (len(everyone) > 1)} with "
-            f"micro_batch_size={size}, {gb(free)} are free")
+    rank, (free, needs) = max(enumerate(everyone), key=lambda item: item[1][1][size] / max(item[1][0], 1))
+    said = (f"about {needs[size] / 2**30:,.1f} GiB of memory are needed{f' on rank {rank}' * (len(everyone) > 1)} with "
+            f"micro_batch_size={size}, {free / 2**30:,.1f} GiB are free")
     smaller = max((n for n, need in needs.items() if n < size and need <= TIGHT * free), default=None)
-    levers = f"--micro_batch_size={smaller} would fit" if smaller else \
-        "lower --micro_batch_size" if needs[1] < 0.8 * needs[size] else "take a smaller model or more ranks"
-    if config.activation_checkpointing != "full":
-        levers += ", --activation_checkpointing=full needs less"
-    levers += ", and so does a shorter --sequence_length"
+    levers = f"--micro_batch_size={smaller} would fit" if smaller else "take a smaller model or more ranks"
+    levers += ", --activation_checkpointing=full needs less" * (config.activation_checkpointing != "full")
     # A GPU refuses memory without harm, and the guard then halves the micro-batch: only what never fits is refused.
-    if needs[1 if device.type == "cuda" else size] > SURE * free:
-        raise UserError(f"{said}: {levers}")
+    if needs[min(needs) if device.type == "cuda" else size] > SURE * free:
+        raise UserError(f"{said}: {levers}, and so does a shorter --sequence_length")
     if needs[size] > TIGHT * free:
-        print(f"warning: {said}, which is close: {levers}", flush=True)
+        print(f"warning: {said}, which is close: {levers}, and so does a shorter --sequence_length", flush=True)
 
 
 # ----------------------------------------------------------------------------- what is free
@@ -70,22 +64,14 @@ def free_bytes(device):
 
 
 def cgroup_bytes(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
-    """What the control groups around this process, those of a container or a batch job, still allow."""
+    """What each control group around this process, those of a container or a batch job, still allows."""
     found = []
-    try:
-        lines = Path(own).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return found
-    for controllers, path in (line.split(":", 2)[1:] for line in lines):
-        if controllers not in ("", "memory"):
-            continue
-        base = Path(root, controllers)
-        limit, usage, cache = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if controllers \
-            else ("memory.max", "memory.current", "inactive_file")
-        inner = base / path.lstrip("/")
-        for group in (inner, *inner.parents):
-            if base not in (group, *group.parents):
-                break
+    lines = Path(own).read_text(encoding="utf-8").splitlines() if Path(own).exists() else []
+    for kind, path in (line.split(":", 2)[1:] for line in lines):
+        limit, usage, cache = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if kind else \
+            ("memory.max", "memory.current", "inactive_file")  # of version 1, where every kind has a tree; of version 2
+        inner = Path(root, kind, path.lstrip("/"))
+        for group in (inner, *inner.parents) if kind in ("", "memory") else ():
             try:
                 most, used = (int((group / name).read_text(encoding="utf-8")) for name in (limit, usage))
                 stat = (group / "memory.stat").read_text(encoding="utf-8")

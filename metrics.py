@@ -211,17 +211,15 @@ def step_line(record, max_steps, eta):
 
 
 def summary(folders):
-    """How far each run folder is and its newest losses, a line each."""
-    if not folders or any(folder.startswith("-") for folder in folders):
+    """For python metrics.py RUN_FOLDER ...: how far each run is and its newest losses, a line each."""
+    if not folders or folders[0].startswith("-"):
         raise UserError("python metrics.py RUN_FOLDER ...  prints how far runs are; curves.png in each draws them")
     for folder in folders:
         newest = {record["kind"]: record for record in read_records(Path(folder) / "metrics.jsonl")}
         if "train" not in newest:
             raise UserError(f"{folder}: there is no metrics.jsonl with a step in it")
-        last, val = newest["train"], newest.get("val", {})
-        shown = {"loss": last.get("loss"), "validation": val.get("loss"), "bits per byte": val.get("bits_per_byte")}
-        print(f"{folder}: step {last['step']}" + "".join(f"  {name} {value:.4f}" for name, value in shown.items()
-                                                         if isinstance(value, int | float)))
+        loss, (val, bits) = newest["train"].get("loss"), map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
+        print(f"{folder}: step {newest['train']['step']}  loss {loss}  validation {val}  bits per byte {bits}")
 
 
 def expert_statistics(counts_LE, biases_LE):

@@ -319,8 +319,8 @@ def test_metrics_summary(config, tmp_path, capsys):
     metrics.summary([str(tmp_path / "run")])
     last, (val,) = records(tmp_path / "run")[-1], records(tmp_path / "run", "val")
     assert capsys.readouterr().out.strip() == (
-        f"{tmp_path / 'run'}: step 3  loss {last['loss']:.4f}  validation {val['loss']:.4f}  bits per byte "
-        f"{val['bits_per_byte']:.4f}")
+        f"{tmp_path / 'run'}: step 3  loss {last['loss']}  validation {val['loss']}  bits per byte "
+        f"{val['bits_per_byte']}")
     for words, message in (([], "python metrics.py RUN"), (["--x"], "RUN_FOLDER"), ([str(tmp_path)], "no metrics")):
         with pytest.raises(errors.UserError, match=message):
             metrics.summary(words)
