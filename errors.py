@@ -50,6 +50,8 @@ def run(main, pause=0.0):
         nobody_reads = isinstance(error, BrokenPipeError) and reader_has_gone(sys.stdout)
         if not isinstance(error, UserError):
             to_nowhere(sys.stdout)  # what cannot be written must not fail once more at the interpreter's end
+            if isinstance(error.__context__, UserError):  # which came before what could not be written
+                error, nobody_reads = error.__context__, False
         if nobody_reads:
             sys.exit(128 + signal.SIGPIPE)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -91,7 +93,7 @@ class Lossy:
     def _try(self, action, *arguments):
         try:
             return action(*arguments)
-        except (OSError, ValueError) as error:  # ValueError: it was closed
+        except (OSError, ValueError, RuntimeError) as error:  # closed; or a signal's handler writes amid a write
             if self.other is not None:
                 other, self.other = self.other, None
                 Lossy(other, None).write(f"warning: the terminal's lines are lost ({error}); the run goes on\n")

@@ -160,8 +160,6 @@ class Guard:
         seconds = time.monotonic() - self.since
         where = f"rank {parallel.rank()} on {socket.gethostname()} has been in {self.doing} for {seconds:.0f} s"
         path = Path(self.config.out_dir) / "stacks" / f"rank_{parallel.rank():05d}.txt"
-        print(f"error: {where}: hung? The stacks of all ranks are in {path.parent}/, and --resume continues from the "
-              "last checkpoint. If nothing hangs, raise --step_timeout", file=sys.stderr, flush=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:
@@ -170,6 +168,8 @@ class Guard:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:  # a full disk: the process must end all the same
             print(f"warning: {path} cannot be written ({error})", file=sys.stderr, flush=True)
+        print(f"error: {where}: hung? The stacks of all ranks are in {path.parent}/, and --resume continues from the "
+              "last checkpoint. If nothing hangs, raise --step_timeout", file=sys.stderr, flush=True)
         time.sleep(5)  # the first to end ends the others: let them write too
         os._exit(HUNG)
 

@@ -78,6 +78,17 @@ def test_output_to_a_full_disk_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
+def test_a_mistake_is_said_even_where_nobody_reads_the_output(monkeypatch, capsys):
+    def mistaken(argv):
+        print("something")
+        raise errors.UserError("a mistake")
+
+    read, write = os.pipe()
+    os.close(read)
+    assert ended(open(write, "w", encoding="utf-8"), monkeypatch, mistaken) == 2
+    assert capsys.readouterr().err == "error: a mistake\n"
+
+
 def test_another_broken_pipe_is_no_quiet_end(monkeypatch, capsys):
     def worker_died(argv):
         raise BrokenPipeError(32, "Broken pipe")
