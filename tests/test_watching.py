@@ -128,6 +128,18 @@ def test_a_sample_that_fails_in_the_midst_leaves_the_model_training(config, tmp_
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
+def failing_samples(error, *words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "token_bytes", lambda encoder, token: (_ for _ in ()).throw(error))
+        run_train(*words, *SHORT, "--sample_interval=1", "--sample_prompts=['a', 'b']", "--strategy=fsdp")
+
+
+def test_samples_that_fail_on_all_ranks_let_them_go_on_together(config, tmp_path, pool):
+    pool.run(2, failing_samples, KeyError("a token"), config)
+    pool.run(2, run_train, config, *SHORT, f"--out_dir={tmp_path / 'plain'}")
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain") and len(losses(tmp_path / "run")) == 3
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()], ids=repr)
 def test_memory_and_ctrl_c_pass_through_a_sample(config, monkeypatch, error):
     def encode_prompt(encoder, prompt):
