@@ -21,8 +21,8 @@ from kernels.cross_entropy import CHUNK_ELEMENTS, DEFAULT_CHUNK_BYTES
 from muon import local_rows
 
 PYTORCH = 80 * 2**20  # what its libraries take when they first run
-PIECES = 1.25  # on a CPU, of what activations take: the allocator keeps pieces that it cannot use (measured)
-SURE, TIGHT = 1.2, 0.8  # refused beyond SURE times what is free, warned of beyond TIGHT times
+PIECES = 1.35  # on a CPU, of what activations take: the allocator keeps pieces that it cannot use (measured)
+SURE, TIGHT = 1.0, 0.8  # refused beyond SURE times what is free, warned of beyond TIGHT times
 
 
 def require(config, model, routes, layout, device):
