@@ -1,7 +1,8 @@
 """Every setting of a run: names, defaults, types and reasons; configs/*.py files, --key=value, and the checks.
 
-A config file is plain Python assignments. Precedence: command line, then file, then the defaults here. An unknown
-key, a wrong type or an impossible combination is refused before anything is written. Next: train.py, which reads all
+A config file is plain Python assignments. Precedence: command line, then file, then the defaults here. On the line,
+--key value is --key=value. An unknown key, a wrong type or an impossible combination is refused before anything is
+written. Next: train.py, which reads all
 of it. (No postponed annotations here: the loader needs the real types.)
 """
 
@@ -164,11 +165,39 @@ class Config(ModelConfig):
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+ELSEWHERE = {  # what other programs call a setting, {ours, perhaps with a remark: theirs}
+    "muon_lr (adamw_lr follows it)": "lr learning_rate max_lr max_learning_rate peak_lr base_lr",
+    "min_lr_ratio, a share of the peak": "min_lr min_learning_rate final_lr",
+    "micro_batch_size, sequences of one forward, or global_batch_size, those of a step":
+        "batch_size bs train_batch_size device_batch_size per_device_batch_size per_device_train_batch_size",
+    "global_batch_size: the forwards of a step follow from it and micro_batch_size":
+        "gradient_accumulation_steps gradient_accumulation grad_accum_steps accumulation_steps accumulate_grad_batches",
+    "sequence_length": "block_size seq_len seq_length max_seq_len max_seq_length context_length context_size n_ctx",
+    "num_hidden_layers": "n_layer n_layers num_layers", "num_attention_heads": "n_head n_heads num_heads",
+    "kv_lora_rank: heads share a latent": "n_kv_head n_kv_heads num_kv_heads num_key_value_heads",
+    "hidden_size": "n_embd d_model dim model_dim embed_dim", "intermediate_size": "ffn_dim d_ff n_inner mlp_ratio",
+    "n_routed_experts": "num_experts n_experts num_local_experts", "num_experts_per_tok": "top_k moe_top_k",
+    "max_steps": "max_iters n_iters num_iterations train_steps num_train_steps train_iters total_steps",
+    "max_steps: a run prints how many epochs they are": "epochs num_epochs max_epochs num_train_epochs",
+    "warmup_steps": "warmup_iters warmup lr_warmup_steps num_warmup_steps warmup_ratio",
+    "decay_steps": "lr_decay_iters lr_decay_steps cooldown_steps", "eval_batches": "eval_iters val_batches",
+    "schedule": "lr_scheduler lr_schedule lr_scheduler_type decay_lr", "eval_interval": "eval_steps val_interval",
+    "save_interval": "save_steps checkpoint_interval ckpt_interval", "log_interval": "logging_steps log_every",
+    "grad_clip": "max_grad_norm clip_grad gradient_clip_val", "optimizer": "optim", "weight_decay": "wd",
+    "momentum, Muon's; AdamW's betas are 0.9 and 0.95": "beta1 beta2 adam_beta1 adam_beta2 betas",
+    "weight_decay: there is no dropout here": "dropout attention_dropout",
+    "dtype": "precision mixed_precision bf16 fp16 amp", "activation_checkpointing": "gradient_checkpointing",
+    "resume": "init_from load_from ckpt_path checkpoint resume_from resume_from_checkpoint",
+    "keep_checkpoints": "save_total_limit", "out_dir": "out output output_dir save_dir", "compile": "torch_compile",
+    "data": "dataset dataset_name data_dir data_path train_data", "tokenizer": "tokenizer_name tokenizer_path",
+    "wandb": "wandb_log use_wandb report_to", "run_name": "wandb_run_name exp_name", "sample_prompts": "prompt prompts",
+}
 
 
 def load(argv):
     """A checked Config from ["configs/x.py", "--key=value", ...], or with the settings of the run that the words name,
     ["out/x", "--resume"] or ["--resume=out/x"]; returns (config, path of the config file or None)."""
+    argv = joined(argv)
     names = [word for word in argv if not word.startswith("--")]
     flags = read_flags(word for word in argv if word.startswith("--"))
     run = run_folder(names, flags)
@@ -239,21 +268,47 @@ def read_file(path):
             and (name in FIELDS or not isinstance(value, types.ModuleType) and not callable(value))}
 
 
+def joined(argv):
+    """The words with --key value as --key=value. What follows a switch is its value only if it reads like one, and a
+    config file (.py) is nobody's value but that of a text. Settings without their dashes are refused."""
+    words = []
+    for word in argv:
+        key = words[-1][2:].replace("-", "_") if words and re.fullmatch(r"--[\w-]+", words[-1]) else ""
+        kinds = _kinds(key) if key in FIELDS else ()
+        if word.startswith("--") or key in ("", "help") or key.startswith("no_") and key not in FIELDS:
+            takes = False
+        elif bool in kinds and str not in kinds:
+            takes = word.lower() in ("true", "false", "none", "yes", "no", "on", "off", "0", "1")
+        else:
+            takes = not word.endswith(".py") or str in kinds and bool not in kinds
+        if takes:
+            words[-1] += f"={word}"
+            continue
+        name, equals, _ = word.lstrip("-").partition("=")
+        if re.match("-(?!-)", word) or not word.startswith("-") and equals and name.isidentifier():
+            raise UserError(f"{word}: settings are written --{word.lstrip('-')}" + (
+                "" if name in FIELDS else f" (but there is none of that name: {_hint(name)})"))
+        words.append(word)
+    return words
+
+
 def read_flags(words):
-    """--key=value, --key (True) and --no-key (False) as {key: value}."""
+    """--key=value or --key value, --key (True) and --no-key (False) as {key: value}."""
     values = {}
-    for word in words:
+    for word in joined(words):
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if not equals and name.startswith("no_") and name not in FIELDS:
             name, value = name[3:], False
         elif not equals:
+            if name in FIELDS and bool not in _kinds(name):
+                raise UserError(f"--{name} needs a value: --{name}=...  (default {FIELDS[name].default!r})")
             value = True
         else:
             try:
                 value = ast.literal_eval(text)
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it raises
-                value = {"true": True, "false": False}.get(text, text)
+                value = {"true": True, "false": False}.get(text.lower(), text)
             if name in FIELDS and str in _kinds(name) and not isinstance(value, (dict, bool, type(None))):
                 value = text  # a text that happens to look like a number stays a text
         values[name] = checked(name, value, "on the command line")
@@ -263,14 +318,13 @@ def read_flags(words):
 def checked(name, value, where):
     """value in the type of setting `name`, or a UserError that says what would be valid."""
     if name not in FIELDS:
-        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "see --help"
-        raise UserError(f"unknown setting {name!r} {where}; {hint}")
+        raise UserError(f"unknown setting {name!r} {where}; {_hint(name)}")
     texts = (value, *value) if isinstance(value, str | list | tuple | dict) else ()
     if isinstance(value, int | float) and not abs(value) < 2**63:
         raise UserError(f"{name} {where} must be finite, and below 2**63 in size")
     if any(isinstance(text, str) and re.search("[\0\ud800-\udfff]", text) for text in texts):
-        raise UserError(f"{name}={value!r} {where} must be text, without NUL and without bytes that are no UTF-8")
+        raise UserError(f"{name}={value!r} {where} must be text, without NUL and without bytes that are "
+                        "no UTF-8 (in a locale without it: LC_ALL=C.UTF-8)")
     kinds = _kinds(name)
     if choices := [kind for kind in kinds if isinstance(kind, str)]:
         if isinstance(value, str) and value in choices:
@@ -296,6 +350,13 @@ def model_config(values, where):
     return config
 
 
+def _hint(name):
+    """What an unknown name may have meant."""
+    here = next((ours for ours, theirs in ELSEWHERE.items() if name.lower().replace("-", "_") in theirs.split()), None)
+    near = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.5)
+    return f"here it is {here}" if here else f"did you mean {near[0]!r}?" if near else "see --help"
+
+
 def _kinds(name):
     """The types, or the literal choices, that a setting accepts."""
     annotation = FIELDS[name].type
@@ -310,7 +371,7 @@ def _kind_name(kind):
 
 def help_text():
     """Every setting with type, default and reason, grouped."""
-    lines = ["python train.py CONFIG [--key=value ...] [--key] [--no-key]"]
+    lines = ["python train.py CONFIG [--key=value ...] [--key value] [--key] [--no-key]"]
     groups = {}
     for name, field in FIELDS.items():
         groups.setdefault(field.metadata["group"], []).append((name, field))

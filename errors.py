@@ -1,8 +1,12 @@
-"""The one exception for mistakes of the user's, and the command-line wrapper that prints it as one line.
+"""The one exception for mistakes of the user's, the command-line wrapper that prints it as one line, and a terminal
+that cannot raise.
 
 Everything else that goes wrong is a bug and keeps its traceback. Next: config.py, where most of these are raised.
 """
 
+import contextlib
+import os
+import select
 import signal
 import sys
 import time
@@ -23,17 +27,76 @@ def one_line(text):
     return line if len(line) <= 1000 else f"{line[:700]} ... {line[-290:]}"  # what to do stands at the end
 
 
+def said(error):
+    """An exception of any kind in a few words: its name and the first line of its message."""
+    return one_line(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}").removesuffix(": ")
+
+
 def run(main, pause=0.0):
     """Call main(argv) for a script. A UserError, and what the system refuses (a full disk, a folder without
-    permission), becomes one line on stderr and exit status 2; Ctrl-C exit status 130. pause: seconds to wait before
-    saying it, for one of many ranks that make the same mistake: the first to speak ends the others."""
+    permission), becomes one line on stderr and exit status 2; Ctrl-C exit status 130; where the reader of our output
+    has gone (head, less) we end without a word, as commands do. pause: seconds to wait before saying it, for one of
+    many ranks that make the same mistake: the first to speak ends the others."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal's encoding lacks becomes an escape
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except (UserError, OSError) as error:
+        nobody_reads = isinstance(error, BrokenPipeError) and reader_has_gone(sys.stdout)
+        if not isinstance(error, UserError):
+            to_nowhere(sys.stdout)  # what cannot be written must not fail once more at the interpreter's end
+            if isinstance(error.__context__, UserError):  # which came before what could not be written
+                error, nobody_reads = error.__context__, False
+        if nobody_reads:
+            sys.exit(128 + signal.SIGPIPE)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(pause)
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on to ranks that had it already
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def reader_has_gone(stream):
+    """Whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))  # errors are reported unasked
+
+
+def to_nowhere(stream):
+    """Let all that a stream still holds and gets vanish."""
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+class Lossy:
+    """A text stream that loses what cannot be written, on a full disk or when its reader has gone, instead of raising;
+    the first loss is said on `other`."""
+
+    def __init__(self, stream, other):
+        self.stream, self.other = stream, other
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, action, *arguments):
+        try:
+            return action(*arguments)
+        except (OSError, ValueError, RuntimeError) as error:  # closed; or a signal's handler writes amid a write
+            if self.other is not None:
+                other, self.other = self.other, None
+                Lossy(other, None).write(f"warning: the terminal's lines are lost ({error}); the run goes on\n")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)

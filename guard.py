@@ -9,6 +9,7 @@ import faulthandler
 import fcntl
 import math
 import os
+import re
 import select
 import shlex
 import signal
@@ -17,13 +18,14 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 import zlib
 from pathlib import Path
 
 import torch
 
 import parallel
-from errors import UserError
+from errors import Lossy, UserError, said, to_nowhere
 from muon import local_rows
 
 SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
@@ -59,7 +61,7 @@ class Guard:
         if self.lock or not run.is_dir():
             return
         try:
-            self.lock = open(run / LOCK, "a+")
+            self.lock = open(run / LOCK, "a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"{run} cannot be written ({error.strerror}): choose another --out_dir") from error
         try:
@@ -96,10 +98,18 @@ class Guard:
         faulthandler.dump_traceback_later(1.2 * allowed + 10, exit=True, file=sys.__stderr__)
 
     def __enter__(self):
+        self.terminal = sys.stdout, sys.stderr  # a full disk or a closed pipe behind them must not end a run
+        sys.stdout, sys.stderr = Lossy(sys.stdout, sys.stderr), Lossy(sys.stderr, None)
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, trace):
         self.over.set()
+        sys.stdout, sys.stderr = self.terminal
+        for stream in self.terminal:
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # Lossy has said so; it is no failure of the run
+                to_nowhere(stream)
         faulthandler.cancel_dump_traceback_later()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -112,22 +122,29 @@ class Guard:
             raise parallel.Restart(words) from error  # a rank that started again was missed in a collective
         if is_out_of_memory(error):
             self._out_of_memory(error)
+        refuse_broken_compiler(error)
 
     def _note(self, number, frame):
         if self.signal is None:
             self.signal, self.noted = signal.Signals(number).name, time.monotonic()
             print(f"{self.signal}: finishing the step, then saving; once more to stop at once", flush=True)
-        elif number == signal.SIGINT or time.monotonic() > self.noted + 5:
+        elif time.monotonic() > self.noted + self._echo(number):
             signal.signal(number, self.handlers[number])
             signal.raise_signal(number)
+
+    def _echo(self, number):
+        """Seconds in which a signal is taken for the echo of the one before it: of a terminal's Ctrl-C, torchrun sends
+        one more to its ranks."""
+        if number != signal.SIGINT:
+            return 5
+        return 2 if self.signal == "SIGINT" and "TORCHELASTIC_RUN_ID" in os.environ else 0
 
     def _watch(self):
         first = math.inf
         while not self.over.is_set():
             if select.select([self.inbox], [], [], min(1.0, self.config.step_timeout / 10))[0]:
                 for number in self.inbox.recv(64):  # Python's handlers wait until the main thread leaves native code
-                    if number in self.handlers and (time.monotonic() > first + 5 or first < math.inf
-                                                    and number == signal.SIGINT):
+                    if number in self.handlers and time.monotonic() > first + self._echo(number):
                         time.sleep(1)  # where the main thread can, it has ended by now
                         os._exit(128 + number)
                     first = min(first, time.monotonic())
@@ -142,14 +159,17 @@ class Guard:
     def _give_up(self):
         parallel.leave_note("hung", True)  # all others write down where they are
         seconds = time.monotonic() - self.since
-        said = f"rank {parallel.rank()} on {socket.gethostname()} has been in {self.doing} for {seconds:.0f} s"
+        where = f"rank {parallel.rank()} on {socket.gethostname()} has been in {self.doing} for {seconds:.0f} s"
         path = Path(self.config.out_dir) / "stacks" / f"rank_{parallel.rank():05d}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
-            file.write(f"{said}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        print(f"error: {said}: hung? The stacks of all ranks are in {path.parent}/. If nothing hangs, raise "
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(f"{where}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:  # a full disk: the process must end all the same
+            print(f"warning: {path} cannot be written ({error})", file=sys.stderr, flush=True)
+        print(f"error: {where}: hung? The stacks of all ranks are in {path.parent}/. If nothing hangs, raise "
               f"--step_timeout. From the last checkpoint:  {command(self.config.out_dir)}", file=sys.stderr, flush=True)
         time.sleep(5)  # the first to end ends the others: let them write too
         os._exit(HUNG)
@@ -196,6 +216,17 @@ def command(run, *words):
     launcher = launcher or shlex.join([sys.orig_argv[0] or "python", script])
     resume = [f"--resume={run}"] if (Path(run) / "checkpoints/latest").exists() else [str(run), "--resume=auto"]
     return f"{launcher} {shlex.join([*resume, *words])}"
+
+
+def refuse_broken_compiler(error):
+    """A UserError if torch.compile cannot work here: no compiler, one that fails, no Python.h, no cache folder."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "BackendCompilerFailed" in kinds or "OSError" in kinds and any(
+            "_inductor" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+        told = [line for line in str(error).splitlines() if re.search(r"(?i)error|no working|no such|failed", line)]
+        raise UserError(f"torch.compile does not work here ({' | '.join(told[:3])[:500] or said(error)}): install a "
+                        "C++ compiler (g++) and Python's headers (python3-dev), let TORCHINDUCTOR_CACHE_DIR name a "
+                        "folder that can be written, or train with --no-compile") from error
 
 
 def is_out_of_memory(error):
@@ -270,12 +301,14 @@ def _bit_sum(tensor):
 
 def stragglers(waited, device):
     """The ranks that are slow, as [{rank, host, what, seconds, median}]: in a fixed piece of arithmetic, by twice the
-    median; in waiting for data, by a second. waited: this rank's seconds for its data since the last call."""
+    median and 5 ms, below which a clock tells nothing; in waiting for data, by a second. waited: this rank's seconds
+    for its data since the last call."""
     if parallel.ranks() == 1:
         return []
     everyone = parallel.from_all((_probe(device), waited, socket.gethostname()))
     found = []
-    for what, at, slow in (("computing", 0, lambda s, middle: s > 2 * middle), ("data", 1, lambda s, m: s > m + 1)):
+    slow_by = {"computing": lambda s, m: s > max(2 * m, m + 0.005), "data": lambda s, m: s > m + 1}
+    for at, (what, slow) in enumerate(slow_by.items()):
         middle = statistics.median_low(entry[at] for entry in everyone)
         found += [{"rank": rank, "host": entry[2], "what": what, "seconds": entry[at], "median": middle}
                   for rank, entry in enumerate(everyone) if slow(entry[at], middle)]
@@ -283,8 +316,8 @@ def stragglers(waited, device):
 
 
 def _probe(device):
-    """Seconds for matrix products that keep the device busy for less than a millisecond; the best of five."""
-    n, repeat, dtype = (2048, 10, torch.bfloat16) if device.type == "cuda" else (256, 1, torch.float32)
+    """Seconds for matrix products that keep the device busy for five milliseconds or more; the best of five."""
+    n, repeat, dtype = (2048, 200, torch.bfloat16) if device.type == "cuda" else (512, 2, torch.float32)
     x, times = torch.zeros(n, n, device=device, dtype=dtype), []
     for _ in range(5):
         start, y = time.perf_counter(), x

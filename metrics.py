@@ -1,26 +1,33 @@
 """Watching a run: metrics.jsonl, the terminal line, samples.md, W&B, the curves, memory and MFU.
 
-metrics.jsonl is always written and is the truth; W&B gets the same keys under train/ and val/ and can never stop a run.
+metrics.jsonl is always written and is the truth; W&B gets the same keys under train/ and val/. None of them can stop a
+run: what fails is said once, and how much was lost at the end.
 """
 
+import collections
 import json
 import math
 import netrc
 import os
+import queue
 import re
 import resource
+import statistics
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 
-from errors import UserError
+import errors
+from errors import UserError, said
 
 # Dense bf16 peak of the datasheet, FLOP/s, by a part of the device name; MFU is null for devices that are not here.
 PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
               "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
-
+PATIENCE = 60.0  # seconds that a run waits for W&B at its end
 SAMPLE, SAMPLE_HEAD = "\n## step {}\n\n~~~\n{}", r"\n## step ([0-9]{1,18})\n\n~~~\n"
 
 
@@ -44,6 +51,26 @@ def duration(seconds):
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
+class Pace:
+    """How long the rest of a run will take, from the steps so far: the first ones, in which compilers are at work, and
+    the slowest sixteenth count only while there are no others. Validations and saves count as they came."""
+
+    def __init__(self, early=3):
+        self.early, self.steps, self.others, self.seconds = early, 0, 0.0, collections.deque(maxlen=128)
+
+    def add(self, step_seconds, other_seconds=0.0):
+        """A step has taken so long, and what else happened since the one before."""
+        if self.steps == self.early:
+            self.seconds.clear()
+        self.steps, self.others = self.steps + 1, self.others + other_seconds
+        self.seconds.append(step_seconds)
+
+    def left(self, steps):
+        """Seconds for so many more steps."""
+        usual = sorted(self.seconds)[:max(len(self.seconds) - len(self.seconds) // 16 - 1, 1)]
+        return steps * (statistics.fmean(usual) + self.others / self.steps)
+
+
 class RunLog:
     """Appends records to metrics.jsonl (and W&B) and texts to samples.md. Opening it at `step` drops what an
     interrupted run wrote beyond that step, so that a resumed run leaves no line twice. Of many ranks only one writes:
@@ -51,50 +78,48 @@ class RunLog:
 
     def __init__(self, folder, config, step, run_id, active=True):
         self.folder, self.path, self.wandb = Path(folder), Path(folder) / "metrics.jsonl", None
-        self.active = active
+        self.active, self.lost = active, collections.Counter()
         if not active:
-            self.file = open(os.devnull, "w")
+            self.file = open(os.devnull, "w", encoding="utf-8")
             return
         records = [record for record in read_records(self.path) if record["step"] <= step]
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
         samples = self.folder / "samples.md"
         if samples.exists():
-            head, *parts = re.split(SAMPLE_HEAD, samples.read_text(errors="replace"))  # numbers and texts take turns
+            text = samples.read_bytes().decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 stay what they are
+            head, *parts = re.split(SAMPLE_HEAD, text)  # numbers and texts take turns
             kept = [SAMPLE.format(number, text) for number, text in zip(parts[::2], parts[1::2]) if int(number) <= step]
             replace_text(samples, head + "".join(kept))
-        self.file = open(self.path, "a", buffering=1)  # a line at a time, so that a kill loses at most one
-        self.wandb = start_wandb(config, self.folder, run_id)
+        self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # a line at a time: a kill loses at most one
+        self.wandb = Service(lambda: start_wandb(config, self.folder, run_id), "W&B")
 
     def write(self, kind, step, **fields):
-        """Append {"kind", "step", **fields}; non-finite numbers become null, which JSON can hold. Returns the
-        record."""
+        """Append {"kind", "step", "time", **fields}; time: seconds since 1970 (UTC). Non-finite numbers become null,
+        which JSON can hold. Returns the record."""
         fields = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in fields.items()}
-        record = {"kind": kind, "step": step, **fields}
-        self._try(lambda: self.file.write(json.dumps(record) + "\n"))
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **fields}
+        self.attempt("metrics.jsonl", lambda: self.file.write(json.dumps(record) + "\n"))
         numbers = {f"{kind}/{key}": v for key, v in fields.items() if isinstance(v, (int, float))}
-        self._to_wandb(lambda run: run.log(numbers, step=step))
+        if self.wandb:
+            self.wandb.do(lambda run: run.log(numbers, step=step))
         return record
 
-    def _try(self, action):
-        """A full disk must not cost the run more than some lines of its log."""
+    def attempt(self, what, action, must_end=lambda error: False):
+        """Do what a run can do without. Whatever it raises, a full disk, a missing font, costs no more than a record, a
+        picture, a sample, unless must_end(error); the first failure of a kind is said at once, their number at last."""
         try:
-            action()
-        except OSError as error:
-            print(f"warning: the log is incomplete: {error}", flush=True)
+            return action()
+        except Exception as error:
+            if must_end(error):
+                raise
+            self.lost[what] += 1
+            if self.lost[what] == 1:
+                print(f"warning: {what} is incomplete ({said(error)}); the run goes on without it", flush=True)
 
     def draw(self):
         if self.active:
-            self._try(lambda: draw_curves(self.folder))
-
-    def _to_wandb(self, action):
-        if self.wandb is None:
-            return
-        try:
-            action(self.wandb)
-        except Exception as error:  # a logging service must not cost a training run
-            print(f"warning: W&B failed ({error}); going on without it")
-            self.wandb = None
+            self.attempt("curves.png", lambda: draw_curves(self.folder))
 
     def sample(self, step, prompt, text):
         if not self.active:
@@ -102,19 +127,56 @@ class RunLog:
         path = self.folder / "samples.md"
 
         def append():
-            with open(path, "a") as file:
+            with open(path, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 file.write(("" if file.tell() else "# Samples\n") + SAMPLE.format(step, f"{prompt}{text}\n~~~\n"))
-        self._try(append)
+        self.attempt("samples.md", append)
 
     def close(self):
-        self._try(self.file.close)
-        self._to_wandb(lambda run: run.finish())
+        self.attempt("metrics.jsonl", self.file.close)
+        if self.wandb:
+            self.wandb.close()
+        for what, count in self.lost.items():
+            print(f"warning: {what}: {count} {'times' if count > 1 else 'time'} nothing could be written", flush=True)
+        self.lost.clear()
+
+
+class Service:
+    """Something outside that may fail or hang, such as W&B, in a thread of its own that does what it is told in order;
+    the run waits for it only at the end, and not for long."""
+
+    def __init__(self, start, name):
+        self.name, self.orders = name, queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
+        self.thread.start()
+
+    def do(self, action):
+        """Let action(what was started) be done in its turn."""
+        if self.thread.is_alive():
+            self.orders.put(action)
+
+    def close(self):
+        self.orders.put(None)
+        self.thread.join(PATIENCE)
+        if self.thread.is_alive():
+            print(f"warning: {self.name} does not answer; going on without its last lines", flush=True)
+
+    def _work(self, start):
+        doing = "start"
+        try:
+            run = start()
+            while run is not None and (action := self.orders.get()):
+                doing = "go on"
+                action(run)
+            if run is not None:
+                run.finish()
+        except (Exception, SystemExit) as error:  # a logging service must not cost a training run
+            print(f"warning: {self.name} did not {doing} ({said(error)}); the run goes on without it", flush=True)
 
 
 def replace_text(path, text):
     """Give a small file a new content, the old or the new one at every instant."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
+    temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
     os.replace(temporary, path)
 
 
@@ -148,6 +210,18 @@ def step_line(record, max_steps, eta):
     return "  ".join([*parts, f"{record['memory_gib']:.1f} GiB", f"eta {duration(eta)}"])
 
 
+def summary(folders):
+    """For python metrics.py RUN_FOLDER ...: how far each run is and its newest losses, a line each."""
+    if not folders or folders[0].startswith("-"):
+        raise UserError("python metrics.py RUN_FOLDER ...  prints how far runs are; curves.png in each draws them")
+    for folder in folders:
+        newest = {record["kind"]: record for record in read_records(Path(folder) / "metrics.jsonl")}
+        if "train" not in newest:
+            raise UserError(f"{folder}: there is no metrics.jsonl with a step in it")
+        loss, (val, bits) = newest["train"].get("loss"), map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
+        print(f"{folder}: step {newest['train']['step']}  loss {loss}  validation {val}  bits per byte {bits}")
+
+
 def expert_statistics(counts_LE, biases_LE):
     """The record fields about routing, from one step's token counts of the MoE layers; None where nothing is routed."""
     if counts_LE.numel() == 0:
@@ -164,8 +238,9 @@ def require_wandb(config):
     if config.wandb in ("online", "offline"):
         try:
             import wandb  # noqa: F401
-        except ImportError as error:
-            raise UserError(f"wandb={config.wandb!r} needs the package: pip install wandb, or --wandb=off") from error
+        except Exception as error:  # a damaged one raises anything
+            raise UserError(f"wandb={config.wandb!r} needs the package: pip install wandb, or --wandb=off "
+                            f"({said(error)})") from error
 
 
 def start_wandb(config, folder, run_id):
@@ -182,14 +257,10 @@ def start_wandb(config, folder, run_id):
         if mode in ("off", "disabled"):
             return None
     if mode == "online" and not _logged_in():
-        print("warning: W&B has no login (wandb login); going on without it")
+        print("warning: W&B has no login (wandb login); going on without it", flush=True)
         return None
-    try:
-        return wandb.init(project=config.wandb_project, name=config.run_name or folder.name, id=run_id, resume="allow",
-                          dir=str(folder), mode=mode, config=vars(config))
-    except Exception as error:  # a logging service must not cost a training run
-        print(f"warning: W&B did not start ({error}); going on without it")
-        return None
+    return wandb.init(project=config.wandb_project, name=config.run_name or folder.name, id=run_id, resume="allow",
+                      dir=str(folder), mode=mode, config=vars(config))
 
 
 def _logged_in():
@@ -232,7 +303,14 @@ def draw_curves(folder):
         axis.set(title=title, ylabel=unit, xlabel="step")
         axis.grid(alpha=0.3)
     temporary = folder / ".curves.png"
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-    os.replace(temporary, folder / "curves.png")
+    try:
+        figure.savefig(temporary, dpi=110)
+        os.replace(temporary, folder / "curves.png")
+    finally:
+        pyplot.close(figure)  # pyplot keeps what is not closed
+        temporary.unlink(missing_ok=True)
     return folder / "curves.png"
+
+
+if __name__ == "__main__":
+    errors.run(summary)

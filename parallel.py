@@ -62,7 +62,7 @@ def start():
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT,
                             store=store, rank=number, world_size=count)
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # one voice; errors still come from every rank
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # one voice; errors still come from every rank
     global _patient, _notes
     _patient = second_group()
     _notes = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -95,9 +95,7 @@ def run(main):
         status = 1
     if status in (0, errors.STOPPED) and dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    os._exit(status)  # errors.run has flushed what was printed
 
 
 class Restart(Exception):
@@ -113,8 +111,9 @@ def start_again(words):
     old one is left: no memory of a device, no half-done collective."""
     os.environ["NANOK2_STARTS"] = str(starts() + 1)
     script = sys.orig_argv[1:len(sys.orig_argv) - len(sys.argv[1:])]
-    sys.__stdout__.flush()
-    sys.__stderr__.flush()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(OSError):  # nobody reads it
+            stream.flush()
     for descriptor in map(int, os.listdir("/dev/fd")):
         with contextlib.suppress(OSError):  # the one that listed them is closed by now
             if descriptor > 2:
@@ -162,6 +161,12 @@ def ranks():
 
 
 # ----------------------------------------------------------------------------- agreement
+
+def announce(what, device):
+    """Say what begins, where it may take its time: compilers are at work on a GPU."""
+    if device.type != "cpu":
+        print(f"{what} ...", flush=True)
+
 
 def once(function, *args, **options):
     """Call a function on rank 0 only; every rank gets its result, or ends with its error."""
@@ -221,10 +226,12 @@ def part_of(tensor):
 def choose_kernels(config, device):
     """Decide which kernels compute, the same on every rank; returns the decision in words."""
     dtype = getattr(torch, config.dtype)
+    announce("checking the kernels", device)
     on = backend.use(config.kernels, device, dtype)
     if not all(from_all(on)):  # one rank's check failed
         on = backend.use("torch", device, dtype)
     if device.type == "cuda":
+        announce("measuring which attention and which matmuls of experts are the fastest here", device)
         lines, choices = once(selfcheck.fastest, config, split_batch(config)[0], device)
         selfcheck.adopt(choices)
         print(*lines, sep="\n")

@@ -21,6 +21,7 @@ import checkpoint
 import config as settings
 import errors
 import guard
+import memory
 import metrics
 import parallel
 import runs
@@ -53,6 +54,7 @@ def train(argv, watch):
     device = pick_device(config.device)
     layout = parallel.make_layout(config, device)
     kernels = parallel.choose_kernels(config, device)
+    parallel.announce(f"reading {config.data}", device)
     micro_batch_size, accumulation = parallel.split_batch(config)
     tokens_per_step = config.global_batch_size * config.sequence_length
 
@@ -83,6 +85,7 @@ def train(argv, watch):
         return None
 
     # ------------------------------------------------------------------ model and optimizer
+    parallel.announce("making the model", device)
     compute_dtype = getattr(torch, config.dtype)
     model = build(config, device, lambda model: parallel.distribute(model, layout, compute_dtype))
     model.compute_dtype = compute_dtype
@@ -90,6 +93,7 @@ def train(argv, watch):
         layer.recompute = config.activation_checkpointing
     heads = config.num_attention_heads if config.muon_per_head else 0
     routes = route_parameters(model.named_parameters(), config.optimizer, heads)
+    memory.require(config, model, routes, layout, device)
     ns_dtype = config.ns_dtype
     if ns_dtype == "auto":
         ns_dtype = "float32" if config.dtype == "float32" else "bfloat16"
@@ -130,7 +134,8 @@ def train(argv, watch):
         print(rates, end="\n" * bool(rates))
     best_loss = parallel.once(runs.best_loss, run, manifest.get("best_loss"))
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
-    if config.compile or (config.compile is None and device.type == "cuda"):
+    compiled = config.compile or (config.compile is None and device.type == "cuda")
+    if compiled:
         parallel.compile_blocks(model)
 
     # ------------------------------------------------------------------ what is about to happen
@@ -149,12 +154,15 @@ def train(argv, watch):
     # ------------------------------------------------------------------ the loop
     watch.begin(config)
     decay_steps = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
+    if compiled:
+        print("the first step compiles the blocks ...", flush=True)
     peak = (metrics.peak_flops(device) or 0) * parallel.ranks()
     parameters = list(model.parameters())
     model.train()
     record, skipped = None, 0
     batches = prefetch(stream, device, range(start + 1, config.max_steps + 1), sequences, config.global_batch_size,
                        micro_batch_size, parallel.rank(), parallel.ranks(), timeout=0.8 * config.step_timeout)
+    pace, ended = metrics.Pace(), time.perf_counter()
     seconds, steps_timed = 0.0, 0  # spent training since the last record; validation and saving do not count
     waited = 0.0  # for data, since the ranks compared notes
     for step in range(start + 1, config.max_steps + 1):
@@ -221,7 +229,9 @@ def train(argv, watch):
         if skipped >= config.max_skipped_steps:
             raise UserError(f"{trouble}: lower the learning rates and continue from the last checkpoint:  "
                             f"{guard.command(run, f'--muon_lr={config.muon_lr / 2:g}')}")
-        seconds, steps_timed = seconds + time.perf_counter() - step_started, steps_timed + 1
+        pace.add(time.perf_counter() - step_started, step_started - ended)
+        ended = time.perf_counter()
+        seconds, steps_timed = seconds + ended - step_started, steps_timed + 1
 
         # Record, validate, sample, save. A signal leaves out what is not the save.
         last = step == config.max_steps
@@ -233,8 +243,7 @@ def train(argv, watch):
                 grad_norm=norm, tokens_per_second=speed, mfu=flops * speed / peak if peak else None,
                 step_ms=1000 * seconds / steps_timed, memory_gib=metrics.memory_gib(device),
                 max_attention_logit=model.max_logits.max().item(), qk_clipped_heads=int(clipped), **routing)
-            eta = (config.max_steps - step) * seconds / steps_timed
-            print(metrics.step_line(record, config.max_steps, eta), flush=True)
+            print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0 and not skipped)
         validated = None
@@ -247,7 +256,10 @@ def train(argv, watch):
         if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not watch.agreed:
             watch.beat(f"the samples of step {step}", patient=True)
             for prompt in config.sample_prompts:
-                log.sample(step, prompt, sample(model, encoder, prompt, config, step))
+                text = sample(model, encoder, prompt, config, step, log)
+                if text is not None:
+                    log.sample(step, prompt, text)
+            model.train()  # a sample that failed has not put it back yet
         if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
             counted = [step, sequences, optimizer.steps]
             guard.refuse_drift(checkpoint.named_tensors(model, optimizer), counted, step, run)
@@ -326,16 +338,15 @@ def evaluate(model, validation, starts, batch_size, device, watch):
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
 
 
-def sample(model, encoder, prompt, config, step):
-    """A continuation of the prompt as text, from its own random generator; a sharded model needs all ranks for it. No
-    sample is worth a run: what goes wrong is said, and stands in its place."""
-    try:
-        return "".join(stream_text(model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8,
-                                   top_k=50, seed=config.seed + step, agree=parallel.same))
-    except Exception as error:
-        said = errors.one_line(f"no sample of {prompt!r} at step {step}: {type(error).__name__}: {error}")
-        print(f"warning: {said}; going on", flush=True)
-        return f"({said})"
+def sample(model, encoder, prompt, config, step, log):
+    """A continuation of the prompt as text, from its own random generator; a sharded model needs all ranks for it.
+    None if it fails, which log tells: what the tokenizer raises is the same on all ranks. What memory, a device or a
+    collective raises may be on one alone, and to go on would leave the ranks in different collectives."""
+    def must_end(error):
+        return guard.is_out_of_memory(error) or parallel.ranks() > 1 and isinstance(error, RuntimeError)
+    return log.attempt(f"the sample of {prompt[:40]!r}", lambda: "".join(stream_text(
+        model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8, top_k=50,
+        seed=config.seed + step, agree=parallel.same)), must_end)
 
 
 def report_save(outcome, log, final):

@@ -5,11 +5,10 @@
 --tune, on a GPU: Triton's kernels one by one with other tiles, for triton_attention.blocks; minutes of compiling.
 """
 
-import sys
-
 import torch
 
 import bench
+import errors
 from kernels import attention, backend
 
 PEAK_FLOPS, PEAK_BYTES = 788e12, 4.3e12  # an H200, measured
@@ -129,13 +128,17 @@ def tune(name, B, T, H, Q, V):
 
 
 def main(argv):
+    if set(argv) - {"--tune"}:
+        raise errors.UserError(f"what is {' '.join(argv)}? There is --tune, --out=FOLDER, and --help")
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     backend.use("triton" if cuda else "torch", torch.device(device), dtype)
     if not cuda:
         print("no GPU: small sizes, PyTorch only")
     if "--tune" in argv:
-        for name in ("small", "k2") if cuda else sys.exit("--tune needs a GPU"):
+        if not cuda:
+            raise errors.UserError("--tune needs a GPU")
+        for name in ("small", "k2"):
             tune(name, *SIZES[name])
         return
     result = {"ratios": {}, "attention": {}, "maximum": {}, "decode": {}}
@@ -155,4 +158,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    errors.run(bench.command(main, __doc__))

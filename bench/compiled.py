@@ -4,19 +4,17 @@ Needs no GPU: the launchers run on meta tensors, and what they would launch is c
     python -m bench.compiled [part of a case's name ...]
 """
 
+import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 import bench
+import errors
+from errors import UserError, said
 
 SHARED_LIMIT = 227 * 1024  # what one block may use on sm_90
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
@@ -195,6 +193,7 @@ def decode():
 
 def launches_of(function):
     """[(kernel, arguments by name, launch options)] of everything that function() would launch."""
+    from triton.runtime.jit import JITFunction
     found, original = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **keywords):
@@ -210,6 +209,9 @@ def launches_of(function):
 
 def compile_launch(kernel, arguments, options):
     """Registers, spilled bytes, shared memory and whether there is a wgmma, of one launch compiled for sm_90a."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -229,22 +231,47 @@ def compile_launch(kernel, arguments, options):
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
         report = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null"],
-                                capture_output=True, text=True, check=True).stderr
+                                capture_output=True, encoding="utf-8", errors="replace")
+        if report.returncode:
+            raise RuntimeError(f"ptxas: {report.stderr.strip()[:300]}")
+        report = report.stderr
     number = lambda pattern: int(re.search(pattern, report)[1])
     return {"registers": number(r"Used (\d+) registers"), "spilled": number(r"(\d+) bytes spill stores"),
             "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"],
             "warps": compiled.metadata.num_warps}
 
 
-def main(parts=()):
-    rows, seen, bad = {}, set(), []
-    for name, function in CASES.items():
+def version():
+    """That of Triton, to which the compiler's inner functions belong that are called here."""
+    try:
+        import triton
+    except ImportError as error:
+        raise UserError(f"this needs Triton ({error}): pip install -r requirements-dev.txt") from error
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("where Triton interprets, nothing is compiled: unset TRITON_INTERPRET")
+    return triton.__version__
+
+
+def rows_of(name, version):
+    """What every launch of a case compiles to; whatever another Triton says against it, in one line."""
+    try:
+        return [{"kernel": kernel.__name__, **compile_launch(kernel, arguments, options)}
+                for kernel, arguments, options in launches_of(CASES[name])]
+    except Exception as error:
+        raise UserError(f"Triton {version} does not compile {name} as the one in requirements-dev.txt does: "
+                        f"{said(error)}") from error
+
+
+def main(parts):
+    rows, seen, bad, triton_version = {}, set(), [], version()
+    if unknown := [part for part in parts if not any(part in name for name in CASES)]:
+        raise UserError(f"no case is called {' or '.join(unknown)}: {', '.join(CASES)}")
+    for name in CASES:
         if parts and not any(part in name for part in parts):
             continue
-        for kernel, arguments, options in launches_of(function):
-            row = {"kernel": kernel.__name__, **compile_launch(kernel, arguments, options)}
+        for row in rows_of(name, triton_version):
             key = (name, *row.values())
             if key in seen:
                 continue
@@ -255,10 +282,9 @@ def main(parts=()):
             if row["spilled"] or row["shared"] > SHARED_LIMIT:
                 bad.append(f"{name} {row['kernel']}")
     if not parts:
-        bench.save("compiled-sm90a", {"cases": rows})
-    if bad:
-        sys.exit("spills, or more shared memory than an H200 block has: " + ", ".join(bad))
+        bench.save("compiled-sm90a", {"cases": rows, "triton": triton_version})
+    return "spills, or more shared memory than an H200 block has: " + ", ".join(bad) if bad else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    errors.run(bench.command(main, __doc__))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import bench
+import errors
 from kernels import backend, cross_entropy
 from kernels.cross_entropy import IGNORE, cross_entropy_twin, linear_cross_entropy
 
@@ -104,4 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(bench.command(main, __doc__))

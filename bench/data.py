@@ -34,12 +34,14 @@ WORDS = ["--tokenizer=data/stdlib/tokenizer", "--overwrite"]
 
 def corpus(path, megabytes):
     """A jsonl file of the standard library's functions, over and over with a number in front; returns the documents."""
-    parts = [part for file in sources.stdlib_files() for part in file.read_text(errors="replace").split("\n\n\n")]
+    sources_read = (file.read_text(encoding="utf-8", errors="replace") for file in sources.stdlib_files())
+    parts = [part for text in sources_read for part in text.split("\n\n\n")]
     documents, size = [], 0
     while size < megabytes * 1e6:
         documents.append(f"# {len(documents)}\n{parts[len(documents) % len(parts)]}")
         size += len(documents[-1].encode())
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents),
+                    encoding="utf-8")
     return documents
 
 
@@ -66,9 +68,9 @@ def prepare_overhead(megabytes=20):
 def prepare_alone(*words):
     """{seconds, peak GiB} of data.prepare in a process of its own."""
     code = ("import sys; from data import prepare; prepare.main(sys.argv[1:]); "
-            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
+            "print(open('/proc/self/status', encoding='utf-8').read().split('VmHWM:')[1].split()[0])")
     started = time.time()
-    done = subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.PIPE, encoding="utf-8")
     result = {"seconds": time.time() - started, "peak GiB": int(done.stdout.split()[-1]) / 2**20}
     print(words[0], result, flush=True)
     return result
@@ -89,8 +91,9 @@ def long_line(megabytes=100):
     """One line of text, whose end is validation, and as a jsonl document among others."""
     with tempfile.TemporaryDirectory() as folder:
         line = ("word and another one, " * (megabytes * 10**6 // 22)).strip()
-        Path(folder, "a.txt").write_text(line)
-        Path(folder, "a.jsonl").write_text(json.dumps({"text": line}) + '\n{"text": "short"}\n{"text": "end"}\n')
+        Path(folder, "a.txt").write_text(line, encoding="utf-8")
+        Path(folder, "a.jsonl").write_text(
+            json.dumps({"text": line}) + '\n{"text": "short"}\n{"text": "end"}\n', encoding="utf-8")
         more = [*WORDS, "--shard_tokens=5000000", f"--out={folder}/d"]
         return {"text": prepare_alone("text", f"{folder}/a.txt", *more),
                 "jsonl": prepare_alone("jsonl", f"{folder}/a.jsonl", "--val_fraction=0.5", *more)}
@@ -140,7 +143,8 @@ def random_shards(folder, tokens, vocab=50_257, mean_length=700, shard_tokens=10
 
 def resident(kind):
     """A part of this process's memory in MiB: RssAnon is its own, RssFile the page cache mapped from files."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if line.startswith(kind))
     return int(line.split()[1]) / 1024
 
 
@@ -223,4 +227,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(bench.command(main, __doc__))

@@ -7,6 +7,7 @@ operations (eager and compiled) and the per-expert loop; then every matmul alone
 import torch
 
 import bench
+import errors
 from kernels import backend, experts, routing
 
 # N tokens, D, F, E, K
@@ -129,4 +130,4 @@ def products(shape, dtype, device):
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(bench.command(main, __doc__))

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and torch: the tests that need one, whole steps of configs/small.py, a run of it, and every
-# kernel's bench; JSON and logs go to $OUT or bench/results/, a table of ratios comes last. It ends within 9 minutes
+# kernel's bench; JSON and logs go to $OUT or a folder outside of the checkout, a table of ratios comes last. It ends within 9 minutes
 # ($BUDGET seconds): what there was no time for is named, and parts can be run alone.
 #   bash bench/gpu.sh                 # tests step run kernels
 #   bash bench/gpu.sh more            # the other tests of the kernels, configs/gpt.py, ranks over NCCL
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON="${PYTHON:-python3}"
-export OUT="${OUT:-bench/results}"
+export OUT="${OUT:-${TMPDIR:-/tmp}/nanok2-bench}"
 mkdir -p "$OUT"
 PARTS="${*:-tests step run kernels}"
 BUDGET="${BUDGET:-525}"

@@ -8,6 +8,7 @@ import torch
 from torch.optim import _muon as torch_muon
 
 import bench
+import errors
 from kernels import backend, newton_schulz
 from kernels.newton_schulz import newton_schulz_replayed, symmetric_product_twin
 
@@ -105,4 +106,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(bench.command(main, __doc__))

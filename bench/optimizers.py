@@ -28,9 +28,11 @@ def final_loss(argv, folder, optimizer, rate, steps, decay):
     words = [*argv, f"--out_dir={run}", f"--optimizer={optimizer}", f"--muon_lr={rate}", "--adamw_lr=None",
              f"--max_steps={steps}", f"--decay_steps={decay}", f"--eval_interval={steps}", "--sample_interval=0",
              "--save_interval=0", "--wandb=off"]
-    subprocess.run([sys.executable, "train.py", *words], cwd=Path(__file__).parent.parent, check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=Path(__file__).parent.parent, encoding="utf-8",
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode:
+        raise errors.UserError(f"the run with {optimizer} at {rate} failed: {done.stderr.strip()[-700:]}")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     loss = [record["loss"] for record in records if record["kind"] == "val"][-1]
     print(f"{optimizer:9} lr {rate:<7g} {steps:5} steps  validation loss {loss:.4f}", flush=True)
     return loss
@@ -58,4 +60,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    errors.run(lambda argv: main(argv or sys.exit("python -m bench.optimizers CONFIG [--key=value ...]")))
+    errors.run(bench.command(main, __doc__))

@@ -9,8 +9,8 @@ gathered: Muon by its all-gather twin, matrix by matrix; packed: owners and buck
 overlapped: as in training.
 """
 
+import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -75,9 +75,9 @@ class Waited:
         self.meter.waiting += time.perf_counter() - started
 
 
-def main(argv=None):
+def main(argv):
     parallel.start()
-    config, path = settings.load(argv or sys.argv[1:])
+    config, path = settings.load(argv)
     device = pick_device(config.device)
     layout = parallel.make_layout(config, device)
     micro, accumulation = parallel.split_batch(config)
@@ -188,8 +188,9 @@ def measure_saves(model, optimizer, step):
             if isinstance(result, OSError):
                 raise result
         stalls[name] = statistics.median(times)
+    parallel.once(shutil.rmtree, folder, ignore_errors=True)
     return stalls
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    parallel.run(bench.command(main, __doc__))

@@ -7,6 +7,7 @@ compiled. Both are bound by memory: the share of 4.3 TB/s says how well.
 import torch
 
 import bench
+import errors
 from kernels import backend, routing
 
 # sequences, their length, E, K, groups, groups used
@@ -60,4 +61,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(bench.command(main, __doc__))

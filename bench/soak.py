@@ -1,9 +1,11 @@
 """Trainings through everything that may happen to them:  python -m bench.soak --minutes=10 [--ranks=2] [--seed=0]
+(the limit of all of it: the run that it cuts off is not judged; --out=FOLDER for the result)
 
 Whole runs of a small model, one after the other, every one disturbed a few times and continued with --resume=auto, and
 at its end compared with an undisturbed run: all losses and all final tensors, bitwise. What happens to them is in
 DISTURBANCES, at random instants. Before that, a long run in peace shows whether memory and open files stay what they
-are. Ends with status 1 if anything was lost, differs, or is left behind. Linux, as it reads /proc.
+are, for a third of the time at most. Ends with status 1 if anything was lost, differs, or is left behind. Linux, as it
+reads /proc.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from collections import Counter
 from pathlib import Path
 
 import bench
-from errors import STOPPED
+import errors
+from errors import STOPPED, UserError
 from tests.attempts import Attempt, abandoned, assert_tidy, newest, segments, send
 from tests.helpers import assert_equal_runs, make_config, make_data
 
@@ -191,11 +194,9 @@ DISTURBANCES = {killed: 5, killed_at_the_worst: 2, signalled: 4, disk_full: 3, s
 
 # ---------------------------------------------------------------------- runs
 
-def disturbed_run(soak, out, until):
+def disturbed_run(soak, out):
     """A run through three to seven disturbances, then to its end."""
     for _ in range(soak.rng.randrange(3, 8)):
-        if time.monotonic() > until:
-            break
         (what,), saved = soak.rng.choices(list(DISTURBANCES), DISTURBANCES.values()), newest(out)
         outcome = what(soak, out)
         if outcome is None:
@@ -216,19 +217,32 @@ def disturbed_run(soak, out, until):
     assert_equal_runs(soak.folder / "whole", out)
 
 
-def memory_and_files(soak, steps):
+class TimeUp(BaseException):
+    """Of the whole command. Nothing in between takes it for a failure."""
+
+
+def time_up(number, frame):
+    raise TimeUp
+
+
+def memory_and_files(soak, steps, until):
     """Megabytes resident and files open of the ranks, medians over the steps after a quarter and over the last ones, of
-    an undisturbed run that saves, validates and draws all the time."""
+    an undisturbed run that saves, validates and draws all the time, up to `until` at most."""
     attempt, samples = soak.start(soak.folder / "long", extra=[f"--max_steps={steps}"], curves=True), []
     attempt.wait_for_step(1)
     pids = attempt.ranks()
-    while attempt.running() and (step := attempt.steps()[-1]) < steps:
+    while attempt.running() and (step := attempt.steps()[-1]) < steps and time.monotonic() < until:
         try:
             samples += [(step, pid, resident(pid), len(os.listdir(f"/proc/{pid}/fd"))) for pid in pids]
         except FileNotFoundError:  # it ends
             break
         time.sleep(0.05)
-    assert attempt.wait() == 0, attempt.output()
+    if time.monotonic() < until:
+        assert attempt.wait() == 0, attempt.output()
+    attempt.kill_all()
+    steps = max([step for step, *_ in samples], default=0)
+    if steps < 20:
+        return {"flat": None, "steps": steps}
     result = {"steps": steps, "samples": len(samples), "ranks": []}
     for pid in pids:
         early, late = ([sample[2:] for sample in samples if sample[1] == pid and low < sample[0] / steps <= high]
@@ -241,36 +255,47 @@ def memory_and_files(soak, steps):
 
 
 def resident(pid):
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
-def main(argv=None):
+def main(argv):
     parser = argparse.ArgumentParser(prog="python -m bench.soak")
-    parser.add_argument("--minutes", type=float, default=10, help="of disturbed runs")
+    parser.add_argument("--minutes", type=float, default=10, help="limit of the whole command")
+    parser.add_argument("--runs", type=int, default=0, help="end after so many; 0: with the time")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--long_steps", type=int, default=300, help="of the run in peace; 0: none")
     options = parser.parse_args(argv)
-    began, before, runs, lost = time.monotonic(), segments(), 0, []
-    with tempfile.TemporaryDirectory() as folder:
+    if not 0 < options.minutes < 1e5 or options.ranks < 1:
+        parser.error("--minutes and --ranks must be above 0")
+    signal.signal(signal.SIGALRM, time_up)
+    signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
+    began, before, runs, lost, long = time.monotonic(), segments(), 0, [], {"flat": None}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         soak = Soak(folder, options.ranks, options.seed)
         try:
             assert soak.start(soak.folder / "whole").wait() == 0, soak.children[0].output()
-            long = memory_and_files(soak, options.long_steps) if options.long_steps else {"flat": None}
-            until = time.monotonic() + 60 * options.minutes
-            while time.monotonic() < until:
-                out, runs = soak.folder / f"run{runs}", runs + 1
+            if options.long_steps:
+                long = memory_and_files(soak, options.long_steps, began + 20 * options.minutes)
+            while not options.runs or runs < options.runs:
                 try:
-                    disturbed_run(soak, out, until)
+                    disturbed_run(soak, soak.folder / f"run{runs}")
                 except AssertionError:
                     lost.append(traceback.format_exc())
                     print(lost[-1], file=sys.stderr, flush=True)
                     soak.children[-1].kill_all()
+                runs += 1
+        except TimeUp:
+            print("the time is up: the run under way is not judged", flush=True)
+            soak.children[-1].kill_all()
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             processes = [pid for attempt in soak.children for pid in attempt.family()]
             for attempt in soak.children:
                 attempt.kill_all()
+    if not runs:
+        raise UserError(f"no disturbed run ended within {options.minutes:g} minutes: give more --minutes")
     left = {"processes": processes, "shared memory": sorted(map(str, abandoned(before)))}
     table = [[name, outcome, count] for (name, outcome), count in sorted(soak.tally.items())]
     for name, outcome, count in table:
@@ -287,4 +312,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(bench.command(main, __doc__))

@@ -6,7 +6,7 @@ Tokens/s, the step's parts, and the share of time by kernel.
 """
 
 import contextlib
-import sys
+import re
 import time
 from pathlib import Path
 
@@ -141,8 +141,11 @@ def library_attention(config, device):
 
 
 def main(argv):
-    rounds = int(next((word.split("=")[1] for word in argv if word.startswith("--rounds=")), 6))
-    config, path = settings.load([word for word in argv if not word.startswith("--rounds=")])
+    given = [word for word in settings.joined(argv) if word.startswith("--rounds=")]
+    if not all(re.fullmatch(r"--rounds=[1-9]\d*", word) for word in given):
+        raise errors.UserError(f"{given[-1]} must be a number, at least 1")
+    rounds = int(given[-1][9:]) if given else 6
+    config, path = settings.load([word for word in settings.joined(argv) if word not in given])
     device, warmup, name = pick_device(config.device), 2, Path(path).stem
     kernels = parallel.choose_kernels(config, device)
     on, compiled = kernels.startswith("Triton"), device.type == "cuda" and config.compile is not False
@@ -187,4 +190,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    errors.run(lambda argv: main(argv or sys.exit("python -m bench.step CONFIG [--key=value ...]")))
+    errors.run(bench.command(main, __doc__))

@@ -1,20 +1,23 @@
 """The ratios of all results of one run of bench/gpu.sh, in one short table.
 
-    OUT=folder python -m bench.summary
+    python -m bench.summary [--out=FOLDER]
 """
 
 import json
-import os
-from pathlib import Path
+
+import bench
+import errors
 
 
 def main():
-    folder = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
+    found = sorted(bench.results().glob("*.json"))
+    if not found:
+        raise errors.UserError(f"no results in {bench.results()}: name their folder with --out=FOLDER")
+    for path in found:
+        result = json.loads(path.read_text(encoding="utf-8"))
         for name, ratio in (result.get("ratios") or {}).items():
             print(f"{ratio:8.3f}  {name}")
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(bench.command(main, __doc__))

@@ -2,7 +2,7 @@
 and encoding: seconds of training, texts that differ, tokens a second. Texts with characters so new that Python's regex,
 which cuts words for training, and tiktoken, which cuts them for encoding, disagree about them are left out and counted.
 
-    python -m bench.tokenizing [MEGABYTES TO TRAIN ON] [VOCABULARY]     # 30 32768; encodes 10 MB
+    python -m bench.tokenizing [MEGABYTES_TO_TRAIN_ON VOCABULARY]     # 30 32768; encodes 10 MB
 """
 
 import random
@@ -87,6 +87,8 @@ def pieces(texts, vocab_size, folder):
 
 
 def main(argv=None):
+    if len(argv) not in (0, 2) or not all(word.isdecimal() for word in argv):
+        raise errors.UserError("python -m bench.tokenizing [MEGABYTES VOCABULARY] [--out=FOLDER], as in 30 32768")
     megabytes, vocab_size = [int(word) for word in argv] or (30, 32768)
     known = classes()
     new = set().union(*(ours ^ tiktokens for ours, tiktokens, _ in known.values()))
@@ -128,4 +130,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(bench.command(main, __doc__))

@@ -1,5 +1,8 @@
 """Settings: types, precedence, errors that name the way out, and every file in configs/."""
 
+import re
+import shlex
+
 import pytest
 
 import config as settings
@@ -14,7 +17,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py"))
 def file(tmp_path):
     def write(text):
         path = tmp_path / "mine.py"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return str(path)
 
     return write
@@ -57,6 +60,62 @@ def test_a_file_may_compute_and_import_another(file):
 def test_flags(word, expected):
     values = settings.read_flags([word])
     assert values == expected and all(type(values[key]) is type(expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("--data data/book --max_steps 5 --no-compile --compile", dict(data="data/book", max_steps=5, compile=True)),
+        ("--adamw_lr -1e-3 --seed 7", dict(adamw_lr=-1e-3, seed=7)),
+        ("--run_name 'my run' --sample_prompts \"['a b', 'c']\"", dict(run_name="my run", sample_prompts=["a b", "c"])),
+        ("--compile false --nesterov True --tie-word-embeddings", dict(
+            compile=False, nesterov=True, tie_word_embeddings=True)),
+        ("--resume out/b2 --overwrite", dict(resume="out/b2", overwrite=True)),
+        ("--resume --max_steps 9", dict(resume=True, max_steps=9)),
+        ("--activation_checkpointing none --q_lora_rank None", dict(activation_checkpointing="none", q_lora_rank=None)),
+        ("--data a=b --run_name 17", dict(data="a=b", run_name="17")),
+        ("--data \"{'a': 2}\" --eval-interval 0", dict(data={"a": 2}, eval_interval=0)),
+    ],
+)
+def test_a_value_may_follow_its_key(line, expected, file):
+    words = shlex.split(line)
+    assert settings.read_flags(words) == expected
+    name = file("hidden_size = 64\n")
+    for argv in ([name, *words], [*words, name]):  # a switch does not swallow the config file
+        if "-1e-3" not in line:
+            assert settings.load(argv)[1] == name
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("-muon_lr=1e-3", "settings are written --muon_lr=1e-3$"),
+        ("-lr 1e-3", "settings are written --lr .*: here it is muon_lr"),
+        ("max_steps=5", "settings are written --max_steps=5$"),
+        ("--max_steps", "--max_steps needs a value: --max_steps=..."),
+        ("--max_steps --compile", "--max_steps needs a value"),
+        ("--lr 1e-3", "unknown setting 'lr' on the command line; here it is muon_lr"),
+        ("--dropout 0.1", "no dropout here"),
+        ("--Max_Steps 3", "did you mean 'max_steps'"),
+        ("--compile maybe", "config file"),
+    ],
+)
+def test_what_other_programs_take_is_hinted_at(file, line, message):
+    with pytest.raises(UserError, match=message):
+        settings.load([file("hidden_size = 64\n"), *shlex.split(line)])
+
+
+def test_names_of_other_trainers_lead_to_ours(file):
+    ours = {"lr": "muon_lr", "learning_rate": "muon_lr", "batch_size": "global_batch_size", "block_size":
+            "sequence_length", "n_layer": "num_hidden_layers", "n_embd": "hidden_size", "max_iters": "max_steps",
+            "init_from": "resume", "num_train_epochs": "max_steps", "gradient_accumulation_steps": "micro_batch_size"}
+    for name, here in ours.items():
+        with pytest.raises(UserError, match=f"unknown setting '{name}' in .*; here it is .*{here}"):
+            settings.load([file(f"{name} = 3\n")])
+    names = " ".join(settings.ELSEWHERE.values()).split()
+    assert len(names) == len(set(names)) and not set(names) & set(settings.FIELDS)
+    for hint in settings.ELSEWHERE:
+        assert re.match(r"\w+", hint)[0] in settings.FIELDS
 
 
 @pytest.mark.parametrize(
@@ -143,7 +202,7 @@ def test_help_names_every_setting_with_its_reason():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_loads_and_is_a_document(path):
     config, _ = settings.load([str(path)])
-    head = path.read_text().split('"""')[1]
+    head = path.read_text(encoding="utf-8").split('"""')[1]
     for word in (
         "multinode.sh" if path.stem == "k2" else "train.py",
         "Hardware",

@@ -103,7 +103,7 @@ def test_a_spike_is_recorded_where_no_rollback_was_asked_for(config, tmp_path, b
     words = [f"--resume={tmp_path / 'run'}/checkpoints/step_00000060", f"--out_dir={tmp_path / 'resumed'}"]
     run_train(config, *STEPS, *words)
     (again,) = [e for e in records(tmp_path / "resumed", "event") if e["event"] == "spike"]
-    assert again == spike
+    assert again | {"time": 0} == spike | {"time": 0}
 
 
 def test_non_finite_steps_roll_back_too_as_often_as_allowed(config, tmp_path, monkeypatch):
@@ -313,9 +313,10 @@ def test_another_error_stays_what_it_is(config, monkeypatch):
 
 
 def test_a_process_that_really_gets_no_memory_says_so_in_one_line(config, tmp_path):
-    words = ["train.py", config, "--sequence_length=4096", "--max_position_embeddings=4096", "--micro_batch_size=1024",
+    code = "import errors, memory, train; memory.require = lambda *_: None; errors.run(train.main)"  # unforeseen
+    words = ["-c", code, config, "--sequence_length=4096", "--max_position_embeddings=4096", "--micro_batch_size=1024",
              "--global_batch_size=1024", "--hidden_size=512", "--max_steps=1"]
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=100, env={**os.environ},
+        [sys.executable, *words], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100, env={**os.environ},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30)))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--micro_batch_size (now 1024)" in done.stderr

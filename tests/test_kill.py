@@ -90,7 +90,8 @@ def test_an_io_error_of_the_reading_thread_ends_the_run_with_its_step(often_save
 @pytest.mark.slow
 def test_a_short_soak(tmp_path):
     """The bench of all disturbances, for as long as CI can spare."""
-    done = run_script("-m", "bench.soak", "--minutes=0.1", "--long_steps=30", env={"OUT": str(tmp_path)}, check=0)
+    words = ["--minutes=4", "--runs=1", "--long_steps=30", f"--out={tmp_path}"]
+    done = run_script("-m", "bench.soak", *words, check=0)
     assert "lost or different: 0; left: {'processes': [], 'shared memory': []}; flat: True" in done.stdout
 
 

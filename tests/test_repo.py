@@ -22,7 +22,7 @@ ORDER = [
     ["model"],
     ["muon", "config", "hf_weights"],
     ["parallel"],
-    ["checkpoint", "metrics", "hf", "guard"],
+    ["checkpoint", "metrics", "hf", "guard", "memory"],
     ["generate", "runs"],
     ["export"],
     ["train"],
@@ -40,12 +40,16 @@ ONLY_IN = {
     "triton": {path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/triton_*.py")},
 }
 SOURCES = [p for p in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py")) + sorted(ROOT.glob("data/*.py"))]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def read_source(path):
+    return path.read_text(encoding="utf-8")
 
 
 def imports(path):
     """Every module that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(read_source(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -82,9 +86,10 @@ def test_packages_stay_where_they_belong(path):
 
 
 def test_files_are_short_and_the_whole_is_small():
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, encoding="utf-8")
+    tracked = listed.stdout.split()
     tracked = tracked or [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if ".venv" not in p.parts]
-    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked if (ROOT / name).exists()}
+    lengths = {name: len(read_source(ROOT / name).splitlines()) for name in tracked if (ROOT / name).exists()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
     total = lambda *folders: sum(n for name, n in lengths.items() if name.startswith(folders))
     assert sum(lengths.values()) - total("tests/", "bench/", "kernels/") <= 7500 and total("kernels/") <= 2500
@@ -92,25 +97,61 @@ def test_files_are_short_and_the_whole_is_small():
 
 def test_triton_is_imported_only_when_a_kernel_runs():
     for path in SOURCES:
-        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        top = [node for node in ast.parse(read_source(path)).body if isinstance(node, (ast.Import, ast.ImportFrom))]
         names = [alias.name for node in top for alias in node.names] + [getattr(node, "module", "") for node in top]
         assert path.name.startswith("triton_") or not any("triton" in (name or "") for name in names), path
 
 
 def test_every_module_says_what_it_is():
     for path in SOURCES:
-        assert len(ast.get_docstring(ast.parse(path.read_text())) or "") > 60, path
+        assert len(ast.get_docstring(ast.parse(read_source(path))) or "") > 60, path
+
+
+def text_without_encoding(source):
+    """Every call in a source that reads or writes text as the locale has it."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or {"encoding", None} & {keyword.arg for keyword in node.keywords}:
+            continue
+        owner, _, name = ast.unparse(node.func).rpartition(".")
+        values = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+        modes = [v.value for v in values if isinstance(v, ast.Constant) and re.fullmatch("[rwax+bt]+", str(v.value))]
+        binary_by_default = owner in ("gzip", "bz2", "lzma") or "Temporary" in name
+        if name == "open" and owner not in ("os", "tarfile", "zipfile") or name == "fdopen" or "TemporaryFile" in name:
+            bad = not any("b" in mode for mode in modes) and (bool(modes) or not binary_by_default)
+        elif name in ("read_text", "write_text", "TextIOWrapper"):
+            bad = len(node.args) < (1 if name == "read_text" else 2)
+        else:
+            bad = any(keyword.arg in ("text", "universal_newlines") for keyword in node.keywords)
+        if bad:
+            yield node.lineno, ast.unparse(node)
+
+
+def test_text_without_encoding_is_found():
+    bad = ["open('x')", "open('x', 'w')", "Path('x').open()", "Path('x').read_text()", "p.write_text('x')",
+           "io.TextIOWrapper(raw)", "subprocess.run(['x'], text=True)", "open('x', mode='a')", "os.fdopen(3, 'w')",
+           "tempfile.TemporaryFile('w+')", "p.read_text(errors='replace')", "gzip.open('x', 'rt')"]
+    good = ["open('x', 'rb')", "open('x', encoding='utf-8')", "p.open('rb')", "p.read_text(encoding='utf-8')",
+            "os.open('x', os.O_RDONLY)", "subprocess.run(['x'])", "p.read_bytes()", "open('x', mode='wb')",
+            "tempfile.TemporaryFile(dir=there)", "gzip.open('x', 'rb')", "p.write_text('x', 'utf-8')"]
+    assert [word for word in bad if not list(text_without_encoding(word))] == []
+    assert [word for word in good if list(text_without_encoding(word))] == []
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted(ROOT.glob("bench/*.py"))],
+                         ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_text_is_utf8_whatever_the_locale(path):
+    assert list(text_without_encoding(read_source(path))) == []
 
 
 def test_every_fault_of_the_scorecard_has_a_test():
     """25 faults of disks, ranks, data and people; the test that injects one says its number."""
-    said = re.findall(r'"""Scorecard ([\d, ]+)', "".join(path.read_text() for path in ROOT.glob("tests/test_*.py")))
+    said = re.findall(r'"""Scorecard ([\d, ]+)', "".join(read_source(path) for path in ROOT.glob("tests/test_*.py")))
     assert {int(number) for numbers in said for number in numbers.split(",") if number.strip()} == set(range(1, 26))
 
 
 def test_every_setting_is_read_somewhere():
-    text = "\n".join(p.read_text() for p in SOURCES if p.name not in ("config.py",))
-    checks = (ROOT / "config.py").read_text().split("def check(")[1]
+    text = "\n".join(p.read_text(encoding="utf-8") for p in SOURCES if p.name not in ("config.py",))
+    checks = (ROOT / "config.py").read_text(encoding="utf-8").split("def check(")[1]
     reserved = set()  # public names whose reader is still to come
     for name in settings.FIELDS:
         read = re.search(rf"\b(config|c|self)\.{name}\b|\"{name}\"", text) or f"self.{name}" in checks
@@ -148,7 +189,7 @@ def test_readme_commands_parse(command):
         prepare.parse(words[3:])
     elif words[0] == "python" and words[1] in ("generate.py", "export.py"):
         assert (ROOT / words[1]).is_file()
-        known = (ROOT / words[1]).read_text()
+        known = (ROOT / words[1]).read_text(encoding="utf-8")
         for word in words[2:]:
             assert not word.startswith("--") or f'"{word.split("=")[0]}"' in known, word
     elif words[:2] == ["python", "-m"]:
@@ -177,7 +218,7 @@ def test_files_named_in_readme_exist():
 
 def test_readme_line_counts_are_true():
     for name, count in re.findall(r"\| `([\w/]+\.py)` \| (\d+) \|", README):
-        actual = len((ROOT / name).read_text().splitlines())
+        actual = len(read_source(ROOT / name).splitlines())
         assert abs(actual - int(count)) <= 15, f"README says {name} has {count} lines, it has {actual}"
 
 
@@ -194,13 +235,13 @@ def test_scripts_are_valid_bash():
 def test_requirements_and_pyproject_name_the_same_packages():
     import tomllib
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     name = lambda requirement: re.split(r"[<>=]", requirement)[0]
-    lines = lambda file: {name(line) for line in (ROOT / file).read_text().splitlines() if "==" in line}
+    lines = lambda file: {name(line) for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if "==" in line}
     assert lines("requirements.txt") == set(map(name, project["dependencies"]))
     extras = {name(r) for group in project["optional-dependencies"].values() for r in group}
     assert lines("requirements-dev.txt") == extras
-    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["py-modules"]
     assert set(modules) == {p.stem for p in ROOT.glob("*.py")}
 
 

@@ -1,0 +1,145 @@
+"""Whether a run fits into memory, told before its first step: what it will need against what is free.
+
+Parameters, gradients and optimizer state are counted; what the forward keeps for the backward is added up from the
+shapes that model.py, mla.py and moe.py keep (tests/test_memory.py compares the sum with what autograd really saves).
+On a CPU the peak of a process is met within a quarter; compiled blocks keep less than is counted here.
+
+Shapes: D hidden_size, H heads, Q and U widths of a query and a value, R latent, F width of an MLP, K experts a token.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+import parallel
+from errors import UserError
+from kernels import backend
+from kernels.attention import QUERY_CHUNK
+from kernels.cross_entropy import CHUNK_ELEMENTS, DEFAULT_CHUNK_BYTES
+from muon import local_rows
+
+PYTORCH = 80 * 2**20  # what its libraries take when they first run
+PIECES = 1.35  # on a CPU, of what activations take: the allocator keeps pieces that it cannot use (measured)
+SURE, TIGHT = 1.0, 0.8  # refused beyond SURE times what is free, warned of beyond TIGHT times
+
+
+def require(config, model, routes, layout, device):
+    """Refuse a run that clearly does not fit on some rank, with the levers; warn where it is close. All ranks call it
+    together, before the optimizer's state is made, and end alike."""
+    size, forwards = parallel.split_batch(config)
+    sizes = [size] + [2**n for n in range(size.bit_length()) if 2**n < size and size * forwards % 2**n == 0]
+    needs = {n: needed(config, model, routes, layout, device, n, size * forwards // n) for n in sizes}
+    everyone = parallel.from_all((free_bytes(device), needs))
+    if any(free is None for free, _ in everyone):
+        print(f"how much memory is free cannot be told on this {device.type}: whether the run fits is not checked")
+        return
+    rank, (free, needs) = max(enumerate(everyone), key=lambda item: item[1][1][size] / max(item[1][0], 1))
+    said = (f"about {needs[size] / 2**30:,.1f} GiB of memory are needed{f' on rank {rank}' * (len(everyone) > 1)} with "
+            f"micro_batch_size={size}, {free / 2**30:,.1f} GiB are free")
+    smaller = max((n for n, need in needs.items() if n < size and need <= TIGHT * free), default=None)
+    levers = f"--micro_batch_size={smaller} would fit" if smaller else "take a smaller model or more ranks"
+    levers += ", --activation_checkpointing=full needs less" * (config.activation_checkpointing != "full")
+    # A GPU refuses memory without harm, and the guard then halves the micro-batch: only what never fits is refused.
+    if needs[min(needs) if device.type == "cuda" else size] > SURE * free:
+        raise UserError(f"{said}: {levers}, and so does a shorter --sequence_length")
+    if needs[size] > TIGHT * free:
+        print(f"warning: {said}, which is close: {levers}, and so does a shorter --sequence_length", flush=True)
+
+
+# ----------------------------------------------------------------------------- what is free
+
+def free_bytes(device):
+    """Bytes that this rank may still take, None where nobody can tell. Ranks of one machine share its memory."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1])
+    except (OSError, TypeError):  # no Linux
+        return None
+    return min([free, *cgroup_bytes()]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def cgroup_bytes(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """What each control group around this process, those of a container or a batch job, still allows."""
+    found = []
+    lines = Path(own).read_text(encoding="utf-8").splitlines() if Path(own).exists() else []
+    for kind, path in (line.split(":", 2)[1:] for line in lines):
+        limit, usage, cache = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if kind else \
+            ("memory.max", "memory.current", "inactive_file")  # of version 1, where every kind has a tree; of version 2
+        inner = Path(root, kind, path.lstrip("/"))
+        for group in (inner, *inner.parents) if kind in ("", "memory") else ():
+            try:
+                most, used = (int((group / name).read_text(encoding="utf-8")) for name in (limit, usage))
+                stat = (group / "memory.stat").read_text(encoding="utf-8")
+                found.append(most - used + int(re.search(rf"^{cache} (\d+)", stat, re.M)[1]))
+            except (OSError, ValueError, TypeError):  # not there, or "max": no limit
+                continue
+    return found
+
+
+# ----------------------------------------------------------------------------- what is needed
+
+def needed(config, model, routes, layout, device, size, forwards):
+    """Bytes that a step of `forwards` forwards of `size` sequences will still take at its peak."""
+    dtype = getattr(torch, config.dtype)
+    local = {name: local_rows(p)[0].numel() for name, p in model.named_parameters()}
+    muon = sum(n for name, n in local.items() if routes[name].optimizer == "muon")
+    total, wire = sum(local.values()), 4 if "float32" in (config.ns_dtype, config.dtype) else 2
+    state = 4 * (2 * total - muon)
+    parameters = 0 if device.type == "cuda" else 4 * total  # there they are allocated already, here not yet touched
+    updating = 4 * total + max(muon and wire * (muon + 4 * min(muon, 2**27)), 4 * (total - muon))
+    head = config.vocab_size * config.hidden_size  # the loss makes its gradient in the forward, from chunks of logits
+    kept = size * activations(config, dtype, device) * (PIECES if device.type == "cpu" else 1)
+    computing = int(kept) + 4 * head + (4 * total if forwards > 1 else 0)
+    computing += 4 * 4 * CHUNK_ELEMENTS["cpu"] if device.type == "cpu" else 2 * DEFAULT_CHUNK_BYTES
+    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    if layout.dense is not None:  # gathered: a block, the next one, and the gradients of one; both ends all the time
+        computing += (2 * dtype.itemsize + 4) * max(blocks) // layout.ep + 2 * dtype.itemsize * head
+    elif dtype.itemsize < 4:  # rounded weights are kept for the backward
+        computing += dtype.itemsize * (max(blocks) if config.activation_checkpointing == "full" else sum(blocks))
+    copy = parameters + state if config.async_save and device.type == "cpu" else 0
+    return parameters + state + max(updating, computing) + copy + PYTORCH
+
+
+def activations(config, dtype, device):
+    """Bytes that autograd keeps of one sequence, and that the backward of one block takes beside them."""
+    kinds = [config.is_moe_layer(index) for index in range(config.num_hidden_layers)]
+    whole = {moe: block_bytes(config, dtype, device, moe) for moe in set(kinds)}
+    D, T, s = config.hidden_size, config.sequence_length, dtype.itemsize
+    ends = T * (4 * D + 2 * s * D)  # the last norm, and the gradient that the loss has made of its output
+    if config.activation_checkpointing == "none":
+        return ends + sum(whole[moe] for moe in kinds) + max(whole.values()) // 4
+    kept = T * s * D  # what goes into a block
+    if config.activation_checkpointing == "selective":
+        kept = max(whole.values()) * 0.6
+    return ends + int(len(kinds) * kept) + max(whole.values()) * 5 // 4
+
+
+def block_bytes(config, dtype, device, moe):
+    """Bytes that the backward of one block needs of one sequence."""
+    c, s, T = config, dtype.itemsize, config.sequence_length
+    D, H, U, K, F = c.hidden_size, c.num_attention_heads, c.v_head_dim, c.num_experts_per_tok, c.moe_intermediate_size
+    triton = device.type == "cuda" and backend.triton_runs(torch.empty(0, dtype=dtype, device=device))
+    norm = lambda width: (4 + 2 * s) * width  # its input in fp32, the normalised, the scaled
+    if c.attention == "mla":
+        N, P, R = c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
+        token = norm(R) + (4 * P if s == 4 else 0) + s * H * (2 * (N + P) + N + 2 * U) + norm(c.q_lora_rank or 0)
+    else:
+        token = 4 * s * H * U
+    token += 2 * norm(D)
+    mlp = lambda width: 4 * s * width  # gate, its silu, up, their product
+    if moe:
+        rows = (2 * F if triton else 4 * F + D) * s + (0 if triton else 4 * D) + 40
+        token += K * (rows + (2 * s * D if c.ep > 1 else 0)) + 4 * c.n_routed_experts + mlp(F * c.n_shared_experts)
+        token += 4 * D if s < 4 else 0  # the router's input in fp32
+    else:
+        token += mlp(c.intermediate_size)
+    scores = 0  # the twin keeps the softmax, in fp32 and rounded
+    if device.type != "cuda":
+        ends = (min(start + QUERY_CHUNK, T) for start in range(0, T, QUERY_CHUNK))
+        scores = sum((end - (end - 1) // QUERY_CHUNK * QUERY_CHUNK) * end for end in ends) * H * (4 + s * (s < 4))
+    return token * T + scores
