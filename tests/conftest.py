@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: bitwise comparisons want one thread count
+os.environ["FORKED"] = "1"  # see attempts.py
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
