@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,7 +10,8 @@ import checkpoint
 from data import prepare
 from errors import STOPPED, UserError
 from muon import Muon
-from tests.helpers import ROOT, assert_equal_runs, losses, make_data, records, run_stopped, run_train
+from tests import forks
+from tests.helpers import assert_equal_runs, losses, make_data, records, run_stopped, run_train
 
 
 def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
@@ -39,7 +38,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bitwise(config, tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_train(config, f"--out_dir={whole}", "--max_steps=30", "--save_interval=5", "--keep_checkpoints=9")
     words = [config, f"--out_dir={killed}", "--max_steps=30", "--save_interval=5", "--keep_checkpoints=9"]
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = forks.Process(["train.py", *words])
     path, deadline = killed / "metrics.jsonl", time.time() + 120
     while time.time() < deadline and not (path.exists() and '"kind": "train", "step": 13' in path.read_text()):
         time.sleep(0.002)
@@ -56,13 +55,12 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bitwise(config, tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_cleanly(config, tmp_path, number):
     words = [config, "--max_steps=100000", "--out_dir=" + str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step") and "5/" in line:
-            break
+    output = tmp_path / "output"
+    process = forks.Process(["train.py", *words], stdout=output)
+    while process.poll() is None and not (output.exists() and "\nstep      5/" in output.read_text(encoding="utf-8")):
+        time.sleep(0.01)
     process.send_signal(number)
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == STOPPED and "continue with --resume" in rest
+    assert process.wait(60) == STOPPED and "continue with --resume" in output.read_text(encoding="utf-8")
     step = checkpoint.read_manifest(checkpoint.find(tmp_path / "run"))["step"]
     assert step == losses(tmp_path / "run")[-1][0]
 
