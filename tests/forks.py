@@ -9,6 +9,7 @@ ranks side by side, differ in the seed of Python's hashes as they would otherwis
 """
 
 import contextlib
+import importlib
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
@@ -87,7 +88,7 @@ def _command(words, environment, files, pids):
         os.close(opened)
     os.chdir(ROOT)
     if words[:2] == ["-m", TORCHRUN]:
-        _fork_ranks(next(int(word.split("=")[1]) for word in words if word.startswith("--nproc_per_node=")), pids)
+        _fork_ranks(_ranks_of(words), pids)
     _run(words, environment, pids)
 
 
@@ -108,6 +109,10 @@ def _run(words, environment, pids):
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _ranks_of(words):
+    return next(int(word.split("=")[1]) for word in words if word.startswith("--nproc_per_node="))
 
 
 def _fork_ranks(n, pids):
@@ -155,3 +160,11 @@ class Waiting:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
             time.sleep(0.02)
         return self.returncode
+
+
+if __name__ == "__main__":  # an interpreter for launch/multinode.sh: it starts torchrun as a process of its own
+    if sys.argv[1:3] == ["-m", TORCHRUN]:
+        for name in LIBRARIES:
+            importlib.import_module(name)
+        _fork_ranks(_ranks_of(sys.argv), os.environ["FORKED_PIDS"])
+    _run(sys.argv[1:], dict(os.environ), None)

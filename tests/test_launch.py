@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 import config as settings
+from tests.attempts import words_of
 from tests.helpers import ROOT, assert_equal_runs, final_tensors, losses, make_config, run_script, run_train
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def free_port():
@@ -27,13 +28,25 @@ def free_port():
         return str(s.getsockname()[1])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interpreter(tmp_path_factory):
+    """For multinode.sh: torchrun with ranks that it forks (see forks.py), unless KILLS asks for numbers to publish."""
+    path = tmp_path_factory.mktemp("bin") / "python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" tests/forks.py "$@"\n', encoding="utf-8")
+    path.chmod(0o755)
+    ENVIRONMENT["PYTHON"] = sys.executable if "KILLS" in os.environ else str(path)
+
+
 def multinode(*words, **environment):
     """launch/multinode.sh in a process group of its own; it writes to a file, as nobody reads a pipe meanwhile."""
     output = tempfile.TemporaryFile("w+")
+    words = list(map(str, words))
+    out = next((word.split("=", 1)[1] for word in words if word.startswith("--out_dir=")), "")
+    environment = {"MASTER_PORT": free_port(), "FORKED_PIDS": f"{out}.pids", **environment}
     process = subprocess.Popen(
-        ["bash", "launch/multinode.sh", *map(str, words)],
+        ["bash", "launch/multinode.sh", *words],
         cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT, "MASTER_PORT": free_port(), **environment},
+        env={**os.environ, **ENVIRONMENT, **environment},
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -56,13 +69,14 @@ def finished(process, seconds=240):
 
 def workers(out):
     """The pids of the ranks that train into `out`."""
-    pids = []
+    left = Path(f"{out}.pids").glob("*")
+    pids = [int(path.name) for path in left if path.read_text(encoding="utf-8") and any(words_of(path.name, "cmdline"))]
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if "train.py" in words and f"--out_dir={out}" in words and "torch.distributed.run" not in words:
+        if "train.py" in words and f"--out_dir={out}" in words and "torch.distributed.run" not in words:  # not forked
             pids.append(int(path.parent.name))
     return pids
 
