@@ -105,7 +105,7 @@ def wait_for_step(process, out, step, seconds=120):
 @pytest.fixture
 def slow_config(tmp_path, data):
     """Steps long enough to be hit in the middle."""
-    return make_config(tmp_path / "tiny.py", data=str(data), global_batch_size=48, micro_batch_size=4, max_steps=24,
+    return make_config(tmp_path / "tiny.py", data=str(data), global_batch_size=24, micro_batch_size=4, max_steps=24,
                        save_interval=3, keep_checkpoints=2)
 
 
