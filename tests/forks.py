@@ -9,14 +9,16 @@ ranks side by side, differ in the seed of Python's hashes as they would otherwis
 """
 
 import contextlib
-import importlib
 import itertools
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -28,13 +30,14 @@ LIBRARIES = ["numpy", "regex", "tiktoken", "safetensors.torch", "tqdm", "torch",
 TORCHRUN = "torch.distributed.run"
 SERVERS = [multiprocessing.forkserver.ForkServer() for _ in range(2)]
 TURNS = itertools.cycle(SERVERS)
+LOCK = threading.Lock()
 
 
 def start(server, function, *args):
     """A process, forked from this server, that calls function(*args)."""
     server.set_forkserver_preload(LIBRARIES)
     process = multiprocessing.get_context("forkserver").Process(target=function, args=args, daemon=True)
-    with contextlib.ExitStack() as stack:  # the standard library knows one server
+    with LOCK, contextlib.ExitStack() as stack:  # the standard library knows one server
         for name in ("connect_to_new_process", "get_inherited_fds"):
             stack.enter_context(patch.object(multiprocessing.forkserver, name, getattr(server, name)))
         process.start()
@@ -162,9 +165,44 @@ class Waiting:
         return self.returncode
 
 
-if __name__ == "__main__":  # an interpreter for launch/multinode.sh: it starts torchrun as a process of its own
-    if sys.argv[1:3] == ["-m", TORCHRUN]:
-        for name in LIBRARIES:
-            importlib.import_module(name)
-        _fork_ranks(_ranks_of(sys.argv), os.environ["FORKED_PIDS"])
-    _run(sys.argv[1:], dict(os.environ), None)
+# ---------------------------------------------------------------------- for scripts that start "$PYTHON"
+
+CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    server.sendall(json.dumps([os.getpid(), sys.argv[1:], dict(os.environ)]).encode() + b"\\n")
+    answers = server.makefile()
+    pid = int(answers.readline())
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1:
+        signal.signal(number, lambda number, frame: os.kill(pid, number))
+    status = int(answers.readline())
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+sys.exit(status)
+"""
+
+
+@contextlib.contextmanager
+def interpreter(folder):
+    """The path of a "python" that has its words run by Process, hands signals on and ends as that does. Processes leave
+    their pids in the folder that FORKED_PIDS names."""
+    path, address = Path(folder) / "python", str(Path(folder) / "socket")
+    path.write_text(CLIENT.format(python=sys.executable, address=address), encoding="utf-8")
+    path.chmod(0o755)
+    with socketserver.ThreadingUnixStreamServer(address, _Client) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield path
+        server.shutdown()
+
+
+class _Client(socketserver.StreamRequestHandler):
+    def handle(self):
+        pid, words, environment = json.loads(self.rfile.readline())
+        out, err = (f"/proc/{pid}/fd/{descriptor}" for descriptor in (1, 2))
+        process = Process(words, out, err, env=environment, pids=environment.get("FORKED_PIDS"))
+        self.wfile.write(f"{process.pid}\n".encode())
+        with contextlib.suppress(BrokenPipeError):  # the client was killed
+            self.wfile.write(f"{process.wait()}\n".encode())

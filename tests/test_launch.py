@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import config as settings
+from tests import forks
 from tests.attempts import words_of
 from tests.helpers import ROOT, assert_equal_runs, final_tensors, losses, make_config, run_script, run_train
 
@@ -30,11 +31,10 @@ def free_port():
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter(tmp_path_factory):
-    """For multinode.sh: torchrun with ranks that it forks (see forks.py), unless KILLS asks for numbers to publish."""
-    path = tmp_path_factory.mktemp("bin") / "python"
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" tests/forks.py "$@"\n', encoding="utf-8")
-    path.chmod(0o755)
-    ENVIRONMENT["PYTHON"] = sys.executable if "KILLS" in os.environ else str(path)
+    """For multinode.sh: forked processes (see forks.py), unless KILLS asks for numbers to publish."""
+    with forks.interpreter(tmp_path_factory.mktemp("bin")) as path:
+        ENVIRONMENT["PYTHON"] = sys.executable if "KILLS" in os.environ else str(path)
+        yield
 
 
 def multinode(*words, **environment):
@@ -42,7 +42,8 @@ def multinode(*words, **environment):
     output = tempfile.TemporaryFile("w+")
     words = list(map(str, words))
     out = next((word.split("=", 1)[1] for word in words if word.startswith("--out_dir=")), "")
-    environment = {"MASTER_PORT": free_port(), "FORKED_PIDS": f"{out}.pids", **environment}
+    environment = {"MASTER_PORT": free_port(), **environment}
+    environment["FORKED_PIDS"] = f"{out}.pids{environment.get('NODE_RANK', '')}"
     process = subprocess.Popen(
         ["bash", "launch/multinode.sh", *words],
         cwd=ROOT,
@@ -51,7 +52,7 @@ def multinode(*words, **environment):
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    process.output = output
+    process.output, process.pids = output, Path(environment["FORKED_PIDS"])
     return process
 
 
@@ -69,7 +70,7 @@ def finished(process, seconds=240):
 
 def workers(out):
     """The pids of the ranks that train into `out`."""
-    left = Path(f"{out}.pids").glob("*")
+    left = Path(out).parent.glob(f"{Path(out).name}.pids*/*")
     pids = [int(path.name) for path in left if path.read_text(encoding="utf-8") and any(words_of(path.name, "cmdline"))]
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -82,7 +83,7 @@ def workers(out):
 
 
 def workers_of(launcher, out):
-    """Those of workers(out) that a launcher's process group or its children started."""
+    """Those of workers(out) that a launcher or its children started."""
     parents = lambda pid: int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
 
     def belongs(pid):
@@ -90,7 +91,7 @@ def workers_of(launcher, out):
             pid = parents(pid)
         return pid == launcher.pid
 
-    return [pid for pid in workers(out) if belongs(pid)]
+    return [pid for pid in workers(out) if (launcher.pids / str(pid)).exists() or belongs(pid)]
 
 
 def wait_for_step(process, out, step, seconds=120):
