@@ -61,12 +61,13 @@ def run_in_group(*words):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, data, pool):
-    """A config of the debug model, and the run of one process that the others are compared with."""
+    """A config of the debug model with a layer less, and the run of one process that the others are compared with."""
     folder = tmp_path_factory.mktemp("layouts")
     config = make_config(
         folder / "debug.py",
         **DEBUG_SIZE
-        | dict(data=str(data), global_batch_size=24, micro_batch_size=24, max_steps=STEPS, save_interval=STEPS // 2),
+        | dict(data=str(data), global_batch_size=24, micro_batch_size=24, max_steps=STEPS, save_interval=STEPS // 2)
+        | dict(num_hidden_layers=3),
         eval_interval=STEPS // 2,
         warmup_steps=2 * STEPS,
         qk_clip_tau=0.1,  # low enough that heads are clipped all the time
@@ -339,6 +340,6 @@ def test_blocks_compile_inside_of_what_shards_them(base, pool, tmp_path):
     breaks, graphs = pool.run(2, compiled, base[1], f"--out_dir={tmp_path / 'fsdp'}", *options)[0]
     assert not breaks and graphs == 2  # one for the dense block, one for all others: nothing is compiled again
     breaks, graphs = pool.run(2, compiled, base[1], f"--out_dir={tmp_path / 'ep'}", *options, "--ep=2")[0]
-    assert sum(breaks.values()) == 3 and graphs <= 7  # one break in each MoE block, around what travels
+    assert sum(breaks.values()) == 2 and graphs <= 7  # one break in each MoE block, around what travels
     for one, other in zip(losses(tmp_path / "fsdp"), losses(tmp_path / "ep")):
         assert one[1] == pytest.approx(other[1], abs=0.02)
