@@ -39,7 +39,7 @@ def interpreter(tmp_path_factory):
 
 def multinode(*words, **environment):
     """launch/multinode.sh in a process group of its own; it writes to a file, as nobody reads a pipe meanwhile."""
-    output = tempfile.TemporaryFile("w+")
+    output = tempfile.TemporaryFile("a+")  # what several processes open lies one behind the other
     words = list(map(str, words))
     out = next((word.split("=", 1)[1] for word in words if word.startswith("--out_dir=")), "")
     environment = {"MASTER_PORT": free_port(), **environment}
