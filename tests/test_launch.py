@@ -1,5 +1,6 @@
 """The launch files as far as they can be checked without a cluster, and restarts under real torchrun and real kills."""
 
+import fcntl
 import os
 import random
 import shlex
@@ -39,7 +40,8 @@ def interpreter(tmp_path_factory):
 
 def multinode(*words, **environment):
     """launch/multinode.sh in a process group of its own; it writes to a file, as nobody reads a pipe meanwhile."""
-    output = tempfile.TemporaryFile("a+")  # what several processes open lies one behind the other
+    output = tempfile.TemporaryFile("w+")
+    fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # forked processes open it for themselves
     words = list(map(str, words))
     out = next((word.split("=", 1)[1] for word in words if word.startswith("--out_dir=")), "")
     environment = {"MASTER_PORT": free_port(), **environment}
