@@ -31,6 +31,19 @@ TORCHRUN = "torch.distributed.run"
 SERVERS = [multiprocessing.forkserver.ForkServer() for _ in range(2)]
 TURNS = itertools.cycle(SERVERS)
 LOCK = threading.Lock()
+READ_AT_START = ("PYTHON", "LANG", "LC_", "LD_", "OMP_", "TORCH_", "TRITON_")  # variables of interpreter and libraries
+
+
+def _at_start():
+    return {name: value for name, value in os.environ.items() if name.startswith(READ_AT_START)}
+
+
+STARTED = _at_start()
+
+
+def environment_changed():
+    """Whether an interpreter that started now would meet other variables than the servers did."""
+    return _at_start() != STARTED
 
 
 def start(server, function, *args):

@@ -163,12 +163,13 @@ def run_restarting(*words):
             asked.append(restart.words)
 
 
-def run_script(*words, check=None, env=None, input="", forked=True):
-    """A command in a process of its own from the repository root; check=0 asserts success. forked: see forks.py. With
-    an environment of its own it gets an interpreter of its own, whatever that reads when it starts."""
-    if env is not None or not forked:
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, input=input,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=300)
+def run_script(*words, check=None, env=None, input="", **options):
+    """A command in a process of its own from the repository root; check=0 asserts success. It is forked (see forks.py)
+    unless it is to have an environment or options of subprocess.run, which may matter when an interpreter starts."""
+    if env or options or forks.environment_changed():
+        done = subprocess.run([sys.executable, *map(str, words)], text=True, input=input, **dict(
+            cwd=ROOT, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+            | options)
     else:
         with tempfile.TemporaryDirectory() as folder:
             paths = given, out, err = [Path(folder) / name for name in ("in", "out", "err")]
