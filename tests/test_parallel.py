@@ -223,7 +223,7 @@ def nan_on_rank_1(*words):
 def test_a_nan_on_one_rank_skips_the_step_on_all(base, pool, tmp_path):
     """Scorecard 8."""
     out = tmp_path / "run"
-    pool.run(2, nan_on_rank_1, base[1], f"--out_dir={out}", "--max_steps=6", "--strategy=ddp")
+    pool.run(2, nan_on_rank_1, base[1], f"--out_dir={out}", "--max_steps=6", "--strategy=ddp", "--save_interval=0")
     assert [(e["event"], e["step"]) for e in records(out, "event")] == [("skip", 3), ("save", 6)]
     assert all(math.isfinite(loss) for _, loss in losses(out))
     assert checkpoint.read_manifest(checkpoint.find(out))["optimizer_steps"] == 5
@@ -329,7 +329,10 @@ def compiled(*words):
 
     reset()
     counters.clear()
-    run(*words)
+    compile, backend = torch.compile, "inductor" if parallel.rank() == 0 else "aot_eager_decomp_partition"
+    with pytest.MonkeyPatch.context() as patch:  # the same graphs on both ranks; the C++ of one is enough
+        patch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+        run(*words)
     reset()
     return dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
 
@@ -337,9 +340,10 @@ def compiled(*words):
 @pytest.mark.slow
 def test_blocks_compile_inside_of_what_shards_them(base, pool, tmp_path):
     options = ["--max_steps=4", "--save_interval=0", "--eval_interval=0", "--dtype=bfloat16", "--compile"]
+    options += ["--num_hidden_layers=4"]
     breaks, graphs = pool.run(2, compiled, base[1], f"--out_dir={tmp_path / 'fsdp'}", *options)[0]
     assert not breaks and graphs == 2  # one for the dense block, one for all others: nothing is compiled again
     breaks, graphs = pool.run(2, compiled, base[1], f"--out_dir={tmp_path / 'ep'}", *options, "--ep=2")[0]
-    assert sum(breaks.values()) == 2 and graphs <= 7  # one break in each MoE block, around what travels
+    assert sum(breaks.values()) == 3 and graphs <= 7  # one break in each MoE block, around what travels
     for one, other in zip(losses(tmp_path / "fsdp"), losses(tmp_path / "ep")):
         assert one[1] == pytest.approx(other[1], abs=0.02)
