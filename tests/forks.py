@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from unittest.mock import patch
 
@@ -50,7 +51,8 @@ def start(server, function, *args):
     """A process, forked from this server, that calls function(*args)."""
     server.set_forkserver_preload(LIBRARIES)
     process = multiprocessing.get_context("forkserver").Process(target=function, args=args, daemon=True)
-    with LOCK, contextlib.ExitStack() as stack:  # the standard library knows one server
+    with LOCK, contextlib.ExitStack() as stack:  # the standard library knows one server, and would import our script
+        stack.enter_context(patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}))
         for name in ("connect_to_new_process", "get_inherited_fds"):
             stack.enter_context(patch.object(multiprocessing.forkserver, name, getattr(server, name)))
         process.start()
