@@ -2,31 +2,39 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from tests import forks
 from tests.helpers import ROOT, records
 
 GONE = 60  # seconds that whoever lost a rank may take to end
 
 
 class Attempt:
-    """tests/faulty.py with --resume=auto, as one process or under torchrun. Its output goes to a file beside the run
-    folder; its processes are known by their environment, whoever is their parent."""
+    """tests/faulty.py with --resume=auto, as one process or under torchrun; forked (see forks.py) if the environment
+    has FORKED. Its output goes to a file beside the run folder; its processes are known by their environment or, where
+    they were forked, by the files that they leave in a folder, whoever is their parent."""
 
     def __init__(self, words, out, ranks=1, faults="", curves=False):
-        self.out, self.mark, self.log = Path(out), f"{out}.faults", Path(f"{out}.log")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                    "--monitor-interval=0.2"] if ranks > 1 else []
+        self.out, self.mark, self.log, self.pids = Path(out), f"{out}.faults", Path(f"{out}.log"), Path(f"{out}.pids")
+        self.torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                         "--monitor-interval=0.2"] if ranks > 1 else []
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1",
                        "FAULTS": faults, "FAULTS_DONE": self.mark, "FAULTS_NO_CURVES": "" if curves else "1"}
+        words = [*self.torchrun, "tests/faulty.py", *map(str, words), f"--out_dir={out}", "--resume=auto"]
+        environment = {**os.environ, **environment}
+        shutil.rmtree(self.pids, ignore_errors=True)
         with open(self.log, "w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *torchrun, "tests/faulty.py", *map(str, words), f"--out_dir={out}", "--resume=auto"],
-                cwd=ROOT, env={**os.environ, **environment}, stdout=output, stderr=output, start_new_session=True)
+            if os.environ.get("FORKED"):
+                self.process = forks.Process(words, stdout=self.log, env=environment, pids=self.pids)
+            else:
+                self.process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=output,
+                                                stderr=output, start_new_session=True)
         self.started = time.monotonic()
 
     def output(self):
@@ -41,19 +49,25 @@ class Attempt:
 
     def family(self):
         """Every process of this attempt, zombies aside."""
-        return [pid for pid in all_pids() if f"FAULTS_DONE={self.mark}" in words_of(pid, "environ")]
+        return [pid for pid in all_pids() if f"FAULTS_DONE={self.mark}" in words_of(pid, "environ")
+                or (self.pids / str(pid)).exists() and any(words_of(pid, "cmdline"))]
 
     def ranks(self):
         """Those that train, by rank."""
         found = {}
         for pid in self.family():
             words = words_of(pid, "cmdline")
-            if "tests/faulty.py" in words and "torch.distributed.run" not in words:
+            if (self.pids / str(pid)).exists():
+                rank = (self.pids / str(pid)).read_text(encoding="utf-8")
+                if rank or not self.torchrun:
+                    found[int(rank or 0)] = pid
+            elif "tests/faulty.py" in words and "torch.distributed.run" not in words:
                 rank = next((word[5:] for word in words_of(pid, "environ") if word.startswith("RANK=")), "0")
                 found[int(rank)] = pid
         return [pid for _, pid in sorted(found.items())]
 
     def kill_all(self):
+        self.process.kill()
         while pids := self.family():  # again, for those that were being started
             for pid in pids:
                 send(pid, signal.SIGKILL)

@@ -4,6 +4,10 @@ import importlib.util
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: bitwise comparisons want one thread count
+if "KILLS" not in os.environ:
+    os.environ["FORKED"] = "1"  # see attempts.py; numbers to publish are those of whole interpreters
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every process that compiles starts a pool of others
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # and tries out in more processes what the CPU says it can
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from data import tokenizer
 from data.shards import Writer
 from errors import STOPPED
 from model import ModelConfig, build
+from tests import forks
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -161,17 +163,24 @@ def run_restarting(*words):
             asked.append(restart.words)
 
 
-def run_script(*words, check=None, env=None, **options):
-    """A command in a process of its own from the repository root; check=0 asserts success."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        timeout=300,
-        **options,
-    )
+def run_script(*words, check=None, env=None, input="", **options):
+    """A command in a process of its own from the repository root; check=0 asserts success. It is forked (see forks.py)
+    unless it is to have an environment or options of subprocess.run, which may matter when an interpreter starts."""
+    if env or options or forks.environment_changed():
+        done = subprocess.run([sys.executable, *map(str, words)], text=True, input=input, **dict(
+            cwd=ROOT, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+            | options)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = given, out, err = [Path(folder) / name for name in ("in", "out", "err")]
+            given.write_text(input, encoding="utf-8")
+            process = forks.Process(words, stdin=given, stdout=out, stderr=err)
+            try:
+                status = process.wait(300)
+            finally:
+                process.kill()
+            _, out, err = [path.read_text(encoding="utf-8") for path in paths]
+            done = subprocess.CompletedProcess(words, status, out, err)
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     return done

@@ -1,4 +1,4 @@
-"""Ranks for the tests: four processes that are started once and then run any function as any number of gloo ranks.
+"""Ranks for the tests: four processes, started once by forks.py, that run any function as any number of gloo ranks.
 
     pool.run(2, function, *args)      # function(*args) on ranks 0 and 1; returns what each returned
 """
@@ -10,6 +10,8 @@ import sys
 import tempfile
 import traceback
 import uuid
+
+from tests import forks
 
 WORLD = 4
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -23,10 +25,8 @@ class Pool:
             self._start(rank)
 
     def _start(self, rank):
-        context = multiprocessing.get_context("spawn")
-        self.pipes[rank], theirs = context.Pipe()
-        self.processes[rank] = context.Process(target=_serve, args=(rank, theirs), daemon=True)
-        self.processes[rank].start()
+        self.pipes[rank], theirs = multiprocessing.Pipe()
+        self.processes[rank] = forks.start(forks.SERVERS[rank % 2], _serve, rank, theirs)
         theirs.close()
 
     def run(self, n, function, *args, **options):

@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,9 +17,9 @@ import checkpoint
 import guard
 from errors import UserError
 from muon import Muon
+from tests import forks
 from tests.attempts import Attempt
 from tests.helpers import (
-    ROOT,
     assert_equal_runs,
     final_tensors,
     losses,
@@ -126,13 +124,12 @@ def test_a_shard_cut_short_under_a_running_training_ends_it_and_is_named_at_the_
     data = make_data(tmp_path / "data")
     config = make_config(tmp_path / "c.py", data=str(data), out_dir=str(tmp_path / "run"), save_interval=2,
                          max_steps=100_000, log_interval=1)
-    with open(tmp_path / "output", "w") as output:
-        process = subprocess.Popen([sys.executable, "train.py", config], cwd=ROOT, stdout=output, stderr=output)
-        while not (tmp_path / "run/checkpoints/latest").exists():
-            time.sleep(0.05)
-            assert process.poll() is None
-        os.truncate(data / "train_000000.bin", 4096)
-        assert process.wait(timeout=60) == -signal.SIGBUS
+    process = forks.Process(["train.py", config], stdout=tmp_path / "output")
+    while not (tmp_path / "run/checkpoints/latest").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.truncate(data / "train_000000.bin", 4096)
+    assert process.wait(timeout=60) == -signal.SIGBUS
     assert "Bus error" in (tmp_path / "output").read_text() and "loader.py" in (tmp_path / "output").read_text()
     done = run_script("train.py", config, "--resume")
     assert done.returncode == 2 and "train_000000.bin is truncated" in done.stderr

@@ -1,5 +1,6 @@
 """The launch files as far as they can be checked without a cluster, and restarts under real torchrun and real kills."""
 
+import fcntl
 import os
 import random
 import shlex
@@ -14,9 +15,11 @@ import pytest
 import yaml
 
 import config as settings
+from tests import forks
+from tests.attempts import words_of
 from tests.helpers import ROOT, assert_equal_runs, final_tensors, losses, make_config, run_script, run_train
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def free_port():
@@ -27,18 +30,31 @@ def free_port():
         return str(s.getsockname()[1])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interpreter(tmp_path_factory):
+    """For multinode.sh: forked processes (see forks.py), unless KILLS asks for numbers to publish."""
+    with forks.interpreter(tmp_path_factory.mktemp("bin")) as path:
+        ENVIRONMENT["PYTHON"] = sys.executable if "KILLS" in os.environ else str(path)
+        yield
+
+
 def multinode(*words, **environment):
     """launch/multinode.sh in a process group of its own; it writes to a file, as nobody reads a pipe meanwhile."""
     output = tempfile.TemporaryFile("w+")
+    fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # forked processes open it for themselves
+    words = list(map(str, words))
+    out = next((word.split("=", 1)[1] for word in words if word.startswith("--out_dir=")), "")
+    environment = {"MASTER_PORT": free_port(), **environment}
+    environment["FORKED_PIDS"] = f"{out}.pids{environment.get('NODE_RANK', '')}"
     process = subprocess.Popen(
-        ["bash", "launch/multinode.sh", *map(str, words)],
+        ["bash", "launch/multinode.sh", *words],
         cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT, "MASTER_PORT": free_port(), **environment},
+        env={**os.environ, **ENVIRONMENT, **environment},
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    process.output = output
+    process.output, process.pids = output, Path(environment["FORKED_PIDS"])
     return process
 
 
@@ -56,19 +72,20 @@ def finished(process, seconds=240):
 
 def workers(out):
     """The pids of the ranks that train into `out`."""
-    pids = []
+    left = Path(out).parent.glob(f"{Path(out).name}.pids*/*")
+    pids = [int(path.name) for path in left if path.read_text(encoding="utf-8") and any(words_of(path.name, "cmdline"))]
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if "train.py" in words and f"--out_dir={out}" in words and "torch.distributed.run" not in words:
+        if "train.py" in words and f"--out_dir={out}" in words and "torch.distributed.run" not in words:  # not forked
             pids.append(int(path.parent.name))
     return pids
 
 
 def workers_of(launcher, out):
-    """Those of workers(out) that a launcher's process group or its children started."""
+    """Those of workers(out) that a launcher or its children started."""
     parents = lambda pid: int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
 
     def belongs(pid):
@@ -76,7 +93,7 @@ def workers_of(launcher, out):
             pid = parents(pid)
         return pid == launcher.pid
 
-    return [pid for pid in workers(out) if belongs(pid)]
+    return [pid for pid in workers(out) if (launcher.pids / str(pid)).exists() or belongs(pid)]
 
 
 def wait_for_step(process, out, step, seconds=120):
@@ -91,7 +108,7 @@ def wait_for_step(process, out, step, seconds=120):
 @pytest.fixture
 def slow_config(tmp_path, data):
     """Steps long enough to be hit in the middle."""
-    return make_config(tmp_path / "tiny.py", data=str(data), global_batch_size=48, micro_batch_size=4, max_steps=24,
+    return make_config(tmp_path / "tiny.py", data=str(data), global_batch_size=24, micro_batch_size=4, max_steps=24,
                        save_interval=3, keep_checkpoints=2)
 
 

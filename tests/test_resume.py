@@ -6,8 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -22,6 +20,7 @@ from data import prepare
 from errors import STOPPED, UserError
 from model import ModelConfig, build
 from muon import Muon, schedule_factor
+from tests import forks
 from tests.helpers import (
     ROOT,
     TINY,
@@ -60,7 +59,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bitwise(config, tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_train(config, f"--out_dir={whole}", "--max_steps=30", "--save_interval=5", "--keep_checkpoints=9")
     words = [config, f"--out_dir={killed}", "--max_steps=30", "--save_interval=5", "--keep_checkpoints=9"]
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = forks.Process(["train.py", *words])
     path, deadline = killed / "metrics.jsonl", time.time() + 120
     there = lambda: path.exists() and '"kind": "train", "step": 13' in path.read_text(encoding="utf-8")
     while time.time() < deadline and not there():
@@ -78,13 +77,14 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bitwise(config, tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_cleanly(config, tmp_path, number):
     words = [config, "--max_steps=100000", "--out_dir=" + str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step") and "5/" in line:
-            break
+    output = tmp_path / "output"
+    process = forks.Process(["train.py", *words], stdout=output)
+    while process.poll() is None and not (output.exists() and "\nstep      5/" in output.read_text(encoding="utf-8")):
+        time.sleep(0.01)
     process.send_signal(number)
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == STOPPED and shlex.split(rest)[-2:] == ["train.py", f"--resume={tmp_path / 'run'}"]
+    assert process.wait(60) == STOPPED
+    last = output.read_text(encoding="utf-8").splitlines()[-1]
+    assert shlex.split(last)[-2:] == ["train.py", f"--resume={tmp_path / 'run'}"]
     step = checkpoint.read_manifest(checkpoint.find(tmp_path / "run"))["step"]
     assert step == losses(tmp_path / "run")[-1][0]
 

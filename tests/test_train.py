@@ -51,8 +51,7 @@ TRAIN_KEYS = {
 # ---------------------------------------------------------------------- what a run does and leaves behind
 
 
-@pytest.mark.curves
-@pytest.mark.parametrize("optimizer", ["muonclip", "muon", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("muonclip", marks=pytest.mark.curves), "muon", "adamw"])
 def test_a_run_learns_and_writes_what_it_should(config, tmp_path, optimizer, capsys):
     last = run_train(
         config,
@@ -78,7 +77,8 @@ def test_a_run_learns_and_writes_what_it_should(config, tmp_path, optimizer, cap
     assert (
         about["settings"]["max_steps"] == 60 and about["command"][0] == config and about["torch"] == torch.__version__
     )
-    assert (run / "curves.png").stat().st_size > 10_000 and (run / "tokenizer/encoding.json").exists()
+    assert optimizer != "muonclip" or (run / "curves.png").stat().st_size > 10_000  # drawn from the same records
+    assert (run / "tokenizer/encoding.json").exists()
     assert (run / "samples.md").read_text().count("## step") == 4
     assert checkpoint.find(run, "best").is_dir() and len(checkpoint.step_folders(run / "checkpoints")) in (2, 3)
     assert "validation loss" in capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_logged_loss_is_cross_entropy_alone_and_gradients_are_those_of_the_sum(c
 def test_validation_and_samples_leave_no_trace_in_training(config, tmp_path):
     run_train(config, f"--out_dir={tmp_path / 'plain'}")
     run_train(
-        config, f"--out_dir={tmp_path / 'watched'}", "--eval_interval=3", "--sample_interval=4", "--save_interval=7"
+        config, f"--out_dir={tmp_path / 'watched'}", "--eval_interval=3", "--sample_interval=8", "--save_interval=7"
     )
     assert_equal_runs(tmp_path / "plain", tmp_path / "watched")
     val = records(tmp_path / "watched", "val")

@@ -67,7 +67,7 @@ def triton_on(monkeypatch):
 
 
 @interpreted
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=70)
 @given(
     st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]),
     st.integers(1, 40),
@@ -92,7 +92,7 @@ def test_attention_forward_backward_and_maximum(heads, T, widths, tiles, density
 
 
 @interpreted
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(
     st.integers(1, 2), st.integers(1, 20), st.integers(1, 150), st.sampled_from([(16, 4), (64, 32), (20, 9), (48, 16)]),
     st.integers(0, 99),

@@ -56,7 +56,7 @@ def route_both(logits, bias, batch, options, generator):
     return results
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_route_equals_its_twin(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
@@ -93,7 +93,7 @@ def test_route_of_scores_that_all_underflow():
     assert all(torch.isfinite(t).all() for t in ours) and all(close(a, b) for a, b in zip(ours, twins))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.integers(0, 150), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99), st.booleans(),
        st.sampled_from([1024, 4096]))
 def test_sort_equals_its_twin(n, n_experts, top_k, seed, some_elsewhere, elements):
@@ -145,7 +145,7 @@ def random_case(N, D, width, E, K, generator, spread, elsewhere=False):
     return inputs, chosen, torch.randn(N, D, generator=generator)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_experts_equal_a_loop_in_float64_with_gradients(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
@@ -173,7 +173,7 @@ def test_experts_without_tokens_and_twice_the_same():
         assert all(close(a, b) for a, b in zip(once, run_experts(False, inputs, chosen, 4, None, grad)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(st.integers(0, 40), st.integers(1, 50), st.integers(1, 5), st.integers(0, 30), st.booleans(), st.integers(0, 99))
 def test_combine_equals_its_twin(n, width, J, n_rows, weighted, seed):
     generator = torch.Generator().manual_seed(seed)
