@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -22,7 +23,6 @@ from model import ModelConfig, build
 from muon import Muon, schedule_factor
 from tests import forks
 from tests.helpers import (
-    ROOT,
     TINY,
     assert_equal_runs,
     losses,
