@@ -358,7 +358,7 @@ def step_of(path):
 def pointed(folder, name):
     """The step folder that a pointer file names, None if there is none."""
     pointer = Path(folder) / name
-    target = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    target = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
     return Path(folder) / target if STEP.match(target) and (Path(folder) / target).is_dir() else None
 
 
@@ -374,7 +374,7 @@ def _own_crc32(manifest):  # itself apart
 
 
 def _write_synced(path, text):
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

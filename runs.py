@@ -351,7 +351,8 @@ def provenance(run, config, config_file, argv):
     path = run / "config.json"
     earlier = read_json(path) if path.exists() else {}
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                             encoding="utf-8", errors="replace")
         commit = git.stdout.strip() or None
     except OSError:  # no git on this machine
         commit = None
