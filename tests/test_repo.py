@@ -11,7 +11,7 @@ import config as settings
 import train
 from data import prepare
 from errors import UserError
-from tests.helpers import ROOT
+from tests.helpers import ROOT, small_run
 
 # A file imports only from lines above its own.
 ORDER = [
@@ -196,6 +196,31 @@ def test_readme_commands_parse(command):
         assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file() or words[2] in ("venv", "pip")
     else:
         assert words[0] in ("git", "cd", "pip", "source", "wandb"), f"README command not understood: {command}"
+
+
+def test_readme_commands_write_to_folders_of_their_own():
+    """So that every command can run after every other."""
+    written = {}
+    for command in sorted(set(readme_commands())):
+        words = shlex.split(command)
+        if "data.prepare" in words:
+            rest = words[words.index("data.prepare") + 1 :]
+            folder = prepare.parse(rest).out or f"data/{rest[0]}"
+        elif "--resume" in command or not any(word.startswith("configs/") for word in words):
+            continue
+        else:
+            config = next(word for word in words if word.startswith("configs/"))
+            flags = settings.read_flags(word for word in words[words.index(config) + 1 :])
+            folder = flags.get("out_dir", f"out/{config[8:-3]}")
+        assert written.setdefault(folder, command) == command, f"{command} and {written[folder]} write to {folder}"
+    assert len(written) > 15
+
+
+def test_readme_python_runs(tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    small_run(tmp_path / "small")
+    exec(code.replace("out/debug", str(tmp_path / "small/run")), names := {})
+    assert names["logits"].shape == (1, len(names["ids"]), 257) and capsys.readouterr().out
 
 
 def test_files_named_in_readme_exist():
