@@ -43,7 +43,7 @@ def multinode(*words, **environment):
     output = tempfile.TemporaryFile("w+")
     fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)  # forked processes open it for themselves
     words = list(map(str, words))
-    out = next((word.split("=", 1)[1] for word in words if word.startswith("--out_dir=")), "")
+    out = next((word.split("=", 1)[1] for word in words if word.startswith("--out_dir=")), words[0])
     environment = {"MASTER_PORT": free_port(), **environment}
     environment["FORKED_PIDS"] = f"{out}.pids{environment.get('NODE_RANK', '')}"
     process = subprocess.Popen(
