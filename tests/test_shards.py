@@ -15,6 +15,7 @@ import train
 from data import advice, prepare, tokenizer
 from data.loader import ValidationSet
 from data.shards import Writer, add_headers, open_split, read_meta
+from data.words import CLOSING
 from errors import UserError
 from kernels.cross_entropy import IGNORE
 from tests.helpers import ROOT, make_data
@@ -158,7 +159,7 @@ def test_bytes_of_repaired_text_and_of_lossy_tokenizers_are_those_of_the_source(
     words = ENCODERS["words"]()
     folder = text_folder(tmp_path / "b", words, EASY)
     assert ValidationSet(folder, 8, 10_000).bytes == sum(len(text.encode()) for text in EASY)
-    of = lambda ids: sum(len(words.texts[id_]) + (words.texts[id_] not in tokenizer.CLOSING) for id_ in ids
+    of = lambda ids: sum(len(words.texts[id_]) + (words.texts[id_] not in CLOSING) for id_ in ids
                          if 0 < id_ < words.n_vocab - 1)  # the word and its space, of what is known
     ids = [id_ for text in EASY for id_ in tokenizer.encode(words, text).tolist()]
     expected = of(ids[1:17]) / of(ids) * sum(map(len, EASY))
