@@ -12,7 +12,6 @@ saved on one layout loads on any other, because DCP knows where in the whole ten
     checkpoints/step_00000500/{manifest.json, .metadata, __0_0.distcp, ...}    checkpoints/latest    checkpoints/best
 """
 
-import contextlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import shutil
 import warnings
 import zlib
 from collections import ChainMap
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from data.shards import file_crc32, read_json
 from errors import UserError
 
 STEP = re.compile(r"step_(\d{8})$")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process without a group is meant
 
 
 # ----------------------------------------------------------------------------- writing
@@ -52,12 +52,11 @@ def size(tensors):
 
 
 def save(folder, step, tensors, about, keep, best=False, group=None):
-    """Write checkpoints/step_<step> under `folder`, point `latest` (and `best`) to it, delete what `keep` does not
-    cover. All ranks call it together.
+    """Write step_<step> under `folder`, point `latest` (and `best`) to it, delete what `keep` does not cover; returns
+    the step folder. All ranks call it together.
 
     tensors: {name: tensor}; about: JSON for the manifest; group: None, or the process group of a background thread.
-    Returns the step folder. An OSError (disk full, ...), on all ranks alike, leaves the earlier checkpoints and
-    pointers as they were.
+    An OSError (disk full, ...), on all ranks alike, leaves the earlier checkpoints and pointers as they were.
     """
     folder, first = Path(folder), parallel.rank() == 0
     final, temporary = folder / f"step_{step:08d}", folder / f".tmp_{step:08d}"
@@ -69,8 +68,7 @@ def save(folder, step, tensors, about, keep, best=False, group=None):
     def write():
         # One writer thread: with more, DCP loses write errors and reports a full disk as success.
         writer = dcp.FileSystemWriter(temporary, thread_count=1, sync_files=True)
-        with one_process():
-            dcp.save(tensors, storage_writer=writer, no_dist=parallel.ranks() == 1, process_group=group)
+        dcp.save(tensors, storage_writer=writer, no_dist=parallel.ranks() == 1, process_group=group)
         mine = [*temporary.glob(f"__{parallel.rank()}_*"), *([temporary / ".metadata"] if first else [])]
         return {path.name: {"size": path.stat().st_size, "crc32": file_crc32(path)} for path in mine}
 
@@ -115,51 +113,40 @@ def _together(part, group):
 
 
 class Saver:
-    """Saves the checkpoints of a run. In the background, start() costs no more than a copy of the tensors into host
-    memory, and the writing goes on beside the training."""
+    """Saves the checkpoints of a run in a thread of its own. In the background, start() costs a copy of the tensors
+    into host memory, and the writing goes on beside the training; else outcome() has to wait for it."""
 
     def __init__(self, folder, keep, best_loss, background):
         self.folder, self.keep, self.best_loss = folder, keep, best_loss
         on_device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} \
             if torch.cuda.is_available() else {}  # else the thread would open a context on the first GPU
-        self.thread = ThreadPoolExecutor(1, **on_device) if background else None
+        self.thread, self.background = ThreadPoolExecutor(1, **on_device), background
         self.group = parallel.second_group() if background else None
         self.under_way = None
 
     def start(self, step, tensors, about, validation_loss):
         """Save a step; it becomes `best` if its validation loss, if there is one, is the lowest so far. The outcome of
         the save before must have been taken."""
-        assert self.under_way is None
         best = validation_loss is not None and not validation_loss >= (self.best_loss or math.inf)
         best_loss = validation_loss if best else self.best_loss
-        if self.thread:
+        if self.background:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
         def work():
             path = save(self.folder, step, tensors, {**about, "best_loss": best_loss}, self.keep, best, self.group)
             self.best_loss = best_loss
             return path
-        self.under_way = step, self.thread.submit(work) if self.thread else _now(work)
+        self.under_way = step, self.thread.submit(work)
 
     def outcome(self, wait):
         """(step, path or OSError) of a save that has ended since, None if there is none; `wait` for its end."""
         if self.under_way is None or not (wait or self.under_way[1].done()):
             return None
         (step, future), self.under_way = self.under_way, None
-        error = future.exception()
-        if error is not None and not isinstance(error, OSError):
-            raise error
-        return step, error or future.result()
-
-
-def _now(work):
-    """A finished future of work()."""
-    future = Future()
-    try:
-        future.set_result(work())
-    except OSError as error:
-        future.set_exception(error)
-    return future
+        try:
+            return step, future.result()
+        except OSError as error:
+            return step, error
 
 
 def point(folder, name, step_folder):
@@ -197,11 +184,8 @@ def step_folders(folder):
 
 
 def find(path, which="latest"):
-    """The step folder meant by a run folder, a checkpoints folder or a step folder.
-
-    In a run, "latest" is the newest checkpoint whose files match its manifest; damaged ones are named and passed over.
-    "best" follows the pointer. A step folder given by name must itself be sound.
-    """
+    """The step folder meant by a run folder, a checkpoints folder or a step folder, which must itself be sound. In a
+    run, "latest" is the newest checkpoint whose files match its manifest; "best" follows the pointer."""
     path = Path(path)
     if STEP.search(path.name):
         if reason := damage(path):
@@ -215,8 +199,7 @@ def find(path, which="latest"):
                             "(--eval_interval); the newest is --checkpoint=latest")
         return find(best)
     for candidate in reversed(parallel.once(step_folders, folder)):  # one view of a shared file system
-        reason = damage(candidate)
-        if not reason:
+        if not (reason := damage(candidate)):
             return candidate
         print(f"skipping damaged checkpoint {candidate}: {reason}")
     raise UserError(f"no complete checkpoint in {path}")
@@ -292,8 +275,7 @@ def load(step_folder, tensors):
             raise UserError(f"checkpoint {step_folder}: {name} is {size} {dtype}, "
                             f"this run has {tuple(tensor.shape)} {tensor.dtype}")
     try:
-        with one_process():
-            dcp.load(tensors, storage_reader=reader, no_dist=parallel.ranks() == 1)
+        dcp.load(tensors, storage_reader=reader, no_dist=parallel.ranks() == 1)
     except (Exception, CheckpointException) as error:
         raise UserError(f"checkpoint {step_folder} does not load: {_root_cause(error)}") from error
 
@@ -342,14 +324,6 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 # ----------------------------------------------------------------------------- small things
-
-@contextlib.contextmanager
-def one_process():
-    """DCP warns that there is no process group; here that is the intent."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
 
 def step_of(path):
     return int(STEP.search(path.name).group(1))

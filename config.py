@@ -1,9 +1,8 @@
 """Every setting of a run: names, defaults, types and reasons; configs/*.py files, --key=value, and the checks.
 
-A config file is plain Python assignments. Precedence: command line, then file, then the defaults here. On the line,
---key value is --key=value. An unknown key, a wrong type or an impossible combination is refused before anything is
-written. Next: train.py, which reads all
-of it. (No postponed annotations here: the loader needs the real types.)
+A config file is plain Python assignments. Precedence: command line, then file, then the defaults here. An unknown key,
+a wrong type or an impossible combination is refused before anything is written. Next: train.py, which reads all of it.
+(No postponed annotations here: the loader needs the real types.)
 """
 
 import ast
@@ -126,14 +125,15 @@ class Config(ModelConfig):
         """Raise a UserError for the first impossible value or combination."""
         self.check_model()
         positive = ("sequence_length", "global_batch_size", "micro_batch_size", "max_steps", "ns_steps", "log_interval",
-                    "keep_checkpoints", "max_skipped_steps", "step_timeout", "dp_replicate", "ep", "eval_batches")
-        not_negative = ("warmup_steps", "eval_interval", "save_interval", "sample_interval", "seed", "muon_lr",
-                        "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio", "z_loss", "spike_sigmas",
-                        "max_rollbacks", "check_interval", "skip_sequences")
-        for names, floor in ((positive, 1), (not_negative, 0)):
-            for name in names:
-                if getattr(self, name) < floor:
-                    raise UserError(f"{name}={getattr(self, name)} must be at least {floor}")
+                    "keep_checkpoints", "max_skipped_steps", "step_timeout", "dp_replicate", "dp_shard", "ep",
+                    "eval_batches")
+        not_negative = ("warmup_steps", "decay_steps", "eval_interval", "save_interval", "sample_interval", "seed",
+                        "muon_lr", "adamw_lr", "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio",
+                        "z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences")
+        for name in (*positive, *not_negative):
+            value, floor = getattr(self, name), int(name in positive)
+            if value is not None and value < floor:
+                raise UserError(f"{name}={value} must be at least {floor}")
         names = self.data if isinstance(self.data, dict) else [self.data]
         streamed = next((name for name in names if str(name).startswith("hf:")), None)
         for ok, message in (
@@ -142,10 +142,9 @@ class Config(ModelConfig):
                  f"max_position_embeddings={self.max_position_embeddings}"),
                 (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
                 (self.num_experts_per_tok > 1 or not self.norm_topk_prob or not self.n_routed_experts,
-                 "num_experts_per_tok=1 with norm_topk_prob: a single weight, normalised, is always 1, so that the "
-                 "router would learn nothing from the loss: set --no-norm_topk_prob, or choose two experts or more"),
+                 "num_experts_per_tok=1 with norm_topk_prob: a weight that is always 1 teaches the router nothing: "
+                 "set --no-norm_topk_prob, or choose two experts or more"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
-                ((self.decay_steps or 0) >= 0, f"decay_steps={self.decay_steps} must be at least 0"),
                 (self.data, "data is empty: name a folder of shards"),
                 (not isinstance(self.data, dict) or all(
                     type(f) is str and type(w) in (int, float) and 0 < w < 2**63 for f, w in self.data.items()),
@@ -154,8 +153,6 @@ class Config(ModelConfig):
                 (not streamed or self.packing == "concat",
                  f"packing='best_fit' needs folders of shards: prepare {streamed}, or set --packing=concat"),
                 (all(type(prompt) is str for prompt in self.sample_prompts), "sample_prompts must be texts"),
-                (self.adamw_lr is None or self.adamw_lr >= 0, f"adamw_lr={self.adamw_lr} must be at least 0"),
-                (self.dp_shard is None or self.dp_shard >= 1, f"dp_shard={self.dp_shard} must be None or at least 1"),
                 (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder"),
                 (not self.skip_sequences or re.search(r"step_\d+/*$", str(self.resume)),
                  "skip_sequences would skip again at every restart: set --resume to a step folder")):
@@ -165,41 +162,34 @@ class Config(ModelConfig):
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-ELSEWHERE = {  # what other programs call a setting, {ours, perhaps with a remark: theirs}
+ELSEWHERE = {  # what others call a setting, where the spelling does not lead to it: {ours, with a remark: theirs}
     "muon_lr (adamw_lr follows it)": "lr learning_rate max_lr max_learning_rate peak_lr base_lr",
     "min_lr_ratio, a share of the peak": "min_lr min_learning_rate final_lr",
     "micro_batch_size, sequences of one forward, or global_batch_size, those of a step":
         "batch_size bs train_batch_size device_batch_size per_device_batch_size per_device_train_batch_size",
     "global_batch_size: the forwards of a step follow from it and micro_batch_size":
         "gradient_accumulation_steps gradient_accumulation grad_accum_steps accumulation_steps accumulate_grad_batches",
-    "sequence_length": "block_size seq_len seq_length max_seq_len max_seq_length context_length context_size n_ctx",
-    "num_hidden_layers": "n_layer n_layers num_layers", "num_attention_heads": "n_head n_heads num_heads",
+    "sequence_length": "block_size max_seq_len context_size n_ctx", "decay_steps": "cooldown_steps",
+    "hidden_size": "n_embd d_model dim model_dim embed_dim", "num_attention_heads": "n_head n_heads",
     "kv_lora_rank: heads share a latent": "n_kv_head n_kv_heads num_kv_heads num_key_value_heads",
-    "hidden_size": "n_embd d_model dim model_dim embed_dim", "intermediate_size": "ffn_dim d_ff n_inner mlp_ratio",
-    "n_routed_experts": "num_experts n_experts num_local_experts", "num_experts_per_tok": "top_k moe_top_k",
-    "max_steps": "max_iters n_iters num_iterations train_steps num_train_steps train_iters total_steps",
+    "intermediate_size": "ffn_dim d_ff n_inner mlp_ratio", "n_routed_experts": "n_experts num_local_experts",
+    "num_experts_per_tok": "top_k moe_top_k", "eval_batches": "eval_iters", "eval_interval": "eval_steps",
+    "max_steps": "max_iters n_iters num_iterations train_steps train_iters", "schedule": "decay_lr",
     "max_steps: a run prints how many epochs they are": "epochs num_epochs max_epochs num_train_epochs",
-    "warmup_steps": "warmup_iters warmup lr_warmup_steps num_warmup_steps warmup_ratio",
-    "decay_steps": "lr_decay_iters lr_decay_steps cooldown_steps", "eval_batches": "eval_iters val_batches",
-    "schedule": "lr_scheduler lr_schedule lr_scheduler_type decay_lr", "eval_interval": "eval_steps val_interval",
-    "save_interval": "save_steps checkpoint_interval ckpt_interval", "log_interval": "logging_steps log_every",
-    "grad_clip": "max_grad_norm clip_grad gradient_clip_val", "optimizer": "optim", "weight_decay": "wd",
+    "save_interval": "save_steps checkpoint_interval ckpt_interval", "log_interval": "logging_steps",
+    "grad_clip": "max_grad_norm clip_grad", "keep_checkpoints": "save_total_limit", "weight_decay": "wd",
     "momentum, Muon's; AdamW's betas are 0.9 and 0.95": "beta1 beta2 adam_beta1 adam_beta2 betas",
     "weight_decay: there is no dropout here": "dropout attention_dropout",
-    "dtype": "precision mixed_precision bf16 fp16 amp", "activation_checkpointing": "gradient_checkpointing",
-    "resume": "init_from load_from ckpt_path checkpoint resume_from resume_from_checkpoint",
-    "keep_checkpoints": "save_total_limit", "out_dir": "out output output_dir save_dir", "compile": "torch_compile",
-    "data": "dataset dataset_name data_dir data_path train_data", "tokenizer": "tokenizer_name tokenizer_path",
-    "wandb": "wandb_log use_wandb report_to", "run_name": "wandb_run_name exp_name", "sample_prompts": "prompt prompts",
+    "dtype": "precision mixed_precision bf16 fp16 amp", "out_dir": "output save_dir", "wandb": "report_to",
+    "resume": "init_from load_from ckpt_path checkpoint resume_from_checkpoint",
+    "data": "dataset_name data_dir train_data", "num_hidden_layers": "n_layer",
 }
 
 
 def load(argv):
     """A checked Config from ["configs/x.py", "--key=value", ...], or with the settings of the run that the words name,
     ["out/x", "--resume"] or ["--resume=out/x"]; returns (config, path of the config file or None)."""
-    argv = joined(argv)
-    names = [word for word in argv if not word.startswith("--")]
-    flags = read_flags(word for word in argv if word.startswith("--"))
+    names, flags = read_words(argv)
     run = run_folder(names, flags)
     if len(names) > 1 or not names and not run:
         raise UserError("name one config file:  python train.py configs/debug.py [--key=value ...]  (see --help), or a "
@@ -214,11 +204,11 @@ def run_folder(names, flags):
     """The run whose settings are meant: a folder in place of the config file, else the one that --resume, a run or step
     folder, or --out_dir names; None if a config file is named, or nothing."""
     resume = flags.get("resume")
-    if len(names) == 1 and Path(names[0]).is_dir() and (resume or (Path(names[0]) / "config.json").exists()):
-        if not resume:
+    if len(names) == 1 and Path(names[0]).is_dir():
+        if not resume and (Path(names[0]) / "config.json").exists():
             raise UserError(f"{names[0]} is a run, not a config file: continue it with  python train.py "
                             + shlex.quote(f"--resume={names[0]}"))
-        return Path(names[0])
+        return Path(names[0]) if resume else None
     named = flags.get("out_dir") if resume in (True, "auto") else resume
     if names or not named:
         return None
@@ -227,11 +217,10 @@ def run_folder(names, flags):
 
 
 def read_run(run):
-    """The settings of a run's config.json, but for those of a start; what it holds of another version is told. Relative
-    paths are meant from where the run was started, if they are there; the run itself may have been moved."""
+    """The settings of a run's config.json, but for those of a start; what it holds of another version is told. The run
+    may have been moved since."""
     path = run / "config.json"
-    about = read_json(path) if path.is_file() else {}
-    stored, home = about.get("settings"), Path(str(about.get("directory", ".")))
+    stored = read_json(path).get("settings") if path.is_file() else None
     if not isinstance(stored, dict):
         raise UserError(f"{run} has no config.json with the settings of a run: name a config file too, as in  python "
                         f"train.py configs/debug.py {shlex.quote(f'--resume={run}')}")
@@ -239,18 +228,8 @@ def read_run(run):
         told = f"{stored[name]!r}, unknown to this version and left out" if name in stored else \
             f"not recorded, so {FIELDS[name].default!r}, the default"
         print(f"{path}: {name}: {told}", file=sys.stderr)
-    values = {name: checked(name, value, f"in {path}") for name, value in stored.items()
-              if name in FIELDS and FIELDS[name].metadata["group"] != "start"} | {"out_dir": str(run)}
-
-    def found(name):
-        if not name or Path(name).is_absolute() or home.absolute() == Path.cwd() or not (home / name).exists():
-            return name
-        print(f"{name} is taken from {home}, where {run} was started", file=sys.stderr)
-        return str(home / name)
-    for name in {"data", "tokenizer"} & values.keys():
-        value = values[name]
-        values[name] = {found(key): value[key] for key in value} if isinstance(value, dict) else found(value)
-    return values
+    return {name: checked(name, value, f"in {path}") for name, value in stored.items()
+            if name in FIELDS and FIELDS[name].metadata["group"] != "start"} | {"out_dir": str(run)}
 
 
 def read_file(path):
@@ -268,37 +247,23 @@ def read_file(path):
             and (name in FIELDS or not isinstance(value, types.ModuleType) and not callable(value))}
 
 
-def joined(argv):
-    """The words with --key value as --key=value. What follows a switch is its value only if it reads like one, and a
-    config file (.py) is nobody's value but that of a text. Settings without their dashes are refused."""
-    words = []
-    for word in argv:
-        key = words[-1][2:].replace("-", "_") if words and re.fullmatch(r"--[\w-]+", words[-1]) else ""
-        kinds = _kinds(key) if key in FIELDS else ()
-        if word.startswith("--") or key in ("", "help") or key.startswith("no_") and key not in FIELDS:
-            takes = False
-        elif bool in kinds and str not in kinds:
-            takes = word.lower() in ("true", "false", "none", "yes", "no", "on", "off", "0", "1")
-        else:
-            takes = not word.endswith(".py") or str in kinds and bool not in kinds
-        if takes:
-            words[-1] += f"={word}"
-            continue
-        name, equals, _ = word.lstrip("-").partition("=")
-        if re.match("-(?!-)", word) or not word.startswith("-") and equals and name.isidentifier():
+def read_words(argv):
+    """(words that are no settings, {setting: value}) of --key=value, --key value, --key (True) and --no-key (False)."""
+    names, values, words = [], {}, list(argv)
+    while words:
+        word = words.pop(0)
+        key, equals, text = word.lstrip("-").partition("=")
+        name = key.replace("-", "_")
+        if re.match("-(?!-)", word) or not word.startswith("-") and equals and key.isidentifier():
             raise UserError(f"{word}: settings are written --{word.lstrip('-')}" + (
                 "" if name in FIELDS else f" (but there is none of that name: {_hint(name)})"))
-        words.append(word)
-    return words
-
-
-def read_flags(words):
-    """--key=value or --key value, --key (True) and --no-key (False) as {key: value}."""
-    values = {}
-    for word in joined(words):
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals and name.startswith("no_") and name not in FIELDS:
+        if not word.startswith("--"):
+            names.append(word)
+            continue
+        negated = name.startswith("no_") and name not in FIELDS and not equals
+        if not negated and not equals and words and _is_value(words[0], name):
+            equals, text = "=", words.pop(0)
+        if negated:
             name, value = name[3:], False
         elif not equals:
             if name in FIELDS and bool not in _kinds(name):
@@ -312,7 +277,20 @@ def read_flags(words):
             if name in FIELDS and str in _kinds(name) and not isinstance(value, (dict, bool, type(None))):
                 value = text  # a text that happens to look like a number stays a text
         values[name] = checked(name, value, "on the command line")
-    return values
+    return names, values
+
+
+def read_flags(words):
+    return read_words(words)[1]
+
+
+def _is_value(word, name):
+    """Whether a word behind --name is its value. What follows a switch is only if it reads like one, and a config file
+    (.py) is nobody's but that of a text."""
+    kinds = _kinds(name) if name in FIELDS else ()
+    if bool in kinds and str not in kinds:
+        return word.lower() in ("true", "false", "none", "yes", "no", "on", "off", "0", "1")
+    return not word.startswith("--") and (not word.endswith(".py") or str in kinds and bool not in kinds)
 
 
 def checked(name, value, where):
@@ -345,7 +323,8 @@ def checked(name, value, where):
 
 def model_config(values, where):
     """The checked ModelConfig of {setting: value} out of another file than a config file."""
-    config = ModelConfig(**{name: checked(name, value, where) for name, value in values.items()})
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    config = ModelConfig(**{name: checked(name, value, where) for name, value in values.items() if name in names})
     config.check_model()
     return config
 

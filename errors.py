@@ -47,11 +47,12 @@ def run(main, pause=0.0):
             if sys.stdout:
                 sys.stdout.flush()
     except (UserError, OSError) as error:
+        unwritten = isinstance(error, OSError)
+        if unwritten and isinstance(error.__context__, UserError):
+            error = error.__context__  # which came before what could not be written
         nobody_reads = isinstance(error, BrokenPipeError) and reader_has_gone(sys.stdout)
-        if not isinstance(error, UserError):
+        if unwritten:
             to_nowhere(sys.stdout)  # what cannot be written must not fail once more at the interpreter's end
-            if isinstance(error.__context__, UserError):  # which came before what could not be written
-                error, nobody_reads = error.__context__, False
         if nobody_reads:
             sys.exit(128 + signal.SIGPIPE)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -85,18 +86,16 @@ class Lossy:
         self.stream, self.other = stream, other
 
     def write(self, text):
-        return self._try(self.stream.write, text)
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError, RuntimeError) as error:  # closed; or a signal's handler writes amid a write
+            other, self.other = self.other, None
+            if other is not None:
+                Lossy(other, None).write(f"warning: the terminal's lines are lost ({error}); the run goes on\n")
 
     def flush(self):
-        self._try(self.stream.flush)
-
-    def _try(self, action, *arguments):
-        try:
-            return action(*arguments)
-        except (OSError, ValueError, RuntimeError) as error:  # closed; or a signal's handler writes amid a write
-            if self.other is not None:
-                other, self.other = self.other, None
-                Lossy(other, None).write(f"warning: the terminal's lines are lost ({error}); the run goes on\n")
+        """Every line is written at once."""
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

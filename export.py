@@ -8,6 +8,7 @@ DeepSeek-V3.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -38,8 +39,6 @@ def export(source, folder, dtype="float32", which="latest", shard_bytes=5 * 10**
         end = config["eos_token_id"]
         _write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
         _write_weights(temporary, hf.to_hf_tensors(model, getattr(torch, dtype)), shard_bytes)
-        for path in temporary.glob("*.safetensors"):  # which get 0600, whatever the umask
-            shutil.copymode(temporary / "config.json", path)
         if encoder:
             tokenizer, about = hf.to_hf_tokenizer(encoder)
             _write_json(temporary / "tokenizer.json", tokenizer)
@@ -64,16 +63,15 @@ def _write_weights(folder, tensors, shard_bytes):
             size = 0
         shards[-1][name] = tensor.contiguous()
         size += n_bytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    index, total = {}, 0
+    many, index = len(shards) > 1, {}
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / name)  # it gets 0600, whatever the umask
         index |= dict.fromkeys(shard, name)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    if many:
+        total = sum(tensor.numel() * tensor.element_size() for shard in shards for tensor in shard.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
 def reverse(source, run):
@@ -83,8 +81,7 @@ def reverse(source, run):
         refuse_other_kinds(source)
         raise UserError(f"{source} has no Hugging Face config.json")
     model, encoder = generate.load(source, "cpu")
-    chosen = continuation(model.config)
-    fields = dataclasses.asdict(model.config) | {name: value for name, value, _ in chosen} | {"out_dir": str(run)}
+    fields = dataclasses.asdict(model.config) | continuation(model.config) | {"out_dir": str(run)}
     with in_place(run) as temporary:
         settings = dataclasses.asdict(Config(**fields).check())
         about = {"sequences": 0, "config": settings}
@@ -97,46 +94,34 @@ def reverse(source, run):
         lines = [f"# {errors.one_line(line)}" for line in (  # one line each: a folder's name is not to become code
             f"The model of {source}, to continue:  {command}",
             f"FOLDER by:  python -m data.prepare text TEXTS --tokenizer={word} --out=FOLDER")]
-        why = {name: f"  # {reason}" for name, _, reason in chosen}
-        lines += [f"{name} = {value!r}{why.get(name, '')}" for name, value in fields.items()]
+        lines += [f"{name} = {value!r}" for name, value in fields.items()]
         _write(temporary / "config.py", "\n".join(lines) + "\n")
         _write_json(temporary / "config.json", {"settings": settings, "imported_from": str(source)})
     return Path(run)
 
 
 def continuation(model):
-    """(setting, value, reason) of what a model does not say and a training that goes on from it wants."""
-    on_gpu = pick_device("auto").type == "cuda"
+    """What a model does not say and a training that goes on from it wants: settings to begin with."""
     length = min(model.max_position_embeddings, 1024)
     micro = max(4096 // length, 1)
-    return [("sequence_length", length, "at most max_position_embeddings"),
-            ("micro_batch_size", micro, "sequences at a time: fewer if the memory does not suffice"),
-            ("global_batch_size", 4 * micro, "sequences a step: more for a long training"),
-            ("max_steps", 1000, "as many as the new data are worth"),
-            ("muon_lr", 2e-4, "low, because the weights are trained already"),
-            ("dtype", "bfloat16" if on_gpu else "float32", "of the machine that wrote this; bfloat16 on a GPU")]
+    return {"sequence_length": length, "micro_batch_size": micro, "global_batch_size": 4 * micro, "max_steps": 1000,
+            "muon_lr": 2e-4,  # low, because the weights are trained already
+            "dtype": "bfloat16" if pick_device("auto").type == "cuda" else "float32"}
 
 
-class in_place:
+@contextlib.contextmanager
+def in_place(folder):
     """A folder that appears under its name only when the `with` block succeeds; an existing one is refused."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} exists and is not empty: choose another name or delete it")
-
-    def __enter__(self):
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind, *error):
-        if kind is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        if self.folder.exists():
-            self.folder.rmdir()
-        os.rename(self.temporary, self.folder)
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty: choose another name or delete it")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_json(path, value):

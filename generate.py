@@ -24,7 +24,7 @@ from data import tokenizer as tokenizers
 from errors import UserError
 from hf_weights import note, refuse_other_kinds
 from kernels import backend
-from model import ModelConfig, build, pick_device
+from model import build, pick_device
 
 COMMANDS = "/reset forgets all, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help lists these"
 
@@ -45,10 +45,8 @@ def load(path, device="auto", dtype="float32", which="latest"):
         if not step and not (path / "checkpoints").is_dir():
             refuse_other_kinds(path)
         step_folder = checkpoint.find(path, which)
-        fields = ModelConfig.__dataclass_fields__
         manifest = checkpoint.read_manifest(step_folder)
-        stored = {key: value for key, value in manifest["config"].items() if key in fields}
-        model = build(model_config(stored, f"in {manifest.path}"), device)
+        model = build(model_config(manifest["config"], f"in {manifest.path}"), device)
         checkpoint.load(step_folder, checkpoint.named_tensors(model))
         folder = step_folder.parent.parent / "tokenizer"
         encoder = tokenizers.load(folder) if folder.is_dir() else None
@@ -59,18 +57,16 @@ def load(path, device="auto", dtype="float32", which="latest"):
 
 def published_tokenizer(path, vocab_size):
     """The tokenizer of a Hugging Face directory; None, with a line, if it cannot be read or is of another model."""
-    if (path / "tokenizer").is_dir():  # of our own export
-        return tokenizers.load(path / "tokenizer")
-    if tokenizers.find(path) is None:
+    ours = path / "tokenizer"  # of our own export
+    if not ours.is_dir() and tokenizers.find(path) is None:
         return None
     try:
-        encoder = tokenizers.load(path)
+        encoder = tokenizers.load(ours if ours.is_dir() else path)
         if encoder.n_vocab > vocab_size:
             raise UserError(f"it has ids up to {encoder.n_vocab - 1}, the model only {vocab_size}")
         return encoder
     except UserError as error:
         note(f"the weights of {path} are read, its tokenizer is not: {error}")
-        return None
 
 
 def encode_prompt(encoder, prompt):
@@ -176,7 +172,7 @@ def write(model, encoder, prompt_ids, options, as_it_comes, interruptible=False)
         note(f"the prompt has {len(prompt_ids)} tokens, the context {limit}: only the last {limit} are read")
     try:
         for token, piece in stream(model, encoder, prompt_ids, on_slide=lambda: slides.append(1), **options):
-            ids += [] if token is None else [token]
+            ids += [token] * (token is not None)
             pieces.append(piece)
             if as_it_comes:
                 print(piece, end="", flush=True)

@@ -41,9 +41,8 @@ class Guard:
     one ends at once, even inside a collective, but not its echo: some launchers deliver a signal to the ranks twice.
     Ranks act only on what they have agreed on: `agreed` counts those whose signal the last reduction carried.
 
-    Hung steps: the loop says what it is about to do with beat(). If that takes longer than step_timeout, the stacks of
-    all threads go to out_dir/stacks/ and the process ends. A step that hangs on one rank hangs on all, so every rank
-    writes its own: the one that waits for nobody is the cause.
+    Hung steps: what the loop announces with beat() may take step_timeout seconds; then every rank writes its stacks to
+    out_dir/stacks/ and ends. The rank that waits for nobody is the cause.
 
     Memory: running out of it in the first steps starts all ranks again with half the micro-batch and twice the
     accumulation; later, or on the CPU, it becomes an error that names the levers.
@@ -73,8 +72,7 @@ class Guard:
         except OSError as error:  # some network file systems have no locks
             print(f"warning: {run} cannot be locked ({error.strerror}): start no second run there")
         self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.lock.flush()
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
 
     def begin(self, config):
         self.config = config
@@ -164,8 +162,7 @@ class Guard:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:
-                file.write(f"{where}\n")
-                file.flush()
+                print(where, file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:  # a full disk: the process must end all the same
             print(f"warning: {path} cannot be written ({error})", file=sys.stderr, flush=True)
@@ -182,7 +179,7 @@ class Guard:
 
     def _out_of_memory(self, error):
         if self.config is None:
-            raise UserError(f"out of memory before the first step ({_first_line(error)}): the parameters and their "
+            raise UserError(f"out of memory before the first step ({said(error)}): the parameters and their "
                             "optimizer state alone are too much; use more ranks, or a smaller model") from error
         size, forwards = parallel.split_batch(self.config)
         if self.early and isinstance(error, torch.OutOfMemoryError) and size > 1:
@@ -197,7 +194,7 @@ class Guard:
             self._prepare_restart()
             parallel.leave_note("restart", words)
             raise parallel.Restart(words) from error
-        raise UserError(f"out of memory in {self.doing} ({_first_line(error)}). What lowers it: --micro_batch_size "
+        raise UserError(f"out of memory in {self.doing} ({said(error)}). What lowers it: --micro_batch_size "
                         f"(now {size}), --activation_checkpointing=full, a shorter --sequence_length, more ranks, "
                         f"--ep. From the last checkpoint:  {command(self.config.out_dir)}") from error
 
@@ -234,10 +231,6 @@ def is_out_of_memory(error):
     signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
         isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 # ----------------------------------------------------------------------------- loss spikes

@@ -76,10 +76,9 @@ def from_hf_config(folder):
     if missing := sorted(name for name in needed if stored.get(name) is None) + ["rope_theta"] * (not thetas):
         raise UserError(f"{path} lacks {', '.join(missing)}: no value is guessed; see the model that it was made from")
     fields = {"aux_loss_alpha": 0.0, "n_routed_experts": 0, "n_shared_experts": 0, "first_k_dense_replace": 0}
-    fields |= {name: stored[name] for name in (*SAME, "aux_loss_alpha") if stored.get(name) is not None}
-    dense, layers = fields["first_k_dense_replace"], fields["num_hidden_layers"]
-    if type(dense) is type(layers) is int:
-        fields["first_k_dense_replace"] = min(dense, layers)
+    fields |= {name: checked(name, stored[name], f"in {path}") for name in (*SAME, "aux_loss_alpha")
+               if stored.get(name) is not None}
+    fields["first_k_dense_replace"] = min(fields["first_k_dense_replace"], fields["num_hidden_layers"])
     kind = rope.get("type", rope.get("rope_type", "default"))
     said = {k: v for k, v in rope.items() if k != "rope_theta" and v is not None and (k, v) != ("truncate", True)}
     fields |= {"rope_theta": thetas[0], "rope_scaling": None if kind == "default" else said}

@@ -36,16 +36,17 @@ def require(config, model, routes, layout, device):
         print(f"how much memory is free cannot be told on this {device.type}: whether the run fits is not checked")
         return
     rank, (free, needs) = max(enumerate(everyone), key=lambda item: item[1][1][size] / max(item[1][0], 1))
-    said = (f"about {needs[size] / 2**30:,.1f} GiB of memory are needed{f' on rank {rank}' * (len(everyone) > 1)} with "
-            f"micro_batch_size={size}, {free / 2**30:,.1f} GiB are free")
     smaller = max((n for n, need in needs.items() if n < size and need <= TIGHT * free), default=None)
-    levers = f"--micro_batch_size={smaller} would fit" if smaller else "take a smaller model or more ranks"
-    levers += ", --activation_checkpointing=full needs less" * (config.activation_checkpointing != "full")
+    said = (f"about {needs[size] / 2**30:,.1f} GiB of memory are needed{f' on rank {rank}' * (len(everyone) > 1)} with "
+            f"micro_batch_size={size}, {free / 2**30:,.1f} GiB are free: "
+            + (f"--micro_batch_size={smaller} would fit" if smaller else "take a smaller model or more ranks")
+            + ", --activation_checkpointing=full needs less" * (config.activation_checkpointing != "full")
+            + ", and so does a shorter --sequence_length")
     # A GPU refuses memory without harm, and the guard then halves the micro-batch: only what never fits is refused.
     if needs[min(needs) if device.type == "cuda" else size] > SURE * free:
-        raise UserError(f"{said}: {levers}, and so does a shorter --sequence_length")
+        raise UserError(said)
     if needs[size] > TIGHT * free:
-        print(f"warning: {said}, which is close: {levers}, and so does a shorter --sequence_length", flush=True)
+        print(f"warning: {said}", flush=True)
 
 
 # ----------------------------------------------------------------------------- what is free
@@ -65,13 +66,13 @@ def free_bytes(device):
 
 def cgroup_bytes(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
     """What each control group around this process, those of a container or a batch job, still allows."""
-    found = []
     lines = Path(own).read_text(encoding="utf-8").splitlines() if Path(own).exists() else []
+    found = []
     for kind, path in (line.split(":", 2)[1:] for line in lines):
         limit, usage, cache = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if kind else \
             ("memory.max", "memory.current", "inactive_file")  # of version 1, where every kind has a tree; of version 2
         inner = Path(root, kind, path.lstrip("/"))
-        for group in (inner, *inner.parents) if kind in ("", "memory") else ():
+        for group in (inner, *inner.parents):
             try:
                 most, used = (int((group / name).read_text(encoding="utf-8")) for name in (limit, usage))
                 stat = (group / "memory.stat").read_text(encoding="utf-8")
@@ -107,16 +108,14 @@ def needed(config, model, routes, layout, device, size, forwards):
 
 def activations(config, dtype, device):
     """Bytes that autograd keeps of one sequence, and that the backward of one block takes beside them."""
-    kinds = [config.is_moe_layer(index) for index in range(config.num_hidden_layers)]
-    whole = {moe: block_bytes(config, dtype, device, moe) for moe in set(kinds)}
+    moe = [config.is_moe_layer(index) for index in range(config.num_hidden_layers)]
+    blocks = [block_bytes(config, dtype, device, kind) for kind in moe]
     D, T, s = config.hidden_size, config.sequence_length, dtype.itemsize
     ends = T * (4 * D + 2 * s * D)  # the last norm, and the gradient that the loss has made of its output
     if config.activation_checkpointing == "none":
-        return ends + sum(whole[moe] for moe in kinds) + max(whole.values()) // 4
-    kept = T * s * D  # what goes into a block
-    if config.activation_checkpointing == "selective":
-        kept = max(whole.values()) * 0.6
-    return ends + int(len(kinds) * kept) + max(whole.values()) * 5 // 4
+        return ends + sum(blocks) + max(blocks) // 4
+    kept = max(blocks) * 0.6 if config.activation_checkpointing == "selective" else T * s * D  # what goes into a block
+    return ends + int(len(blocks) * kept) + max(blocks) * 5 // 4
 
 
 def block_bytes(config, dtype, device, moe):
@@ -138,8 +137,8 @@ def block_bytes(config, dtype, device, moe):
         token += 4 * D if s < 4 else 0  # the router's input in fp32
     else:
         token += mlp(c.intermediate_size)
-    scores = 0  # the twin keeps the softmax, in fp32 and rounded
-    if device.type != "cuda":
+    scores = 0
+    if device.type != "cuda":  # the twin keeps the softmax of every chunk of queries, in fp32 and rounded
         ends = (min(start + QUERY_CHUNK, T) for start in range(0, T, QUERY_CHUNK))
         scores = sum((end - (end - 1) // QUERY_CHUNK * QUERY_CHUNK) * end for end in ends) * H * (4 + s * (s < 4))
     return token * T + scores

@@ -7,7 +7,6 @@ run: what fails is said once, and how much was lost at the end.
 import collections
 import json
 import math
-import netrc
 import os
 import queue
 import re
@@ -73,8 +72,7 @@ class Pace:
 
 class RunLog:
     """Appends records to metrics.jsonl (and W&B) and texts to samples.md. Opening it at `step` drops what an
-    interrupted run wrote beyond that step, so that a resumed run leaves no line twice. Of many ranks only one writes:
-    a log that is not active makes records and keeps them to itself."""
+    interrupted run wrote beyond that step. Of many ranks only one is active: the others only make records."""
 
     def __init__(self, folder, config, step, run_id, active=True):
         self.folder, self.path, self.wandb = Path(folder), Path(folder) / "metrics.jsonl", None
@@ -82,8 +80,7 @@ class RunLog:
         if not active:
             self.file = open(os.devnull, "w", encoding="utf-8")
             return
-        records = [record for record in read_records(self.path) if record["step"] <= step]
-        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+        replace_text(self.path, lines_up_to(self.path, step))
         samples = self.folder / "samples.md"
         if samples.exists():
             text = samples.read_bytes().decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 stay what they are
@@ -91,7 +88,7 @@ class RunLog:
             kept = [SAMPLE.format(number, text) for number, text in zip(parts[::2], parts[1::2]) if int(number) <= step]
             replace_text(samples, head + "".join(kept))
         self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # a line at a time: a kill loses at most one
-        self.wandb = Service(lambda: start_wandb(config, self.folder, run_id), "W&B")
+        self.wandb = Service(lambda: start_wandb(config, self.folder, run_id))
 
     def write(self, kind, step, **fields):
         """Append {"kind", "step", "time", **fields}; time: seconds since 1970 (UTC). Non-finite numbers become null,
@@ -101,8 +98,8 @@ class RunLog:
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **fields}
         self.attempt("metrics.jsonl", lambda: self.file.write(json.dumps(record) + "\n"))
         numbers = {f"{kind}/{key}": v for key, v in fields.items() if isinstance(v, (int, float))}
-        if self.wandb:
-            self.wandb.do(lambda run: run.log(numbers, step=step))
+        if self.wandb and self.wandb.thread.is_alive():
+            self.wandb.records.put((numbers, step))
         return record
 
     def attempt(self, what, action, must_end=lambda error: False):
@@ -122,7 +119,7 @@ class RunLog:
             self.attempt("curves.png", lambda: draw_curves(self.folder))
 
     def sample(self, step, prompt, text):
-        if not self.active:
+        if not self.active or text is None:
             return
         path = self.folder / "samples.md"
 
@@ -136,41 +133,34 @@ class RunLog:
         if self.wandb:
             self.wandb.close()
         for what, count in self.lost.items():
-            print(f"warning: {what}: {count} {'times' if count > 1 else 'time'} nothing could be written", flush=True)
+            print(f"warning: {what}: {count} time{'s' * (count > 1)} nothing could be written", flush=True)
         self.lost.clear()
 
 
 class Service:
-    """Something outside that may fail or hang, such as W&B, in a thread of its own that does what it is told in order;
-    the run waits for it only at the end, and not for long."""
+    """W&B, which may fail or hang, in a thread of its own; the run waits for it only at the end, and not for long."""
 
-    def __init__(self, start, name):
-        self.name, self.orders = name, queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
+    def __init__(self, start):
+        self.records = queue.SimpleQueue()  # (numbers, step); None: the last has come
+        self.thread = threading.Thread(target=self._work, args=(start,), daemon=True)
         self.thread.start()
 
-    def do(self, action):
-        """Let action(what was started) be done in its turn."""
-        if self.thread.is_alive():
-            self.orders.put(action)
-
     def close(self):
-        self.orders.put(None)
+        self.records.put(None)
         self.thread.join(PATIENCE)
         if self.thread.is_alive():
-            print(f"warning: {self.name} does not answer; going on without its last lines", flush=True)
+            print("warning: W&B does not answer; going on without its last lines", flush=True)
 
     def _work(self, start):
         doing = "start"
         try:
-            run = start()
-            while run is not None and (action := self.orders.get()):
+            if (run := start()) is not None:
                 doing = "go on"
-                action(run)
-            if run is not None:
+                for numbers, step in iter(self.records.get, None):
+                    run.log(numbers, step=step)
                 run.finish()
         except (Exception, SystemExit) as error:  # a logging service must not cost a training run
-            print(f"warning: {self.name} did not {doing} ({said(error)}); the run goes on without it", flush=True)
+            print(f"warning: W&B did not {doing} ({said(error)}); the run goes on without it", flush=True)
 
 
 def replace_text(path, text):
@@ -196,6 +186,10 @@ def read_records(path):
     return records
 
 
+def lines_up_to(path, step):
+    return "".join(json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step)
+
+
 def step_line(record, max_steps, eta):
     """One terminal line of a train record; null, a number that was not finite, reads nan."""
     record = {key: math.nan if value is None and key not in ("mfu", "expert_load_max") else value
@@ -212,12 +206,10 @@ def step_line(record, max_steps, eta):
 
 def summary(folders):
     """For python metrics.py RUN_FOLDER ...: how far each run is and its newest losses, a line each."""
-    if not folders or folders[0].startswith("-"):
-        raise UserError("python metrics.py RUN_FOLDER ...  prints how far runs are; curves.png in each draws them")
-    for folder in folders:
+    for folder in folders or ["."]:
         newest = {record["kind"]: record for record in read_records(Path(folder) / "metrics.jsonl")}
         if "train" not in newest:
-            raise UserError(f"{folder}: there is no metrics.jsonl with a step in it")
+            raise UserError(f"{folder}: no metrics.jsonl with a step in it (python metrics.py RUN_FOLDER ...)")
         loss, (val, bits) = newest["train"].get("loss"), map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
         print(f"{folder}: step {newest['train']['step']}  loss {loss}  validation {val}  bits per byte {bits}")
 
@@ -245,19 +237,17 @@ def require_wandb(config):
 
 def start_wandb(config, folder, run_id):
     """A W&B run, or None. auto never prompts: it asks only whether the package and a login are there."""
-    if config.wandb == "off":
+    mode = config.wandb
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "off")
+    if mode in ("off", "disabled"):
+        return None
+    if mode == "online" and not _logged_in():
+        print("warning: W&B has no login (wandb login); going on without it", flush=True)
         return None
     try:
         import wandb
     except ImportError:
-        return None
-    mode = config.wandb
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "off")
-        if mode in ("off", "disabled"):
-            return None
-    if mode == "online" and not _logged_in():
-        print("warning: W&B has no login (wandb login); going on without it", flush=True)
         return None
     return wandb.init(project=config.wandb_project, name=config.run_name or folder.name, id=run_id, resume="allow",
                       dir=str(folder), mode=mode, config=vars(config))
@@ -267,10 +257,8 @@ def _logged_in():
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    logins = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return logins.is_file() and host in logins.read_text(encoding="utf-8", errors="replace")
 
 
 # ----------------------------------------------------------------------------- curves
@@ -287,20 +275,19 @@ def draw_curves(folder):
     def points(kind, key):  # null stands for what was not finite, and a damaged line can hold anything
         return [(record["step"], record[key]) for record in records if record["kind"] == kind
                 and isinstance(record.get(key), int | float) and abs(record[key]) < 1e100]
-    panels = [("loss", "nats per token", ["loss"]), ("learning rate", "", ["lr"]),
-              ("gradient norm", "", ["grad_norm"]), ("throughput", "tokens/s", ["tokens_per_second"]),
-              ("largest attention logit", "", ["max_attention_logit"]),
-              ("expert load over mean", "", ["expert_load_max", "expert_load_min"])]
+    panels = [("loss, nats per token", ["loss"]), ("learning rate", ["lr"]), ("gradient norm", ["grad_norm"]),
+              ("tokens per second", ["tokens_per_second"]), ("largest attention logit", ["max_attention_logit"]),
+              ("expert load over mean", ["expert_load_max", "expert_load_min"])]
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, unit, keys) in zip(axes.flat, panels):
+    for axis, (title, keys) in zip(axes.flat, panels):
         for key in keys:
             if found := points("train", key):
                 axis.plot(*zip(*found), label=key.replace("_", " "), linewidth=1)
-        if title == "loss" and (found := points("val", key)):
+        if keys == ["loss"] and (found := points("val", "loss")):
             axis.plot(*zip(*found), "o-", markersize=3, label="validation")
         if len(axis.lines) > 1:
             axis.legend(frameon=False)
-        axis.set(title=title, ylabel=unit, xlabel="step")
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     temporary = folder / ".curves.png"
     try:

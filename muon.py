@@ -379,9 +379,10 @@ def qk_clip_(layers, max_logits_LH, tau):
 
 def schedule_factor(step, kind, max_steps, warmup_steps, decay_steps, min_lr_ratio):
     """The learning rate of step 1, 2, ... max_steps as a factor of the peak. Warm-up is linear, its last step at the
-    peak; wsd then holds and falls linearly over the last decay_steps (what is left, if that is less), cosine falls all
-    the way; both end at min_lr_ratio.
+    peak; wsd then holds and falls linearly over the last decay_steps (None: a fifth of all; what is left, if that is
+    less), cosine falls all the way; both end at min_lr_ratio.
     """
+    decay_steps = max_steps // 5 if decay_steps is None else decay_steps
     if step < warmup_steps:
         return step / warmup_steps
     if kind == "constant":

@@ -72,27 +72,25 @@ def run(main):
     """errors.run for a script that may be one of many ranks. A rank that fails leaves at once, so that the others end
     too instead of waiting for it; and gloo's threads survive no orderly interpreter exit, so a rank never makes one."""
     faulthandler.enable()  # a crash below Python (a shard cut short under its memory map) says where it was
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        try:
-            errors.run(main)
-        except Restart as restart:
-            start_again(restart.words)
-        return
-    status = 0
+    alone, status = int(os.environ.get("WORLD_SIZE", 1)) == 1, 0
     try:
         errors.run(main, pause=3.0 if local_rank() else 0.0)
     except Restart as restart:
-        time.sleep(1)  # a slower rank may still be reading our last message
+        time.sleep(0 if alone else 1)  # a slower rank may still be reading our last message
         start_again(restart.words)
     except SystemExit as end:
         status = end.code
     except BaseException as error:
+        if alone:
+            raise
         sign = next((sign for sign in LOST if isinstance(error, RuntimeError) and sign in str(error)), None)
         if sign:
             print(f"error: rank {rank()} lost a peer ({sign}): what that one met is the cause", file=sys.stderr)
         else:
             traceback.print_exc()
         status = 1
+    if alone:
+        sys.exit(status)
     if status in (0, errors.STOPPED) and dist.is_initialized():
         dist.destroy_process_group()
     os._exit(status)  # errors.run has flushed what was printed
@@ -248,13 +246,12 @@ def second_group():
 
 @dataclass
 class Layout:
-    """How ranks share the work. dense: the mesh of all parameters but the experts; expert: theirs, under expert
-    parallelism; both None without torchrun."""
+    """How ranks share the work."""
     dp_replicate: int = 1
     dp_shard: int = 1
     ep: int = 1
-    dense: object = None
-    expert: object = None
+    dense: object = None  # the mesh of all parameters but the experts; None without torchrun
+    expert: object = None  # theirs, under expert parallelism
     rows: object = None  # the group that expert rows travel in
 
     def __str__(self):

@@ -35,8 +35,8 @@ from muon import schedule_factor
 # tensor, or is the function that the tensors were trained in (num_experts_per_tok, rms_norm_eps, ...).
 FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "aux_loss_alpha", "z_loss", "initializer_range"}
 LOGS = ("metrics.jsonl", "samples.md", "curves.png")
-UNFINISHED = ".unfinished"  # in a folder of aside/, until all that belongs there is there
-WRITTEN = [*LOGS, "config.json", "tokenizer", "stacks", "wandb", "aside", ".deleted"]  # by runs, besides checkpoints/
+UNFINISHED = ".unfinished"  # in a folder of aside/, until all is there: the records that the run itself keeps
+WRITTEN = ["checkpoints", *LOGS, "config.json", "tokenizer", "stacks", "wandb", "aside"]  # by runs
 PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_rollbacks", "new_data", "wandb",
          "wandb_project"}
 
@@ -44,8 +44,8 @@ PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_ro
 def find_source(run, config):
     """The step folder to resume from, None for a new run."""
     parallel.once(finish_setting_aside, run)
-    if rewound(config) and (missing := parallel.once(why_missing, Path(config.resume))):
-        raise UserError(missing)
+    if rewound(config):
+        parallel.once(require_step, Path(config.resume))
     if config.resume == "auto":
         return checkpoint.find(run) if parallel.once(checkpoint.step_folders, run / "checkpoints") else None
     return checkpoint.find(run if config.resume is True else config.resume) if config.resume else None
@@ -71,14 +71,13 @@ def is_within(source, run):
     return source is not None and source.resolve().parent == (run / "checkpoints").resolve()
 
 
-def why_missing(step_folder):
-    """Why a step folder that was named is not there, "" if it is."""
-    if step_folder.is_dir():
-        return ""
-    there = [path.name for path in checkpoint.step_folders(step_folder.parent)]
-    kept = sorted(str(path) for path in step_folder.parent.parent.glob(f"aside/*/checkpoints/{step_folder.name}"))
-    return f"no checkpoint {step_folder}; " + (f"it was set aside: --resume={kept[-1]}" if kept else
-                                               f"there are {', '.join(there) or 'none'}")
+def require_step(folder):
+    """Refuse a step folder that was named and is not there, with those that are."""
+    if not folder.is_dir():
+        there = ", ".join(path.name for path in checkpoint.step_folders(folder.parent)) or "none"
+        kept = sorted(map(str, folder.parent.parent.glob(f"aside/*/checkpoints/{folder.name}")))
+        raise UserError(f"no checkpoint {folder}; "
+                        + (f"it was set aside: --resume={kept[-1]}" if kept else f"there are {there}"))
 
 
 def compare(config, encoder, stream, manifest, source):
@@ -105,7 +104,7 @@ def compare(config, encoder, stream, manifest, source):
 
 
 def _resolved(settings):
-    """Settings with the length of wsd's decay as a number, as train.py uses it."""
+    """Settings with the length of wsd's decay as a number, as schedule_factor uses it."""
     fifth = settings.get("max_steps", 0) // 5
     return settings | ({"decay_steps": fifth} if settings.get("decay_steps", 0) is None else {})
 
@@ -116,25 +115,20 @@ SCHEDULE = ("schedule", "max_steps", "warmup_steps", "decay_steps", "min_lr_rati
 def rates(stored, config, start):
     """What becomes of the learning rate of a run that was trained with the settings `stored` and goes on from a step,
     in words, and how to keep it if it jumps; "" if the schedule is the same."""
-    stored, now = _resolved(stored), _resolved(dataclasses.asdict(config))
-    names = {*SCHEDULE, "muon_lr"}
+    now, names = dataclasses.asdict(config), {*SCHEDULE, "muon_lr"}
     if not start or not names <= stored.keys() or all(stored[name] == now[name] for name in names):
         return ""
 
-    def factor(settings, step):
-        return schedule_factor(min(step, settings["max_steps"]), *(settings[name] for name in SCHEDULE))
-    before, due = (stored["muon_lr"] * factor(stored, step) for step in (start, start + 1))
-    after, end, warmup = now["muon_lr"] * factor(now, start + 1), now["max_steps"], now["warmup_steps"]
-    fall = max(end - now["decay_steps"], warmup) if now["schedule"] == "wsd" else warmup
-    said = f"learning rate: {before:.2e} at step {start}, {after:.2e} at step {start + 1}" \
-        + f", up to {now['muon_lr']:.2e} at step {warmup}" * (start + 1 < warmup) \
-        + (", and no fall" if now["schedule"] == "constant" else f", falling from step {max(fall, start) + 1} to "
-           f"{now['muon_lr'] * factor(now, end):.2e} at step {end}")
+    def rate(settings, step, peak="muon_lr"):
+        return settings[peak] * schedule_factor(min(step, settings["max_steps"]), *map(settings.get, SCHEDULE))
+    before, due, after, end = rate(stored, start), rate(stored, start + 1), rate(now, start + 1), now["max_steps"]
+    said = (f"learning rate: {before:.2e} at step {start}, {after:.2e} at step {start + 1}, at most "
+            f"{now['muon_lr']:.2e}, {rate(now, end):.2e} at step {end}")
     if abs(after - due) <= 0.01 * due:
         return said
-    keep = f"--muon_lr={before:.6g}" + f" --warmup_steps={start}" * (start + 1 < warmup)
+    keep = f"--warmup_steps=0 --muon_lr={before:.6g}"
     if stored.get("adamw_lr") is not None:
-        keep += f" --adamw_lr={stored['adamw_lr'] * factor(stored, start):.6g}"
+        keep += f" --adamw_lr={rate(stored, start, 'adamw_lr'):.6g}"
     return (f"warning: {said}. To hold {before:.2e}: --schedule=constant {keep}; to let it fall from there to the end: "
             f"--schedule=wsd --decay_steps={end - start} {keep}")
 
@@ -179,8 +173,7 @@ def require_room(run, source, n_bytes, steps, config):
     need = max(min(saves + len(staying), most) * n_bytes - taken, n_bytes) if steps > 0 else 0
     if need > free:
         raise UserError(f"{run}: its checkpoints, of {size(n_bytes)} each, will need {size(need)} more, but only "
-                        f"{size(free)} are free: make room, choose another --out_dir, lower --keep_checkpoints or set "
-                        "--save_interval=0")
+                        f"{size(free)} are free: make room, lower --keep_checkpoints or set --save_interval=0")
 
 
 def bytes_in(folder):
@@ -232,9 +225,6 @@ def open_run(run, source, start, changed, config, config_file, argv, encoder):
 def delete(run):
     """Delete a run, and nothing that no run writes."""
     steps, kept = checkpoint.step_folders(run / "checkpoints"), len(list(run.glob("aside/*")))
-    shutil.rmtree(run / ".deleted", ignore_errors=True)
-    if (run / "checkpoints").is_dir():
-        os.rename(run / "checkpoints", run / ".deleted")  # at once: half a deletion would look like a run
     for path in map(run.joinpath, WRITTEN):
         if path.exists():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -245,11 +235,9 @@ def delete(run):
 # ---------------------------------------------------------------------- what a rewind leaves behind
 
 def put_away(run, step, by_name, changed):
-    """Clear the way of a run that continues from `step`; returns the folder of what was set aside, or None.
-
-    Where the step was named, what lies beyond it, checkpoints and records, is a branch and set aside. Otherwise the
-    checkpoints beyond it were passed over as damaged: somebody may still want to look, so they become damaged_step_...;
-    and the records are those of steps that are done again, which matter only if something has `changed`."""
+    """Clear the way of a run that continues from `step`; returns the folder of what was set aside, or None. Where the
+    step was named, what lies beyond it is a branch and set aside. Otherwise the checkpoints beyond were passed over as
+    damaged and become damaged_step_..., and the records matter only if something has `changed`."""
     beyond = [path for path in checkpoint.step_folders(run / "checkpoints") if checkpoint.step_of(path) > step]
     records = read_beyond(run, step)
     for path in beyond if not by_name else ():
@@ -258,7 +246,7 @@ def put_away(run, step, by_name, changed):
     aside = None
     if by_name and beyond or records and (by_name or changed):
         reached = max([record["step"] for record in records] + [checkpoint.step_of(path) for path in beyond])
-        aside = set_aside(run, unused(run / f"aside/step_{step:08d}_to_{reached:08d}"))
+        aside = set_aside(run, unused(run / f"aside/step_{step:08d}_to_{reached:08d}"), step)
     point_at_what_is_there(run)
     return aside
 
@@ -282,38 +270,32 @@ def unused(path):
                 if not (name := path if n == 1 else path.with_name(f"{path.name}-{n}")).exists())
 
 
-def set_aside(run, folder):
-    """Give what a run holds beyond the first step in a folder's name a folder of its own, a run like any other, and say
-    so. A kill at any instant loses nothing: first come copies, which get their name when they are whole; then
-    checkpoints move, the newest first, and what is left to do is marked and done by the next start."""
-    temporary = run / "aside/.copies"
+def set_aside(run, folder, step):
+    """Give what a run holds beyond a step a folder of its own, a run like any other, and say so. A kill at any instant
+    loses nothing: first come copies, which get their name when they are whole; then checkpoints move, the newest first,
+    which the next start would go on with; and at the end the records that the run keeps take their place."""
+    temporary, copied = run / "aside/.copies", {*LOGS, "config.json", "tokenizer"}
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "checkpoints").mkdir(parents=True)
-    for name in filter(lambda name: (run / name).exists(), LOGS):
-        shutil.copy2(run / name, temporary)
+    shutil.copytree(run, temporary, ignore=lambda place, names: set(names) - copied if Path(place) == run else ())
+    (temporary / "checkpoints").mkdir()
     about = read_json(run / "config.json") | {"run_id": secrets.token_hex(4)}  # W&B would take the two for one
-    metrics.replace_text(temporary / "config.json", json.dumps(about, indent=1) + "\n")
-    if (run / "tokenizer").is_dir():
-        shutil.copytree(run / "tokenizer", temporary / "tokenizer")
-    (temporary / UNFINISHED).touch()
+    (temporary / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (temporary / UNFINISHED).write_text(metrics.lines_up_to(run / "metrics.jsonl", step), encoding="utf-8")
     os.rename(temporary, folder)
     finish_setting_aside(run)
     return folder
 
 
 def finish_setting_aside(run):
-    for mark in run.glob(f"aside/step_*/{UNFINISHED}"):
-        folder = mark.parent
-        step = int(folder.name.split("_")[1])
+    for kept in run.glob(f"aside/step_*/{UNFINISHED}"):
+        folder, step = kept.parent, int(kept.parent.name.split("_")[1])
         for path in reversed(checkpoint.step_folders(run / "checkpoints")):
             if checkpoint.step_of(path) > step:
                 os.rename(path, folder / "checkpoints" / path.name)
         for place in (folder, run):
             point_at_what_is_there(place)
-        kept = [json.dumps(record) for record in metrics.read_records(run / "metrics.jsonl") if record["step"] <= step]
-        metrics.replace_text(run / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+        os.replace(kept, run / "metrics.jsonl")
         moved = len(checkpoint.step_folders(folder / "checkpoints"))
-        mark.unlink()
         print(f"set aside what {run} holds beyond step {step}: {moved} checkpoints, records and samples, "
               f"{size(bytes_in(folder))} in {folder}; delete it when you do not need it"
               + f", or go on with it:  {guard.command(folder)}" * bool(moved))
@@ -345,22 +327,19 @@ def best_loss(run, otherwise):
 
 
 def provenance(run, config, config_file, argv):
-    """Write config.json: settings, versions, commit, the first command and all with their times, and the folder in
-    which relative paths are meant. Returns the run's id, which a resumed run keeps."""
+    """Write config.json: settings, versions, commit, the first command and all with their times and the working folder.
+    Returns the run's id, which a resumed run keeps."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "config.json"
     earlier = read_json(path) if path.exists() else {}
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                             encoding="utf-8", errors="replace")
-        commit = git.stdout.strip() or None
-    except OSError:  # no git on this machine
-        commit = None
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, encoding="utf-8", errors="replace").stdout.strip() \
+        if shutil.which("git") else ""
     commands = earlier.get("commands", [{"words": earlier["command"], "time": None}] if "command" in earlier else [])
     now = {"words": argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     about = {"run_id": earlier.get("run_id", secrets.token_hex(4)),
              "config_file": config_file or earlier.get("config_file"), "command": earlier.get("command", argv),
-             "commands": [*commands, now], "directory": os.getcwd(), "commit": commit,
+             "commands": [*commands, now], "directory": os.getcwd(), "commit": commit or None,
              "torch": torch.__version__, "python": platform.python_version(),
              "settings": dataclasses.asdict(config)}
     if parallel.starts():  # those that are left are for this start alone

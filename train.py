@@ -3,8 +3,7 @@
                   torchrun --nproc_per_node=8 train.py configs/small.py
 
 The whole run in one function, top to bottom: settings, data, run folder, model, optimizer, resume, the loop. Every rank
-runs all of it; one rank is the same story with nobody to talk to. What it writes lies in out_dir: config.json,
-metrics.jsonl, samples.md, curves.png, tokenizer/, checkpoints/.
+runs all of it. In out_dir lie config.json, metrics.jsonl, samples.md, curves.png, tokenizer/ and checkpoints/.
 The parts, in reading order: model.py, mla.py, moe.py, muon.py, data/loader.py, parallel.py, checkpoint.py, guard.py,
 runs.py, metrics.py.
 """
@@ -37,8 +36,7 @@ from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, sc
 
 def main(argv=None):
     """Run a training from command-line words; returns its last train record. Raises UserError for what the user can
-    mend, SystemExit(75) after a signal, when all is saved, and parallel.Restart if it has to start again with other
-    words, which a script does by itself."""
+    mend, SystemExit(75) after a signal, when all is saved, and parallel.Restart to start again with other words."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(settings.help_text())
@@ -94,9 +92,7 @@ def train(argv, watch):
     heads = config.num_attention_heads if config.muon_per_head else 0
     routes = route_parameters(model.named_parameters(), config.optimizer, heads)
     memory.require(config, model, routes, layout, device)
-    ns_dtype = config.ns_dtype
-    if ns_dtype == "auto":
-        ns_dtype = "float32" if config.dtype == "float32" else "bfloat16"
+    ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
     optimizer = Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
                      config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients,
                      routes=routes)
@@ -130,13 +126,12 @@ def train(argv, watch):
         rates = runs.rates(manifest["config"], config, start)
         log.write("event", start, event="resume", source=str(source), changed=changed, skipped=config.skip_sequences,
                   rates=rates, set_aside=aside and str(aside))
-        print(f"resumed from {source}", *changed, sep="\n  changed: ")
-        print(rates, end="\n" * bool(rates))
+        print(f"resumed from {source}", *(f"  changed: {line}" for line in changed), *filter(None, [rates]), sep="\n")
     best_loss = parallel.once(runs.best_loss, run, manifest.get("best_loss"))
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
-    compiled = config.compile or (config.compile is None and device.type == "cuda")
-    if compiled:
+    if config.compile or (config.compile is None and device.type == "cuda"):
         parallel.compile_blocks(model)
+        print("the first step compiles the blocks ...", flush=True)
 
     # ------------------------------------------------------------------ what is about to happen
     total, active = count_parameters(config)
@@ -153,9 +148,6 @@ def train(argv, watch):
 
     # ------------------------------------------------------------------ the loop
     watch.begin(config)
-    decay_steps = config.max_steps // 5 if config.decay_steps is None else config.decay_steps
-    if compiled:
-        print("the first step compiles the blocks ...", flush=True)
     peak = (metrics.peak_flops(device) or 0) * parallel.ranks()
     parameters = list(model.parameters())
     model.train()
@@ -168,8 +160,7 @@ def train(argv, watch):
     for step in range(start + 1, config.max_steps + 1):
         watch.beat(f"step {step}", patient=step <= start + guard.EARLY)
         step_started = time.perf_counter()
-        factor = schedule_factor(step, config.schedule, config.max_steps, config.warmup_steps, decay_steps,
-                                 config.min_lr_ratio)
+        factor = schedule_factor(step, *(getattr(config, name) for name in runs.SCHEDULE))
         for group, peak_rate in zip(optimizer.param_groups, peak_rates):
             group["lr"] = peak_rate * factor
 
@@ -256,13 +247,10 @@ def train(argv, watch):
         if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not watch.agreed:
             watch.beat(f"the samples of step {step}", patient=True)
             for prompt in config.sample_prompts:
-                text = sample(model, encoder, prompt, config, step, log)
-                if text is not None:
-                    log.sample(step, prompt, text)
+                log.sample(step, prompt, sample(model, encoder, prompt, config, step, log))
             model.train()  # a sample that failed has not put it back yet
         if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
-            counted = [step, sequences, optimizer.steps]
-            guard.refuse_drift(checkpoint.named_tensors(model, optimizer), counted, step, run)
+            guard.refuse_drift(checkpoint.named_tensors(model, optimizer), [sequences, optimizer.steps], step, run)
             for slow in guard.stragglers(waited, device):
                 log.write("event", step, event="straggler", **slow)
                 print("step {step}: rank {rank} on {host} is slow in {what}: {seconds:.3f} s, the median is "
@@ -274,8 +262,8 @@ def train(argv, watch):
             about = {"sequences": sequences, "tokens": tokens, "optimizer_steps": optimizer.steps,
                      "stream": stream.identity(), "read": runs.data_read(stream.identity(), tokens - first, read),
                      "tokenizer": tokenizer.fingerprint(encoder) if encoder else None, "torch": torch.__version__,
-                     "loss_scale": [loss_scale, good_steps],
-                     "losses": list(spikes.losses), "places": places, "config": dataclasses.asdict(config)}
+                     "loss_scale": [loss_scale, good_steps], "losses": list(spikes.losses), "places": places,
+                     "config": dataclasses.asdict(config)}
             saver.start(step, checkpoint.named_tensors(model, optimizer), about, (validated or {}).get("loss"))
         final = last or bool(watch.agreed)
         report_save(saver.outcome(wait=final or not config.async_save), log, final)

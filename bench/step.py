@@ -141,11 +141,11 @@ def library_attention(config, device):
 
 
 def main(argv):
-    given = [word for word in settings.joined(argv) if word.startswith("--rounds=")]
+    given = [word for word in argv if word.startswith("--rounds=")]
     if not all(re.fullmatch(r"--rounds=[1-9]\d*", word) for word in given):
         raise errors.UserError(f"{given[-1]} must be a number, at least 1")
     rounds = int(given[-1][9:]) if given else 6
-    config, path = settings.load([word for word in settings.joined(argv) if word not in given])
+    config, path = settings.load([word for word in argv if word not in given])
     device, warmup, name = pick_device(config.device), 2, Path(path).stem
     kernels = parallel.choose_kernels(config, device)
     on, compiled = kernels.startswith("Triton"), device.type == "cuda" and config.compile is not False
