@@ -26,20 +26,18 @@ BLOCK = 2**24  # characters of a text file read at a time
 HEAD = 2**16  # bytes that show what a file is
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-PACKED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
 LFS, FETCH = "Git LFS pointer", "fetch what it stands for:  git lfs pull"
-KINDS = {b"PK\3\4": "zip archive", b"PK\5\6": "zip archive", b"7z\xbc\xaf": "7z archive", b"Rar!": "rar archive",
-         **dict.fromkeys(PACKED, "archive packed twice"), b"%PDF-": "PDF", b"\x89PNG": "picture",
-         b"\xff\xd8\xff": "picture", b"GIF8": "picture", b"RIFF": "picture or sound", b"ID3": "sound",
-         b"\xff\xfb": "sound", b"OggS": "sound", b"fLaC": "sound", b"\x7fELF": "program", b"MZ": "program",
-         b"SQLite format 3": "SQLite database", b"PAR1": "parquet file", b"ARROW1": "arrow file",
-         b"\x93NUMPY": "numpy array", b"\x89HDF": "HDF5 file", b"GGUF": "GGUF model", b"\xd0\xcf\x11": "Office file",
-         **{b"\x80" + bytes([version]): "pickle" for version in range(2, 6)}}
+# (where, what stands there, what that is); all others that are no text are binary files
+KINDS = ((0, b"PK\3\4", "zip archive"), (0, b"PK\5\6", "zip archive"), (0, b"7z\xbc\xaf", "7z archive"),
+         (0, b"Rar!", "rar archive"), (257, b"ustar", "tar archive"), (0, b"%PDF-", "PDF"), (0, b"\x89PNG", "picture"),
+         (0, b"\xff\xd8\xff", "picture"), (0, b"GIF8", "picture"), (4, b"ftyp", "video"), (0, b"\x7fELF", "program"),
+         (0, b"SQLite format 3", "SQLite database"), (0, b"\x80\4\x95", "pickle"), (0, b"PAR1", "parquet file"),
+         (0, b"version https://git-lfs", LFS), *((0, magic, "archive packed twice") for magic in PACKED.values()))
 LINE_END = "(?>\r\n|\r|\n)"
 HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of a surrogate pair, which JSON can hold
 ESCAPES = re.compile(r"\\(\\|[nrtfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
-COMMON = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<doc", "\n\n\n", "\n\n", "\n---\n", "\n***\n",
-          "\f", "\x1e", "\0", "\u2028")  # separators that texts come with
+COMMON = ("<|endoftext|>", "</s>", "<doc", "\n\n\n", "\n\n", "\n---\n", "\f", "\x1e", "\0")  # separators of texts
 
 
 class Account:
@@ -165,8 +163,7 @@ def open_text(raw, path, account, encoding=None, strict=False):
 
 def _decompressed(binary, path):
     """A buffered reader of what `binary`, the buffered reader of that path, holds when it is unpacked."""
-    suffix = next((name for magic, name in PACKED.items() if binary.peek(8).startswith(magic)), None)
-    suffix = suffix or (path.suffix if isinstance(path, Path) else None)
+    suffix = next((name for name, magic in PACKED.items() if binary.peek(8).startswith(magic)), Path(path).suffix)
     if suffix == ".zst":
         try:
             import pyarrow  # comes with datasets
@@ -175,6 +172,11 @@ def _decompressed(binary, path):
         return io.BufferedReader(pyarrow.CompressedInputStream(binary, "zstd"), HEAD)
     opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix)
     return io.BufferedReader(opened(binary), HEAD) if opened else binary
+
+
+def suffix_of(path):
+    """The end of a file's name, in lower case and without that of a compression."""
+    return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in PACKED), "").lower()
 
 
 def git_lfs(path):
@@ -186,21 +188,17 @@ def git_lfs(path):
 def _utf16(head):
     """The UTF-16 without a byte order mark that a text in the Latin alphabet is in, by where its NULs stand."""
     low, high = head[0::2].count(0), head[1::2].count(0)
-    if len(head) > 3 and len(head) % 2 == 0 and max(low, high) > 0.3 * len(head) and min(low, high) <= 0.01 * len(head):
-        return "utf-16-le" if high > low else "utf-16-be"
-    return None
+    if len(head) < 4 or len(head) % 2 or max(low, high) <= 0.3 * len(head) or min(low, high) > 0.01 * len(head):
+        return None
+    return "utf-16-le" if high > low else "utf-16-be"
 
 
 def _kind(head):
     """What a file is that begins so, if that is no text, else None."""
-    if head.startswith(b"version https://git-lfs"):
-        return LFS
-    if head.startswith(b"%PDF-") or head[257:262] == b"ustar":
-        return "PDF" if head[0] == ord("%") else "tar archive"
+    known = next((kind for at, magic, kind in KINDS if head.startswith(magic, at)), None)
     control = len(head) - len(head.translate(None, bytes([*range(9), *range(14, 27)])))
-    known = next((kind for magic, kind in KINDS.items() if head.startswith(magic)), None)
-    if control and (known or head[4:8] == b"ftyp"):
-        return known or "video"
+    if known and (control or known in (LFS, "PDF")):
+        return known
     return "binary file" if control > 0.02 * len(head) else None
 
 

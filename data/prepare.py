@@ -13,7 +13,6 @@ Next: ../configs/debug.py trains on the result.
 """
 
 import argparse
-import bisect
 import collections
 import hashlib
 import itertools
@@ -151,7 +150,7 @@ def documents(args, files, account):
 def distinct(found, seen, account, line_ends=False):
     """Yield (position, text, its UTF-8 bytes, number of bytes in the source, text in the source) of the documents that
     are not empty and whose 8-byte digest is not in `seen`, and add it. Bytes of the source are those of the text
-    before repairs; if it was in another encoding than UTF-8, those that it has in UTF-8."""
+    before repairs, in UTF-8."""
     for position, original in found:
         text, raw, size, replaced = repair(original, line_ends)
         nuls = text.count("\0")
@@ -174,37 +173,33 @@ def by_hash(texts, fraction, account, line_ends):
     wait until both splits have one; if that never comes, the end of those that wait is val."""
     held, waiting, total, splits = collections.deque(), 0, 0, set()
     for position, text, raw, size, original in texts:
-        split = "val" if zlib.crc32(raw) / 2**32 < fraction else "train"
-        splits.add(split)
+        held.append((position, "val" if zlib.crc32(raw) / 2**32 < fraction else "train", text, size, original))
+        splits.add(held[-1][1])
         total, waiting = total + len(text), waiting + len(text)
-        held.append((position, split, text, size, original))
         while held and (len(splits) == 2 or waiting > HELD and len(held) > 1):
             waiting -= len(held[0][2])
             yield held.popleft()[:4]
-    documents, taken = list(held), 0
-    while len(documents) > 1 and taken < fraction * total and taken + len(documents[-1][2]) <= total / 2:
-        taken += len(documents.pop()[2])
-    end = list(held)[len(documents):]
-    for position, _, text, size, _ in documents if end else documents[:-1]:
-        yield position, "train", text, size
-    if end:
-        account.add("documents", "at the end taken for val, since none went there by its hash", n=len(end))
-        yield from ((position, "val", text, size) for position, _, text, size, _ in end)
-    elif documents:
+    train, val, taken = list(held), collections.deque(), 0
+    while len(train) > 1 and taken < fraction * total and taken + len(train[-1][2]) <= total / 2:
+        val.appendleft(train.pop())
+        taken += len(val[0][2])
+    if val:
+        account.add("documents", "at the end taken for val, since none went there by its hash", n=len(val))
+    elif train:
         account.add("documents", "cut in two, its end for val")
-        yield from cut(documents[-1], fraction, line_ends)
+        position, *_, original = train.pop()
+        for part, documents in zip(cut(original, 1 - fraction), (train, val)):
+            text, _, size, _ = repair(part, line_ends)
+            documents.append((position, None, text, size, part))
+    yield from ((position, "train", text, size) for position, _, text, size, _ in train)
+    yield from ((position, "val", text, size) for position, _, text, size, _ in val)
 
 
-def cut(document, fraction, line_ends):
-    """Yield the beginning of a document for train and its end for val, as by_hash does."""
-    position, _, text, size, original = document
-    at = int(len(text) * (1 - fraction))
+def cut(text, share):
+    """That share of a text and the rest, cut behind a line or a word."""
+    at = int(len(text) * share)
     at = next((end + 1 for mark in "\n " if (end := text.find(mark, at, -1)) >= 0), at)
-    place = at if original == text else bisect.bisect_left(  # of the cut in the text before repairs
-        range(len(original)), at, key=lambda length: len(repair(original[:length], line_ends)[0]))
-    first = repair(original[:place], line_ends)[2]
-    yield position, "train", text[:at], first
-    yield position, "val", text[at:], size - first
+    return text[:at], text[at:]
 
 
 # ---------------------------------------------------------------------- tokens
@@ -273,7 +268,8 @@ def make_tokenizer(args, files, account):
                 left -= len(text)
             if left <= 0:
                 print(f"on the first {TRAINING_TEXT:,} characters")
-                return
+                break
+        check_separator(args.split_on, once)
     if not args.tokenizer:
         return tokenizer.train_bpe(texts(), args.vocab_size)
     encoder = tokenizer.load(args.tokenizer, texts())

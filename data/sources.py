@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path
 
 from data import columns
-from data.files import Account, check_separator, each_file, git_lfs, open_text, split_text, unescape
+from data.files import Account, each_file, git_lfs, open_text, split_text, suffix_of, unescape
 from errors import UserError
 
 # repository, configuration, validation split (None: a share of the documents)
@@ -25,7 +25,6 @@ KNOWN = {"tinystories": ("roneneldan/TinyStories", None, "validation"),
 PATTERNS = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet", "csv": "*.csv*"}  # what counts in a folder
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text",
             ".arrow": "arrow"}  # of datasets
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 DELIMITERS = ",;\t|"
 
 
@@ -37,7 +36,7 @@ def open_hf(repo, split="train", name=None, text_column=None, streaming=True, ch
     path = Path(repo)
     saved = sorted(path.glob("*.arrow")) if (path / "state.json").is_file() else []  # by save_to_disk
     if path.is_file() or saved:
-        suffix = ".arrow" if saved else next((s for s in reversed(path.suffixes) if s not in COMPRESSED), None)
+        suffix = ".arrow" if saved else suffix_of(path)
         if suffix not in BUILDERS:
             raise UserError(f"{repo}: datasets reads files that end in {', '.join(BUILDERS)}, compressed or not")
         return _load(repo, text_column, chat, BUILDERS[suffix], data_files=list(map(str, saved or [path])),
@@ -78,7 +77,7 @@ def _line(error):
 def rows(dataset, column, where, first=0, account=None, chat=False):
     """Yield (number of rows up to here, text) of a dataset from row `first` on; rows without a text count as empty."""
     return columns.texts(_numbered(dataset, column, where, first), column, where, account or _streamed(where), chat,
-                         [column], unit="row")
+                         unit="row")
 
 
 @functools.cache
@@ -149,12 +148,11 @@ def csv_rows(file, path, delimiter, account):
 def _delimiter(lines, path):
     """What separates the cells: that of DELIMITERS which stands in the header and cuts the rows into as many cells; a
     character that nobody writes where there is but one column."""
-    lengths = {}
+    share = {}
     for delimiter in DELIMITERS:
         cells = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
         if cells and cells[0] > 1:
-            lengths[delimiter] = cells[:-1] if len(lines) == 1000 and len(cells) > 2 else cells  # the last may be cut
-    share = {delimiter: cells.count(cells[0]) / len(cells) for delimiter, cells in lengths.items()}
+            share[delimiter] = cells.count(cells[0]) / len(cells)
     best = [delimiter for delimiter in share if share[delimiter] > max(share.values()) - 0.05]
     if len(best) > 1:
         raise UserError(f"{path}: what separates the cells? It may be {' or '.join(map(repr, best))}: set --delimiter, "
@@ -166,15 +164,11 @@ def parquet_rows(path, account, text_column, chat):
     """Yield (row, text) of a parquet file, of which only the column of the text is read."""
     import pyarrow.parquet  # comes with datasets
     row = 0
-    if not path.stat().st_size:
-        return
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if not file.metadata.num_rows:
-                return
-            names = file.schema_arrow.names
             sample = lambda: next(file.iter_batches(columns.SAMPLE)).to_pylist()
-            column = columns.choose(names, sample, text_column or account.about.get("column"), path, chat)
+            column = columns.choose(file.schema_arrow.names, sample, text_column or account.about.get("column"), path,
+                                    chat)
             account.about["column"] = column  # no other is read
             for batch in file.iter_batches(1024, columns=[column]):
                 for cells in batch.to_pylist():
@@ -199,28 +193,22 @@ def documents(source, files=(), split_on=None, repo=None, split="train", name=No
     whole = functools.partial(split_text, separator=separator, account=account)
     if source == "stdin":
         file = open_text(sys.stdin.buffer, "standard input", account, encoding, strict=True)
-        return enumerate(_all(whole(file, "standard input"), split_on, account), 1), None, " documents"
+        return enumerate(whole(file, "standard input"), 1), None, " documents"
     if source == "parquet":
-        texts = itertools.chain.from_iterable(
-            columns.texts(parquet_rows(path, account, text_column, chat), text_column, path, account, chat, unit="row")
-            for path in files)
-        total = sum(_parquet_rows(path, account) for path in files)  # a damaged file shows here
-        return ((number, text) for number, (_, text) in enumerate(texts, 1)), total, " rows"
+        counts = {path: _parquet_rows(path, account) for path in files}  # a damaged file shows here
+        texts = (text for path in files if counts[path] for _, text in columns.texts(
+            parquet_rows(path, account, text_column, chat), text_column, path, account, chat, unit="row"))
+        return enumerate(texts, 1), sum(counts.values()), " rows"
     if source in ("text", "stdlib", "jsonl", "csv"):
         table = {"jsonl": jsonl_rows, "csv": functools.partial(csv_rows, delimiter=delimiter, account=account)}
         read = table.get(source)
         parts = (lambda file, path: (text for _, text in columns.texts(
             read(file, path), text_column, path, account, chat))) if read else whole
         found = each_file(files, parts, account, encoding, strict=bool(read))
-        return _all(found, split_on, account), sum(path.stat().st_size for path in files), "B"
+        return found, sum(path.stat().st_size for path in files), "B"
     dataset, column = open_hf(repo, split, name, text_column, streaming, chat)
     about = (dataset.info.splits or {}).get(split)
     return rows(dataset, column, repo, 0, account, chat), about.num_examples if about else None, " rows"
-
-
-def _all(found, separator, account):
-    yield from found
-    check_separator(separator, account)
 
 
 def _parquet_rows(path, account):
