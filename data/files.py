@@ -1,10 +1,9 @@
 """Files of text: which ones a name stands for, what they are, their encoding, their documents; and the account of what
 was read, left out and altered on the way.
 
-Hidden files are left out and links followed, each real file once. Compressed files (gzip, bz2, xz, zst) are known by
-how they begin, and so is what is no text: in a folder it is skipped and counted, named directly it is refused. Bytes
-that the encoding does not know become lone surrogates here, as Python's surrogateescape makes them, so that `repair`
-can count them. Next: columns.py.
+Hidden files are left out and links followed, each real file once. Compressed files are known by how they begin, and so
+is what is no text: in a folder it is skipped and counted, named directly it is refused. Bytes that the encoding does
+not know become lone surrogates here, so that `repair` can count them. Next: columns.py.
 """
 
 import bz2
@@ -49,7 +48,7 @@ class Account:
         # What has been printed, and the files that were given by their own name.
         self.said, self.named = (before.said, before.named) if before else (set(), set())
         self.characters = self.wrong = 0  # wrong: NULs and what had to be replaced
-        self.encoding, self.unsplit = None, None  # of the last file; the start of a text without the separator
+        self.encoding, self.unsplit = None, ""  # of the last file; the start of a text without the separator
         self.separator = b""  # between documents, which is no sign of a binary file
 
     def add(self, subject, what, name=None, n=1):
@@ -70,9 +69,8 @@ class Account:
         """The account in words, a subject a line."""
         for subject, counts in self.counts.items():
             names = {what: ", ".join(self.names.get(f"{subject} {what}", [])) for what in counts}
-            yield f"{subject:9} " + ", ".join(
-                f"{n:,} {what}" + (f" ({names[what]}{', ...' if n > 3 else ''})" if names[what] else "")
-                for what, n in counts.items() if n)
+            yield f"{subject:9} " + ", ".join(f"{n:,} {what}" + (f" ({names[what]}" + ", ..." * (n > 3) + ")"
+                                              if names[what] else "") for what, n in counts.items() if n)
         for what, value in self.about.items():
             yield f"{what:9} {'none: documents run together' if value is None else value}"
 
@@ -82,29 +80,26 @@ class Account:
 def list_files(names, pattern, account=None):
     """The files that names, folders (searched for the pattern) and globs stand for, each real file once."""
     files, account = {}, account or Account()
-    for name in names:
-        path, deep = Path(name), re.fullmatch(r"(|.*?/)\*\*(?:/(.*))?", str(name))
-        if path.is_dir():
-            found = sorted(_walk(path, pattern, account))
-        elif path.is_file():
-            found = [path]
+    for name in map(str, names):
+        path, wanted, matches = Path(name), pattern, [Path(name)]
+        if path.is_file():
             account.named.add(path)
-        else:  # ** is searched as a folder is, since glob's own goes round in circles of links
+        elif not path.is_dir():  # ** is searched as a folder is, since glob's own goes round in circles of links
+            deep = re.fullmatch(r"(|.*?/)\*\*(?:/(.*))?", name)
             wanted = deep and deep[2] or pattern
-            matches = map(Path, glob.glob(deep[1] or "." if deep else str(name)))
-            found = sorted(file for match in matches for file in
-                           (_walk(match, wanted, account) if match.is_dir() else [match] if match.is_file() else []))
+            matches = map(Path, glob.glob(deep[1] or "." if deep else name))
+        found = sorted(file for match in matches for file in
+                       (walk(match, wanted, account) if match.is_dir() else [match] if match.is_file() else []))
         if not found:
-            left = "; ".join(account.lines())
-            raise UserError((f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}")
-                            + (f" ({left})" if left else ""))
+            what = f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}"
+            raise UserError("; ".join([what, *account.lines()]))
         for file in found:
             if files.setdefault(os.path.realpath(file), file) != file:
                 account.add("files", "reached twice, read once", file)
     return list(files.values())
 
 
-def _walk(root, pattern, account):
+def walk(root, pattern, account):
     """Yield the files below a folder that match the pattern, those of linked folders too, but nothing that is hidden,
     unless the pattern asks for it. Each real folder is entered once, by its own path if that lies below root."""
     folders, seen, hidden = collections.deque([root]), set(), pattern.startswith(".") or "/." in pattern
@@ -148,9 +143,7 @@ def open_text(raw, path, account, encoding=None, strict=False):
     wide = encoding and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))  # full of NULs
     kind = None if found or wide else _kind(head)
     if kind and (strict or kind == LFS or path in account.named):
-        remedy = FETCH if kind == LFS else (
-            "unpack it first" if "archive" in kind else "it is read by the source parquet" if "parquet" in kind else
-            "take the text out of it first, or say what text it is by --encoding=NAME")
+        remedy = FETCH if kind == LFS else "take the text out of it first, or say what text it is by --encoding=NAME"
         raise UserError(f"{path} is no text but {'an' if kind[0] in 'aA' else 'a'} {kind}: {remedy}")
     if kind:
         account.add("files", f"skipped: {kind}", path)
@@ -164,14 +157,16 @@ def open_text(raw, path, account, encoding=None, strict=False):
 def _decompressed(binary, path):
     """A buffered reader of what `binary`, the buffered reader of that path, holds when it is unpacked."""
     suffix = next((name for name, magic in PACKED.items() if binary.peek(8).startswith(magic)), Path(path).suffix)
-    if suffix == ".zst":
-        try:
-            import pyarrow  # comes with datasets
-        except ImportError as error:
-            raise UserError(f"{path}: .zst needs a package:  pip install pyarrow  (or pack it as .gz)") from error
-        return io.BufferedReader(pyarrow.CompressedInputStream(binary, "zstd"), HEAD)
-    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix)
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}.get(suffix)
     return io.BufferedReader(opened(binary), HEAD) if opened else binary
+
+
+def _open_zst(binary):
+    try:
+        import pyarrow  # comes with datasets
+    except ImportError as error:
+        raise UserError("files in .zst need a package:  pip install pyarrow  (or pack them as .gz)") from error
+    return pyarrow.CompressedInputStream(binary, "zstd")
 
 
 def suffix_of(path):
@@ -231,8 +226,7 @@ def check_share(path, account, characters=0, wrong=0):
     characters, wrong = account.characters - characters, account.wrong - wrong
     if wrong > SHARE * characters:
         raise UserError(f"{path}: {wrong:,} of {characters:,} characters ({wrong / characters:.0%}) are NULs or bytes "
-                        f"that are no {account.encoding}: set --encoding=NAME, as cp1252, gb18030, shift_jis, koi8-r, "
-                        "or leave the file out by --pattern")
+                        f"that are no {account.encoding}: set --encoding=NAME, as cp1252 or gb18030, or --pattern")
 
 
 def split_text(file, path=None, separator=None, account=None):
@@ -241,7 +235,7 @@ def split_text(file, path=None, separator=None, account=None):
         yield file.read()
         return
     account = account or Account()
-    pattern, rest, found, start = separator_pattern(separator), "", 0, None
+    pattern, rest, found, start = separator_pattern(separator), "", 0, ""
     while block := file.read(BLOCK):
         while block.endswith("\r") and (more := file.read(1)):  # no line end is torn apart
             block += more
@@ -251,7 +245,7 @@ def split_text(file, path=None, separator=None, account=None):
         yield from whole
     account.add("separator", "found", n=found)
     account.add("separator", "texts with it" if found else "texts without it", path)
-    account.unsplit = account.unsplit or (None if found else start)
+    account.unsplit = account.unsplit or start
     yield rest
 
 
@@ -265,9 +259,8 @@ def check_separator(separator, account):
     other = [repr(word) for word in (*similar, *COMMON) if separator_pattern(word).search(text)]
     raise UserError(
         f"the separator {plain!r} occurs nowhere in {account.counts['separator']['texts without it']} files, the first "
-        f"of which begins {text[:40]!r}, with the line ends {', '.join(ends) or 'none'} and the separators "
-        f"{', '.join(other) or 'none'}: set --split_on to what stands between two documents"
-        + (r" (\\ is a backslash)" if plain != separator else "") + ", or leave it out")
+        f"of which begins {text[:40]!r}, with the line ends {', '.join(ends) or 'none'} and {', '.join(other) or 'no'} "
+        r"known separators: set --split_on (in which \n is a line end and \\ is a backslash), or leave it out")
 
 
 def unescape(text):
@@ -285,15 +278,13 @@ def separator_pattern(separator):
 def repair(text, line_ends=False):
     """(text as it is tokenised, its bytes, bytes that the text had, characters replaced). Lone surrogates, which stand
     for undecodable bytes, one each, become replacement characters; with line_ends, \\r\\n and \\r become \\n."""
-    replaced = 0
+    before = text.count("\ufffd")
     try:
         raw = text.encode()
-        size = len(raw)
     except UnicodeEncodeError:
-        raw, before = HALF.sub("\ufffd", text).encode("utf-8", "surrogateescape"), text.count("\ufffd")
-        size, text = len(raw), raw.decode("utf-8", "replace")
-        raw, replaced = text.encode(), text.count("\ufffd") - before
-    if line_ends and "\r" in text:
+        raw = HALF.sub("\ufffd", text).encode("utf-8", "surrogateescape")
+        text = raw.decode("utf-8", "replace")
+    size, replaced = len(raw), text.count("\ufffd") - before
+    if line_ends:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        raw = text.encode()
-    return text, raw, size, replaced
+    return text, text.encode(), size, replaced

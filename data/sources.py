@@ -35,18 +35,23 @@ def open_hf(repo, split="train", name=None, text_column=None, streaming=True, ch
     can read. The column is the one that columns.choose finds."""
     path = Path(repo)
     saved = sorted(path.glob("*.arrow")) if (path / "state.json").is_file() else []  # by save_to_disk
+    options = {"split": split, "streaming": streaming}
     if path.is_file() or saved:
         suffix = ".arrow" if saved else suffix_of(path)
         if suffix not in BUILDERS:
             raise UserError(f"{repo}: datasets reads files that end in {', '.join(BUILDERS)}, compressed or not")
-        return _load(repo, text_column, chat, BUILDERS[suffix], data_files=list(map(str, saved or [path])),
-                     split=split, streaming=streaming)
-    where, _, revision = (str(repo), "", "") if path.exists() else str(repo).partition("@")
-    return _load(repo, text_column, chat, where, name, revision=revision or None, split=split, streaming=streaming)
+        dataset, names = _load(repo, BUILDERS[suffix], data_files=list(map(str, saved or [path])), **options)
+    else:
+        where, _, revision = (str(repo), "", "") if path.exists() else str(repo).partition("@")
+        dataset, names = _load(repo, where, name, revision=revision or None, **options)
+    if not names:
+        raise UserError(f"{repo} holds no rows of text")
+    sample = lambda: list(itertools.islice(dataset.select_columns(names), columns.SAMPLE))
+    return dataset, columns.choose(names, sample, text_column, repo, chat)
 
 
-def _load(where, text_column, chat, *args, **options):
-    """datasets.load_dataset with its errors explained, then the column chosen; returns (dataset, column)."""
+def _load(where, *args, **options):
+    """datasets.load_dataset with its errors explained: (dataset, its columns but for pictures and sounds)."""
     try:
         import datasets
     except ImportError as error:
@@ -54,20 +59,14 @@ def _load(where, text_column, chat, *args, **options):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by the error
     try:
         dataset = datasets.load_dataset(*args, **options)
-        first = {} if dataset.features else next(iter(dataset))
-    except StopIteration as error:
-        raise UserError(f"{where} holds no rows") from error
+        features = dataset.features or dict.fromkeys(next(iter(dataset), ()))
+        return dataset, [key for key, kind in features.items() if not hasattr(kind, "decode_example")]
     except OSError as error:
-        advice = "" if Path(where).exists() else (
-            "; without a network, download it elsewhere and give the folder or file:  python -m data.prepare hf FOLDER")
+        advice = "" if Path(where).exists() else "; without a network, download it and give the folder or file"
         raise UserError(f"cannot load the dataset {where}: {_line(error)}{advice}") from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         advice = "; the Hub has a copy of most such:  hf REPO@refs/convert/parquet" if "script" in str(error) else ""
         raise UserError(f"cannot read {where}: {_line(error)}{advice}") from error
-    plain = lambda kind: not hasattr(kind, "decode_example")  # no picture, no sound
-    names = [key for key, kind in (dataset.features or {}).items() if plain(kind)]
-    sample = lambda: list(itertools.islice(dataset.select_columns(names) if names else dataset, columns.SAMPLE))
-    return dataset, columns.choose(names or first, sample, text_column, where, chat)
 
 
 def _line(error):
@@ -117,9 +116,9 @@ def jsonl_rows(file, path):
         try:
             found = json.loads(line + file.read() if whole else line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is no JSON: {error}; one object a line is expected, or one array "
-                            f"of objects, as  jq -c . {path} > lines.jsonl  makes them") from error
-        for place, row in enumerate(found, 1) if whole and isinstance(found, list) else [(number, found)]:
+            raise UserError(f"{path}, line {number} is no JSON: {error}; one object a line is expected, as  jq -c .  "
+                            "makes them, or one array of objects") from error
+        for place, row in enumerate(found, 1) if whole else [(number, found)]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}, {'object' if whole else 'line'} {place} is no JSON object but a "
                                 f"{type(row).__name__}")
@@ -155,8 +154,7 @@ def _delimiter(lines, path):
             share[delimiter] = cells.count(cells[0]) / len(cells)
     best = [delimiter for delimiter in share if share[delimiter] > max(share.values()) - 0.05]
     if len(best) > 1:
-        raise UserError(f"{path}: what separates the cells? It may be {' or '.join(map(repr, best))}: set --delimiter, "
-                        f"as in  --delimiter={best[0]!r}")
+        raise UserError(f"{path}: what separates the cells? It may be {' or '.join(map(repr, best))}: set --delimiter")
     return best[0] if best else "\x1f"
 
 
@@ -167,8 +165,8 @@ def parquet_rows(path, account, text_column, chat):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             sample = lambda: next(file.iter_batches(columns.SAMPLE)).to_pylist()
-            column = columns.choose(file.schema_arrow.names, sample, text_column or account.about.get("column"), path,
-                                    chat)
+            wanted = text_column or account.about.get("column")
+            column = columns.choose(file.schema_arrow.names, sample, wanted, path, chat)
             account.about["column"] = column  # no other is read
             for batch in file.iter_batches(1024, columns=[column]):
                 for cells in batch.to_pylist():
@@ -200,11 +198,11 @@ def documents(source, files=(), split_on=None, repo=None, split="train", name=No
             parquet_rows(path, account, text_column, chat), text_column, path, account, chat, unit="row"))
         return enumerate(texts, 1), sum(counts.values()), " rows"
     if source in ("text", "stdlib", "jsonl", "csv"):
-        table = {"jsonl": jsonl_rows, "csv": functools.partial(csv_rows, delimiter=delimiter, account=account)}
-        read = table.get(source)
-        parts = (lambda file, path: (text for _, text in columns.texts(
-            read(file, path), text_column, path, account, chat))) if read else whole
-        found = each_file(files, parts, account, encoding, strict=bool(read))
+        def table(file, path):
+            rows = jsonl_rows(file, path) if source == "jsonl" else csv_rows(file, path, delimiter, account)
+            return (text for _, text in columns.texts(rows, text_column, path, account, chat))
+        tables = source in ("jsonl", "csv")
+        found = each_file(files, table if tables else whole, account, encoding, strict=tables)
         return found, sum(path.stat().st_size for path in files), "B"
     dataset, column = open_hf(repo, split, name, text_column, streaming, chat)
     about = (dataset.info.splits or {}).get(split)

@@ -14,7 +14,8 @@ import pytest
 import train
 from data import advice, prepare, tokenizer
 from data.loader import ValidationSet
-from data.shards import Writer, add_headers, open_split, read_meta
+from data.shards import Writer, open_split, read_meta
+from data.words import CLOSING
 from errors import UserError
 from kernels.cross_entropy import IGNORE
 from tests.helpers import ROOT, make_data
@@ -158,7 +159,7 @@ def test_bytes_of_repaired_text_and_of_lossy_tokenizers_are_those_of_the_source(
     words = ENCODERS["words"]()
     folder = text_folder(tmp_path / "b", words, EASY)
     assert ValidationSet(folder, 8, 10_000).bytes == sum(len(text.encode()) for text in EASY)
-    of = lambda ids: sum(len(words.texts[id_]) + (words.texts[id_] not in tokenizer.CLOSING) for id_ in ids
+    of = lambda ids: sum(len(words.texts[id_]) + (words.texts[id_] not in CLOSING) for id_ in ids
                          if 0 < id_ < words.n_vocab - 1)  # the word and its space, of what is known
     ids = [id_ for text in EASY for id_ in tokenizer.encode(words, text).tolist()]
     expected = of(ids[1:17]) / of(ids) * sum(map(len, EASY))
@@ -275,20 +276,3 @@ def prepare_usage():
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
         prepare.parse(["--help"])
     return out.getvalue()
-
-
-def test_nanogpts_files_without_a_header_get_the_command_that_adds_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "it's char"
-    folder.mkdir()
-    for split, ids in (("train", range(500)), ("val", range(9))):
-        np.array(ids, np.uint16).tofile(folder / f"{split}.bin")
-    with pytest.raises(UserError, match="train.bin is no token shard.*nanoGPT") as error:
-        open_split("it's char", "train")
-    words = shlex.split(str(error.value).split("make shards of them with  ")[1])
-    assert words[:2] == ["python", "-c"]
-    exec(words[2])
-    assert np.concatenate(open_split("it's char-shards", "train").arrays).tolist() == list(range(500))
-    add_headers(folder, "parts", shard_tokens=200)
-    assert [len(array) for array in open_split("parts", "train").arrays] == [200, 200, 100]
-    assert open_split("parts", "val").tokens == 9
