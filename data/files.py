@@ -75,8 +75,6 @@ class Account:
             yield f"{what:9} {'none: documents run together' if value is None else value}"
 
 
-# ---------------------------------------------------------------------- which files
-
 def list_files(names, pattern, account=None):
     """The files that names, folders (searched for the pattern) and globs stand for, each real file once."""
     files, account = {}, account or Account()
@@ -122,8 +120,6 @@ def walk(root, pattern, account):
             else:
                 account.add("files", f"not called {pattern}, left out", path)
 
-
-# ---------------------------------------------------------------------- what they are
 
 def _escape(error):
     """For decoders: undecodable bytes as lone surrogates, whatever the encoding."""
@@ -196,8 +192,6 @@ def _kind(head):
         return known
     return "binary file" if control > 0.02 * len(head) else None
 
-
-# ---------------------------------------------------------------------- their documents
 
 def each_file(files, parts, account, encoding=None, strict=False):
     """Yield (bytes of files read so far, part) for what parts(text file, path) yields of every file. Whoever takes the

@@ -115,24 +115,19 @@ def check(args):
         raise UserError("stdin can be read only once, so no tokenizer can be trained on it: give another --tokenizer")
 
 
-# ---------------------------------------------------------------------- documents
-
-def open_source(args, files, split, account):
-    """(iterator, total, unit) of one split of the source: see sources.documents."""
-    repo, name, _ = sources.KNOWN.get(args.source, (args.files[0] if args.files else None, None, None))
-    return sources.documents(args.source, files, args.split_on, repo, split, args.name or name, args.text_column,
-                             not args.no_streaming, args.encoding, args.delimiter, args.chat, account)
-
-
 def documents(args, files, account):
     """(iterator, total, unit): yields (position, split, text, bytes in the source) of every distinct, non-empty
     document. The split is --val_split's, which comes first, or drawn by a hash of the text."""
     seen, line_ends = set(), args.source in ("text", "stdin", "stdlib")
     take = lambda found: itertools.islice(distinct(found, seen, account, line_ends), args.limit)
-    found, total, unit = open_source(args, files, args.split or "train", account)
+    repo, name, _ = sources.KNOWN.get(args.source, (next(iter(args.files), None), None, None))
+    opened = lambda split: sources.documents(
+        args.source, files, args.split_on, repo, split, args.name or name, args.text_column, not args.no_streaming,
+        args.encoding, args.delimiter, args.chat, account)
+    found, total, unit = opened(args.split or "train")
     if not args.val_split:
         return by_hash(take(found), args.val_fraction, account, line_ends), total, unit
-    val = ((0, document) for _, document in open_source(args, files, args.val_split, account)[0])
+    val = ((0, document) for _, document in opened(args.val_split)[0])
     return ((position, split, text, size) for split, half in (("val", val), ("train", found))
             for position, text, _, size, _ in take(half)), total, unit
 
@@ -191,8 +186,6 @@ def cut(text, share):
     at = next((end + 1 for mark in "\n " if (end := text.find(mark, at, -1)) >= 0), at)
     return text[:at], text[at:]
 
-
-# ---------------------------------------------------------------------- tokens
 
 def encoded(found, encoder, workers):
     """Yield lists of (position, split, ids, bytes) in the order of the documents. Threads do the encoding, since

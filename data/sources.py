@@ -28,8 +28,6 @@ BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "js
 DELIMITERS = ",;\t|"
 
 
-# ---------------------------------------------------------------------- Hugging Face datasets
-
 def open_hf(repo, split="train", name=None, text_column=None, streaming=True, chat=False):
     """(dataset, column) of a Hugging Face dataset, REPO or REPO@REVISION, or of a local folder or file that datasets
     can read. The column is the one that columns.choose finds."""
@@ -63,14 +61,10 @@ def _load(where, *args, **options):
         return dataset, [key for key, kind in features.items() if not hasattr(kind, "decode_example")]
     except OSError as error:
         advice = "" if Path(where).exists() else "; without a network, download it and give the folder or file"
-        raise UserError(f"cannot load the dataset {where}: {_line(error)}{advice}") from error
+        raise UserError(f"cannot load the dataset {where}: {error}{advice}") from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         advice = "; the Hub has a copy of most such:  hf REPO@refs/convert/parquet" if "script" in str(error) else ""
-        raise UserError(f"cannot read {where}: {_line(error)}{advice}") from error
-
-
-def _line(error):
-    return " ".join(str(error).split())[:300]
+        raise UserError(f"cannot read {where}: {error}{advice}") from error
 
 
 def rows(dataset, column, where, first=0, account=None, chat=False):
@@ -92,10 +86,8 @@ def _numbered(dataset, column, where, row):
                 row += 1
                 yield row, {column: value}
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}, after row {row}: {_line(error)}") from error
+        raise UserError(f"{where}, after row {row}: {error}") from error
 
-
-# ---------------------------------------------------------------------- local files
 
 def stdlib_files():
     """The .py files of the running Python's standard library, without tests, installed packages and the code tables of
@@ -175,10 +167,8 @@ def parquet_rows(path, account, text_column, chat):
     except UserError:
         raise
     except (OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"cannot read {path}, after row {row}: {_line(error)}") from error
+        raise UserError(f"cannot read {path}, after row {row}: {error}") from error
 
-
-# ---------------------------------------------------------------------- any source
 
 def documents(source, files=(), split_on=None, repo=None, split="train", name=None, text_column=None, streaming=True,
               encoding=None, delimiter=None, chat=False, account=None):
@@ -218,6 +208,6 @@ def _parquet_rows(path, account):
     try:
         count = pyarrow.parquet.read_metadata(path).num_rows
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {git_lfs(path) or _line(error)}") from error
+        raise UserError(f"cannot read {path}: {git_lfs(path) or error}") from error
     account.add("files", "read")
     return count

@@ -80,10 +80,9 @@ def find(folder):
     """The file that `load` reads the tokenizer of a folder from, None if there is none."""
     folder = Path(folder)
     there = [path for path in [*map(folder.joinpath, FILES), *sorted(folder.glob("*.tiktoken"))] if path.is_file()]
-    pieces = [path for path in there if path.name == "tokenizer.model" and _is_sentencepiece(path)]
-    if pieces and there[0].name == "tokenizer.json":  # Llama-2 has both; its tokenizer.json is not byte-level
-        return pieces[0]
-    return there[0] if there else None
+    if any(map(_is_sentencepiece, there)):  # Llama-2's tokenizer.json, beside one, is not byte-level
+        there = [path for path in there if path.name != "tokenizer.json"]
+    return next(iter(there), None)
 
 
 def _load_file(path, options):
@@ -244,11 +243,6 @@ class ByteLevel(tiktoken.Encoding):
         if at < len(text):
             yield text[at:]
 
-    def encode_to_numpy(self, text, **options):
-        if self.steps is None:
-            return super().encode_to_numpy(text, **options)
-        return np.array(self.encode_ordinary(text), dtype=np.uint32)
-
 
 def encoding(name, ranks, pattern=PATTERN, special_tokens=None, steps=None):
     """A ByteLevel; without special_tokens it gets END_OF_TEXT after the last id."""
@@ -295,8 +289,9 @@ def encode(encoder, text):
     cuts = [start + RUN for start in range(0, len(text), RUN) if text[start:start + RUN].isspace()]
     separator = end_of_text(encoder)
     ids = [np.array([] if separator is None else [separator], dtype=np.uint32)]
+    quick = isinstance(encoder, tiktoken.Encoding) and encoder.steps is None  # without a list of ids in between
     for part in (text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])):
-        ids.append(encoder.encode_to_numpy(part, disallowed_special=()) if isinstance(encoder, tiktoken.Encoding)
+        ids.append(encoder.encode_to_numpy(part, disallowed_special=()) if quick
                    else np.array(encoder.encode_ordinary(part), dtype=np.uint32))
     return np.concatenate(ids)
 
@@ -310,9 +305,9 @@ def describe(encoder):
 def read_ranks(path):
     """{bytes: rank} from a file of "base64 rank" lines. (tiktoken's own reader caches by path, and so serves stale
     ranks.)"""
+    lines = filter(None, Path(path).read_bytes().splitlines())
     try:
-        ranks = {base64.b64decode(token, validate=True): int(rank)
-                 for token, rank in (line.split() for line in Path(path).read_bytes().splitlines() if line)}
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, lines)}
     except ValueError as error:
         raise UserError(f"{path} is no ranks file (lines of base64 token and rank): {error}") from error
     if len(set(ranks.values())) != len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
