@@ -140,7 +140,7 @@ def open_text(raw, path, account, encoding=None, strict=False):
     kind = None if found or wide else _kind(head)
     if kind and (strict or kind == LFS or path in account.named):
         remedy = FETCH if kind == LFS else "take the text out of it first, or say what text it is by --encoding=NAME"
-        raise UserError(f"{path} is no text but {'an' if kind[0] in 'aA' else 'a'} {kind}: {remedy}")
+        raise UserError(f"{path} is no text but {'an' if kind[0] == 'a' else 'a'} {kind}: {remedy}")
     if kind:
         account.add("files", f"skipped: {kind}", path)
         return None

@@ -170,12 +170,9 @@ def open_split(folder, split, verify=True, share=(0, 1)):
             print(f"warning: of the {split} shards of {folder} some hold uint16 and some uint32: of one tokenizer?")
         return Split(arrays, tokens, max(int(array.max()) for array in arrays), None)
     for i, (path, array, shard) in enumerate(zip(shards[split], arrays, recorded["shards"])):
-        wrong = "tokens" if len(array) != shard["tokens"] else None
-        if verify and not wrong and i % share[1] == share[0]:
-            wrong = "checksum" if file_crc32(path) != shard["crc32"] else (
-                "largest id" if array.max() > shard["max_id"] else None)
-        if wrong:
-            raise UserError(f"{path} is damaged: its {wrong} differs from meta.json; prepare the data again")
+        if len(array) != shard["tokens"] or verify and i % share[1] == share[0] and (
+                file_crc32(path) != shard["crc32"] or array.max() > shard["max_id"]):
+            raise UserError(f"{path} is damaged: its tokens or checksum differ from meta.json; prepare the data again")
     fingerprint = zlib.crc32(repr([shard["crc32"] for shard in recorded["shards"]]).encode())
     return Split(arrays, tokens, max(shard["max_id"] for shard in recorded["shards"]), recorded["bytes"], fingerprint)
 

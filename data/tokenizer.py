@@ -161,7 +161,7 @@ def _load_name(spec):
         url = getattr(getattr(error, "request", None), "url", None)
         cached = f" as $TIKTOKEN_CACHE_DIR/{hashlib.sha1(url.encode()).hexdigest()}" if url else ""
         raise UserError(f"tokenizer {name!r} is not in tiktoken's cache and cannot be downloaded here: fetch "
-                        f"{url or 'its file'} elsewhere and put it there{cached}, or give it as a ranks file, "
+                        f"{url or 'its file'} elsewhere and put it there{cached}, or give a local ranks file, "
                         f"--tokenizer=PATH/{name}.tiktoken") from error
 
 
