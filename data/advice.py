@@ -6,18 +6,19 @@ Commands are quoted for a shell and run as they stand. Next: shards.py, which ra
 import collections
 import difflib
 import itertools
-import json
 import os
 import re
 from pathlib import Path
 from shlex import quote
+
+from data.files import Account, suffix_of, walk
 
 # Sources of prepare.py that want no files, with the options of their example.
 SOURCES = {"stdlib": "--vocab_size=2048", "tinystories": "", "openwebtext": "--tokenizer=gpt2",
            "fineweb": "--tokenizer=gpt2 --limit=1000000", "fineweb-edu": "--tokenizer=gpt2 --limit=1000000",
            "fineweb-gpt2-shards": "--shards=10", "random": ""}
 # Its words for files that end so; all others may be text.
-KINDS = {".jsonl": "jsonl {}", ".ndjson": "jsonl {} --pattern='*.ndjson*'", ".csv": "csv {}",
+KINDS = {".jsonl": "jsonl {}", ".ndjson": "jsonl {} --pattern='*.ndjson*'", ".csv": "csv {}", ".txt": "text {}",
          ".tsv": "csv {} --pattern='*.tsv*'", ".parquet": "parquet {}", ".json": "hf {}", ".arrow": "hf {}"}
 TRY = "for a first try  python -m data.prepare stdlib --vocab_size=2048  makes  --data=data/stdlib"
 
@@ -31,7 +32,7 @@ def about(name):
     if inside or path.is_file() and has_shards(path.parent):
         return f"{name} holds no shards itself: did you mean {_choose(inside or [path.parent])}"
     sizes = collections.Counter()
-    for file in [path] if path.is_file() else _visible(path):
+    for file in [path] if path.is_file() else itertools.islice(walk(path, "*", Account()), 1000):
         sizes[_source(file)] += file.stat().st_size
     source = max(sizes.keys() - {None}, key=sizes.get, default=None)
     if not source or not sizes[source]:
@@ -49,18 +50,11 @@ def has_shards(folder):
         path.name == "meta.json" or path.suffix.lower() == ".bin" for path in folder.iterdir())
 
 
-def without_header(path):
-    """What to do about a .bin file that is no shard."""
-    names = ", ".join(json.dumps(name) for name in (str(path.parent), f"{path.parent}-shards"))
-    code = f"from data.shards import add_headers; add_headers({names})"
-    return f"; if it is nanoGPT's, uint16 ids alone, make shards of them with  python -c {quote(code)}"
-
-
 def _instead_of(name, path):
     """What may have been meant by a path that does not exist, as data/d/train_*.bin or data/stdilb."""
     home = Path(os.path.expanduser(name))  # which a shell does not do after =
-    for meant in (home, Path("data", path.name), path.parent):
-        if meant == home and home.exists() or has_shards(meant) and (meant != path.parent or path.suffix == ".bin"):
+    for meant in (home, Path("data", path.name), *([path.parent] if path.suffix == ".bin" else [])):
+        if meant == home and home.exists() or has_shards(meant):
             return f"did you mean {_choose([meant])}"
     out = path if len(path.parts) > 1 else Path("data", path.name)
     dataset = re.fullmatch(r"(?:https?:/+huggingface\.co/)?(?:datasets/)?([\w.-]+/[\w.-]+)/?", name)
@@ -84,17 +78,9 @@ def _prepare(source, out):
     return f"python -m data.prepare {source} --out={quote(str(out))}"
 
 
-def _visible(folder):
-    """The first files of a folder and those in it; hidden ones do not count."""
-    found = ((Path(place, name) for name in sorted(names) if name[0] != ".") for place, _, names in os.walk(folder)
-             if not any(part[0] == "." for part in Path(place).relative_to(folder).parts))
-    return itertools.islice(filter(Path.is_file, itertools.chain.from_iterable(found)), 1000)
-
-
 def _source(file):
     """The words of prepare.py that read a file; None where it is no text."""
-    suffix = next((s for s in reversed(file.suffixes) if s not in (".gz", ".bz2", ".xz", ".zst")), "").lower()
-    if suffix in KINDS or suffix in (".txt", ".md"):
-        return KINDS.get(suffix, "text {}")
+    if suffix_of(file) in KINDS:
+        return KINDS[suffix_of(file)]
     with open(file, "rb") as opened:
         return None if b"\0" in opened.read(4096) else "text {}"

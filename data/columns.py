@@ -37,19 +37,17 @@ def choose(names, sample, wanted, where, chat=False):
     look = pick and not chat and looks_like(values[pick])
     if wanted:
         problem = f"no column {wanted!r}."
-    elif chat:
-        problem = None if pick else "which column holds the chats?"
+    elif pick is None:
+        problem = f"which column {'holds the chats' if chat else 'is the text'}?"
     elif look:
         problem = f"is column {pick!r} the text? It holds what looks like {look}."
-    elif pick and not likely:
+    elif not likely:
         problem = f"is column {pick!r} the text? It is the only one that holds strings, but is not called so."
     else:
-        problem = None if pick else "which column is the text?"
-    if problem:
-        remedy = "" if chat or "chat" not in kinds.values() else ", or prepare with --chat to make texts of the chats"
-        raise UserError(f"{where}: {problem} The columns are {listed}: set --text_column=NAME, or ?column=NAME in "
-                        f"data='hf:...'{remedy}")
-    return pick
+        return pick
+    remedy = "" if chat or "chat" not in kinds.values() else ", or prepare with --chat to make texts of the chats"
+    raise UserError(f"{where}: {problem} The columns are {listed}: set --text_column=NAME, or ?column=NAME in "
+                    f"data='hf:...'{remedy}")
 
 
 def kind(value):
@@ -80,30 +78,26 @@ def render(messages):
         return None
     pairs = [(message.get("role") or message.get("from"), message.get("content") or message.get("value") or "")
              for message in messages]
-    return "\n\n".join(f"{role}: {text}" for role, text in pairs) if all(
-        isinstance(text, str) for _, text in pairs) else None
+    return "\n\n".join(map(": ".join, pairs)) if all(isinstance(word, str) for pair in pairs for word in pair) else None
 
 
-def texts(rows, wanted, where, account, chat=False, names=None, sample=None, unit="line"):
+def texts(rows, wanted, where, account, chat=False, unit="line"):
     """Yield (place, text) of rows, which are pairs of a place, such as the number of the line, and a dict, or a str
-    that says why there is none. `names` and `sample` are for `choose`, where the rows hold the chosen column only.
-    Rows without a text are counted; more than SHARE of them are an error. null counts as an empty text."""
-    if names is None:
-        rows = iter(rows)
-        first = list(itertools.islice(rows, SAMPLE))
-        rows = itertools.chain(first, rows)
-        dicts = [row for _, row in first if isinstance(row, dict)]
-        names, sample = dict.fromkeys(name for row in dicts for name in row), lambda: dicts
-        if not dicts:  # an empty file, or nothing but damaged rows
-            for place, row in first:
-                raise UserError(f"{where}, {unit} {place}: {_problem(row, None, chat)} So are all {len(first)} read")
-            return
-    wanted = wanted or account.about.get("column")
-    column = choose(names, sample, wanted, where, chat)
+    that says why there is none. Rows without a text are counted; more than SHARE of them are an error. null counts as
+    an empty text."""
+    rows = iter(rows)
+    first = list(itertools.islice(rows, SAMPLE))
+    dicts = [row for _, row in first if isinstance(row, dict)]
+    if first and not dicts:
+        place, row = first[0]
+        raise UserError(f"{where}, {unit} {place}: {_problem(row, None, chat)} So are all {len(first)} read")
+    if not first:
+        return
+    names = dict.fromkeys(name for row in dicts for name in row)
+    column = choose(names, lambda: dicts, wanted or account.about.get("column"), where, chat)
     account.about["column"] = column
-    read, bad, first_bad = 0, 0, None
-    for place, row in rows:
-        read += 1
+    bad, first_bad = 0, None
+    for read, (place, row) in enumerate(itertools.chain(first, rows), 1):
         value = row.get(column) if isinstance(row, dict) else row
         text = render(value) if chat else value
         if isinstance(row, dict) and column in row and (value is None or isinstance(text, str)):
@@ -114,8 +108,7 @@ def texts(rows, wanted, where, account, chat=False, names=None, sample=None, uni
                 account.say(column, f"the text is column {column!r}, which begins {text[:60]!r}")
             yield place, text or ""
         else:
-            bad += 1
-            first_bad = first_bad or (place, row)
+            bad, first_bad = bad + 1, first_bad or (place, row)
             account.add("rows", "without a text, left out", f"{where}, {unit} {place}")
         if bad > SHARE * read and read >= 10 * SAMPLE:
             break

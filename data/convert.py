@@ -27,9 +27,8 @@ def byte_letters():
 
 def read_hf(path, beside=None):
     """(pattern, {bytes: rank}, {text: id} of the other tokens, steps) of a tokenizer.json; UserError if it is none, or
-    one that is not plain byte-level BPE. steps: what comes before the pattern, None if nothing does; tokenizer.py's
-    ByteLevel says what stands in it. What the post-processor adds around a text is left out: data/ puts separators.
-    beside: a published.Beside, for tokens that only tokenizer_config.json knows."""
+    one that is not plain byte-level BPE. steps: tokenizer.py's ByteLevel says what stands in it. What the
+    post-processor adds around a text is left out: data/ puts separators. beside: a published.Beside."""
     try:
         about = read_json(path)
         model, added = about["model"], {token["content"]: token for token in about.get("added_tokens") or []}
@@ -44,30 +43,26 @@ def read_hf(path, beside=None):
                 added.setdefault(text, {"content": text, "id": vocab[text], "special": True})
         patterns, problem = _patterns(about.get("pre_tokenizer"))
         flags = ("content", "id", "single_word", "lstrip", "rstrip", "normalized")
-        steps = {"normalizer": None, "splits": (patterns or [])[:-1],
-                 "added": [{"normalized": True} | {flag: token[flag] for flag in flags if flag in token}
-                           for text, token in added.items() if text and not token.get("special")]}
+        plain = [{"normalized": True} | {flag: token[flag] for flag in flags if flag in token}
+                 for text, token in added.items() if text and not token.get("special")]
         special_tokens = {text: token["id"] for text, token in added.items()
                           if not (text in merged or len(text) == 1) or vocab.get(text) != token["id"]}
         normalizer = about.get("normalizer") or {"type": "Sequence", "normalizers": []}
         forms = [one["type"] for one in normalizer.get("normalizers", [normalizer])]
-        blank = [text for text in special_tokens if added[text].get("special") and not text.strip()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no tokenizer.json of a BPE model: {type(error).__name__} {error}") from error
     extras = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
               if model.get(key)]
-    if set(forms) == {"NFC"}:
-        steps["normalizer"] = "NFC"
-    elif forms:
+    if {*forms} - {"NFC"}:
         problem = f"a normalizer, {', '.join(forms)}, which changes the text"
     if model.get("type", "BPE") != "BPE" or extras:
         problem = f"the model {model.get('type')} with {extras}"
-    elif blank:  # such tokens are cut out of any text before BPE, and no setting prevents it
-        problem = f"added tokens of white space, such as {blank[0]!r}"
+    elif any(added[text].get("special") and not text.strip() for text in special_tokens):
+        problem = "added tokens of white space, which nothing keeps from being found in a text"
     if problem:
         raise UserError(f"{path} has {problem}. Only byte-level BPE can be converted: no normalizer but NFC, "
-                        "pre_tokenizer ByteLevel without add_prefix_space, alone or after Splits by an isolated Regex "
-                        "or Digits")
+                        "pre_tokenizer ByteLevel without add_prefix_space, alone or behind isolated Splits or Digits")
+    steps = {"normalizer": "NFC" if forms else None, "splits": patterns[:-1], "added": plain}
     byte_of = {letter: byte for byte, letter in byte_letters().items()}
     as_bytes = lambda token: bytes(byte_of[letter] for letter in token)
     try:
@@ -89,11 +84,11 @@ def _patterns(pre_tokenizer):
     for step in before:
         if step["type"] == "Digits":
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
-        elif step["type"] == "Split" and step["behavior"] == "Isolated" and step["pattern"].get("Regex") \
-                and not step.get("invert"):
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step.get("invert") \
+                and "Regex" in step["pattern"]:
             patterns.append(step["pattern"]["Regex"])
         else:
-            return None, f"the pre_tokenizer {step if step['type'] == 'Split' else step['type']}"
+            return None, f"the pre_tokenizer {step}"
     patterns += [GPT2_PATTERN] if level.get("use_regex", True) else []
     if not patterns:
         return None, "the pre_tokenizers ByteLevel without use_regex, alone"

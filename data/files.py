@@ -1,10 +1,9 @@
 """Files of text: which ones a name stands for, what they are, their encoding, their documents; and the account of what
 was read, left out and altered on the way.
 
-Hidden files are left out and links followed, each real file once. Compressed files (gzip, bz2, xz, zst) are known by
-how they begin, and so is what is no text: in a folder it is skipped and counted, named directly it is refused. Bytes
-that the encoding does not know become lone surrogates here, as Python's surrogateescape makes them, so that `repair`
-can count them. Next: columns.py.
+Hidden files are left out and links followed, each real file once. Compressed files are known by how they begin, and so
+is what is no text: in a folder it is skipped and counted, named directly it is refused. Bytes that the encoding does
+not know become lone surrogates here, so that `repair` can count them. Next: columns.py.
 """
 
 import bz2
@@ -26,20 +25,18 @@ BLOCK = 2**24  # characters of a text file read at a time
 HEAD = 2**16  # bytes that show what a file is
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-PACKED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
 LFS, FETCH = "Git LFS pointer", "fetch what it stands for:  git lfs pull"
-KINDS = {b"PK\3\4": "zip archive", b"PK\5\6": "zip archive", b"7z\xbc\xaf": "7z archive", b"Rar!": "rar archive",
-         **dict.fromkeys(PACKED, "archive packed twice"), b"%PDF-": "PDF", b"\x89PNG": "picture",
-         b"\xff\xd8\xff": "picture", b"GIF8": "picture", b"RIFF": "picture or sound", b"ID3": "sound",
-         b"\xff\xfb": "sound", b"OggS": "sound", b"fLaC": "sound", b"\x7fELF": "program", b"MZ": "program",
-         b"SQLite format 3": "SQLite database", b"PAR1": "parquet file", b"ARROW1": "arrow file",
-         b"\x93NUMPY": "numpy array", b"\x89HDF": "HDF5 file", b"GGUF": "GGUF model", b"\xd0\xcf\x11": "Office file",
-         **{b"\x80" + bytes([version]): "pickle" for version in range(2, 6)}}
+# (where, what stands there, what that is); all others that are no text are binary files
+KINDS = ((0, b"PK\3\4", "zip archive"), (0, b"PK\5\6", "zip archive"), (0, b"7z\xbc\xaf", "7z archive"),
+         (0, b"Rar!", "rar archive"), (257, b"ustar", "tar archive"), (0, b"%PDF-", "PDF"), (0, b"\x89PNG", "picture"),
+         (0, b"\xff\xd8\xff", "picture"), (0, b"GIF8", "picture"), (4, b"ftyp", "video"), (0, b"\x7fELF", "program"),
+         (0, b"SQLite format 3", "SQLite database"), (0, b"\x80\4\x95", "pickle"), (0, b"PAR1", "parquet file"),
+         (0, b"version https://git-lfs", LFS), *((0, magic, "archive packed twice") for magic in PACKED.values()))
 LINE_END = "(?>\r\n|\r|\n)"
 HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of a surrogate pair, which JSON can hold
 ESCAPES = re.compile(r"\\(\\|[nrtfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
-COMMON = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<doc", "\n\n\n", "\n\n", "\n---\n", "\n***\n",
-          "\f", "\x1e", "\0", "\u2028")  # separators that texts come with
+COMMON = ("<|endoftext|>", "</s>", "<doc", "\n\n\n", "\n\n", "\n---\n", "\f", "\x1e", "\0")  # separators of texts
 
 
 class Account:
@@ -51,7 +48,7 @@ class Account:
         # What has been printed, and the files that were given by their own name.
         self.said, self.named = (before.said, before.named) if before else (set(), set())
         self.characters = self.wrong = 0  # wrong: NULs and what had to be replaced
-        self.encoding, self.unsplit = None, None  # of the last file; the start of a text without the separator
+        self.encoding, self.unsplit = None, ""  # of the last file; the start of a text without the separator
         self.separator = b""  # between documents, which is no sign of a binary file
 
     def add(self, subject, what, name=None, n=1):
@@ -72,41 +69,35 @@ class Account:
         """The account in words, a subject a line."""
         for subject, counts in self.counts.items():
             names = {what: ", ".join(self.names.get(f"{subject} {what}", [])) for what in counts}
-            yield f"{subject:9} " + ", ".join(
-                f"{n:,} {what}" + (f" ({names[what]}{', ...' if n > 3 else ''})" if names[what] else "")
-                for what, n in counts.items() if n)
+            yield f"{subject:9} " + ", ".join(f"{n:,} {what}" + (f" ({names[what]}" + ", ..." * (n > 3) + ")"
+                                              if names[what] else "") for what, n in counts.items() if n)
         for what, value in self.about.items():
             yield f"{what:9} {'none: documents run together' if value is None else value}"
 
 
-# ---------------------------------------------------------------------- which files
-
 def list_files(names, pattern, account=None):
     """The files that names, folders (searched for the pattern) and globs stand for, each real file once."""
     files, account = {}, account or Account()
-    for name in names:
-        path, deep = Path(name), re.fullmatch(r"(|.*?/)\*\*(?:/(.*))?", str(name))
-        if path.is_dir():
-            found = sorted(_walk(path, pattern, account))
-        elif path.is_file():
-            found = [path]
+    for name in map(str, names):
+        path, wanted, matches = Path(name), pattern, [Path(name)]
+        if path.is_file():
             account.named.add(path)
-        else:  # ** is searched as a folder is, since glob's own goes round in circles of links
+        elif not path.is_dir():  # ** is searched as a folder is, since glob's own goes round in circles of links
+            deep = re.fullmatch(r"(|.*?/)\*\*(?:/(.*))?", name)
             wanted = deep and deep[2] or pattern
-            matches = map(Path, glob.glob(deep[1] or "." if deep else str(name)))
-            found = sorted(file for match in matches for file in
-                           (_walk(match, wanted, account) if match.is_dir() else [match] if match.is_file() else []))
+            matches = map(Path, glob.glob(deep[1] or "." if deep else name))
+        found = sorted(file for match in matches for file in
+                       (walk(match, wanted, account) if match.is_dir() else [match] if match.is_file() else []))
         if not found:
-            left = "; ".join(account.lines())
-            raise UserError((f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}")
-                            + (f" ({left})" if left else ""))
+            what = f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}"
+            raise UserError("; ".join([what, *account.lines()]))
         for file in found:
             if files.setdefault(os.path.realpath(file), file) != file:
                 account.add("files", "reached twice, read once", file)
     return list(files.values())
 
 
-def _walk(root, pattern, account):
+def walk(root, pattern, account):
     """Yield the files below a folder that match the pattern, those of linked folders too, but nothing that is hidden,
     unless the pattern asks for it. Each real folder is entered once, by its own path if that lies below root."""
     folders, seen, hidden = collections.deque([root]), set(), pattern.startswith(".") or "/." in pattern
@@ -130,8 +121,6 @@ def _walk(root, pattern, account):
                 account.add("files", f"not called {pattern}, left out", path)
 
 
-# ---------------------------------------------------------------------- what they are
-
 def _escape(error):
     """For decoders: undecodable bytes as lone surrogates, whatever the encoding."""
     return "".join(chr(0xDC00 + max(byte, 0x80)) for byte in error.object[error.start:error.end]), error.end
@@ -150,10 +139,8 @@ def open_text(raw, path, account, encoding=None, strict=False):
     wide = encoding and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))  # full of NULs
     kind = None if found or wide else _kind(head)
     if kind and (strict or kind == LFS or path in account.named):
-        remedy = FETCH if kind == LFS else (
-            "unpack it first" if "archive" in kind else "it is read by the source parquet" if "parquet" in kind else
-            "take the text out of it first, or say what text it is by --encoding=NAME")
-        raise UserError(f"{path} is no text but {'an' if kind[0] in 'aA' else 'a'} {kind}: {remedy}")
+        remedy = FETCH if kind == LFS else "take the text out of it first, or say what text it is by --encoding=NAME"
+        raise UserError(f"{path} is no text but {'an' if kind[0] == 'a' else 'a'} {kind}: {remedy}")
     if kind:
         account.add("files", f"skipped: {kind}", path)
         return None
@@ -165,16 +152,22 @@ def open_text(raw, path, account, encoding=None, strict=False):
 
 def _decompressed(binary, path):
     """A buffered reader of what `binary`, the buffered reader of that path, holds when it is unpacked."""
-    suffix = next((name for magic, name in PACKED.items() if binary.peek(8).startswith(magic)), None)
-    suffix = suffix or (path.suffix if isinstance(path, Path) else None)
-    if suffix == ".zst":
-        try:
-            import pyarrow  # comes with datasets
-        except ImportError as error:
-            raise UserError(f"{path}: .zst needs a package:  pip install pyarrow  (or pack it as .gz)") from error
-        return io.BufferedReader(pyarrow.CompressedInputStream(binary, "zstd"), HEAD)
-    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix)
+    suffix = next((name for name, magic in PACKED.items() if binary.peek(8).startswith(magic)), Path(path).suffix)
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}.get(suffix)
     return io.BufferedReader(opened(binary), HEAD) if opened else binary
+
+
+def _open_zst(binary):
+    try:
+        import pyarrow  # comes with datasets
+    except ImportError as error:
+        raise UserError("files in .zst need a package:  pip install pyarrow  (or pack them as .gz)") from error
+    return pyarrow.CompressedInputStream(binary, "zstd")
+
+
+def suffix_of(path):
+    """The end of a file's name, in lower case and without that of a compression."""
+    return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in PACKED), "").lower()
 
 
 def git_lfs(path):
@@ -186,25 +179,19 @@ def git_lfs(path):
 def _utf16(head):
     """The UTF-16 without a byte order mark that a text in the Latin alphabet is in, by where its NULs stand."""
     low, high = head[0::2].count(0), head[1::2].count(0)
-    if len(head) > 3 and len(head) % 2 == 0 and max(low, high) > 0.3 * len(head) and min(low, high) <= 0.01 * len(head):
-        return "utf-16-le" if high > low else "utf-16-be"
-    return None
+    if len(head) < 4 or len(head) % 2 or max(low, high) <= 0.3 * len(head) or min(low, high) > 0.01 * len(head):
+        return None
+    return "utf-16-le" if high > low else "utf-16-be"
 
 
 def _kind(head):
     """What a file is that begins so, if that is no text, else None."""
-    if head.startswith(b"version https://git-lfs"):
-        return LFS
-    if head.startswith(b"%PDF-") or head[257:262] == b"ustar":
-        return "PDF" if head[0] == ord("%") else "tar archive"
+    known = next((kind for at, magic, kind in KINDS if head.startswith(magic, at)), None)
     control = len(head) - len(head.translate(None, bytes([*range(9), *range(14, 27)])))
-    known = next((kind for magic, kind in KINDS.items() if head.startswith(magic)), None)
-    if control and (known or head[4:8] == b"ftyp"):
-        return known or "video"
+    if known and (control or known in (LFS, "PDF")):
+        return known
     return "binary file" if control > 0.02 * len(head) else None
 
-
-# ---------------------------------------------------------------------- their documents
 
 def each_file(files, parts, account, encoding=None, strict=False):
     """Yield (bytes of files read so far, part) for what parts(text file, path) yields of every file. Whoever takes the
@@ -233,8 +220,7 @@ def check_share(path, account, characters=0, wrong=0):
     characters, wrong = account.characters - characters, account.wrong - wrong
     if wrong > SHARE * characters:
         raise UserError(f"{path}: {wrong:,} of {characters:,} characters ({wrong / characters:.0%}) are NULs or bytes "
-                        f"that are no {account.encoding}: set --encoding=NAME, as cp1252, gb18030, shift_jis, koi8-r, "
-                        "or leave the file out by --pattern")
+                        f"that are no {account.encoding}: set --encoding=NAME, as cp1252 or gb18030, or --pattern")
 
 
 def split_text(file, path=None, separator=None, account=None):
@@ -243,7 +229,7 @@ def split_text(file, path=None, separator=None, account=None):
         yield file.read()
         return
     account = account or Account()
-    pattern, rest, found, start = separator_pattern(separator), "", 0, None
+    pattern, rest, found, start = separator_pattern(separator), "", 0, ""
     while block := file.read(BLOCK):
         while block.endswith("\r") and (more := file.read(1)):  # no line end is torn apart
             block += more
@@ -253,7 +239,7 @@ def split_text(file, path=None, separator=None, account=None):
         yield from whole
     account.add("separator", "found", n=found)
     account.add("separator", "texts with it" if found else "texts without it", path)
-    account.unsplit = account.unsplit or (None if found else start)
+    account.unsplit = account.unsplit or start
     yield rest
 
 
@@ -267,9 +253,8 @@ def check_separator(separator, account):
     other = [repr(word) for word in (*similar, *COMMON) if separator_pattern(word).search(text)]
     raise UserError(
         f"the separator {plain!r} occurs nowhere in {account.counts['separator']['texts without it']} files, the first "
-        f"of which begins {text[:40]!r}, with the line ends {', '.join(ends) or 'none'} and the separators "
-        f"{', '.join(other) or 'none'}: set --split_on to what stands between two documents"
-        + (r" (\\ is a backslash)" if plain != separator else "") + ", or leave it out")
+        f"of which begins {text[:40]!r}, with the line ends {', '.join(ends) or 'none'} and {', '.join(other) or 'no'} "
+        r"known separators: set --split_on (in which \n is a line end and \\ is a backslash), or leave it out")
 
 
 def unescape(text):
@@ -287,15 +272,13 @@ def separator_pattern(separator):
 def repair(text, line_ends=False):
     """(text as it is tokenised, its bytes, bytes that the text had, characters replaced). Lone surrogates, which stand
     for undecodable bytes, one each, become replacement characters; with line_ends, \\r\\n and \\r become \\n."""
-    replaced = 0
+    before = text.count("\ufffd")
     try:
         raw = text.encode()
-        size = len(raw)
     except UnicodeEncodeError:
-        raw, before = HALF.sub("\ufffd", text).encode("utf-8", "surrogateescape"), text.count("\ufffd")
-        size, text = len(raw), raw.decode("utf-8", "replace")
-        raw, replaced = text.encode(), text.count("\ufffd") - before
-    if line_ends and "\r" in text:
+        raw = HALF.sub("\ufffd", text).encode("utf-8", "surrogateescape")
+        text = raw.decode("utf-8", "replace")
+    size, replaced = len(raw), text.count("\ufffd") - before
+    if line_ends:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        raw = text.encode()
-    return text, raw, size, replaced
+    return text, text.encode(), size, replaced

@@ -74,9 +74,7 @@ class Windows:
 
     def _token_bytes(self, start, end, encoder, block=2**22):
         table = token_bytes(encoder)
-        counts = sum((np.bincount(self.read(at, min(block, end - at), dtype=None), minlength=len(table))
-                      for at in range(start, end, block)), np.zeros(len(table), np.int64))
-        return int(counts @ table)
+        return sum(int(table[self.read(at, min(block, end - at))].sum()) for at in range(start, end, block))
 
 
 class Packed(Windows):
@@ -90,13 +88,11 @@ class Packed(Windows):
         block = BLOCK_ROWS * sequence_length
         found = (self._separators(start, start + block) for start in range(0, self.split.tokens, block))
         firsts = [int(places[0]) for places in found if len(places)]
-        if not firsts:
-            raise UserError(f"{folder} holds no separator (id {separator}) between documents, so best_fit cannot find "
-                            "them: set --packing=concat or the --tokenizer that the data was made with")
-        if firsts[0] > 0.01 * self.split.tokens:
-            raise UserError(f"{folder}: its first separator (id {separator}) is token {firsts[0]:,} of "
-                            f"{self.split.tokens:,}, and best_fit would leave out what is before it: set "
-                            "--packing=concat or the --tokenizer that the data was made with")
+        if not firsts or firsts[0] > 0.01 * self.split.tokens:
+            where = f"its first separator (id {separator}) is token {firsts[0]:,} of {self.split.tokens:,}" if firsts \
+                else f"it holds no separator (id {separator})"
+            raise UserError(f"{folder}: {where}, and best_fit would leave out what is before it: set --packing=concat "
+                            "or the --tokenizer that the data was made with")
         if firsts[0]:
             print(f"{folder}: best_fit leaves out the {firsts[0]:,} tokens before the first separator")
         self.blocks = [*firsts, self.split.tokens]
@@ -155,10 +151,6 @@ class TrainStream:
             if source.count < 1:
                 raise UserError(f"{folder}: {source.split.tokens} training tokens are fewer than one sequence of "
                                 f"{sequence_length + 1}; lower sequence_length or add text")
-            tokens = source.split.tokens
-            if type(source) is Windows and (rest := (tokens - 1) % sequence_length) > 0.01 * tokens:
-                print(f"{folder}: its last {rest:,} of {tokens:,} training tokens fill no sequence and "
-                      "are left out: lower sequence_length or add text")
         self.shares = _whole_shares([weight / sum(weights.values()) for weight in weights.values()], MIXTURE_BLOCK)
         if not all(self.shares):
             raise UserError(f"data={data}: a weight below {1 / MIXTURE_BLOCK:.4f} of the sum never gets a turn")
@@ -262,8 +254,8 @@ def _own_tokenizer(folder):
 @functools.lru_cache(4)
 def token_bytes(encoder):
     """How many bytes every id of a tokenizer stands for, int64; 0 for special tokens and ids without a text."""
-    lengths, steps = np.zeros(encoder.n_vocab, np.int64), getattr(encoder, "steps", None) or {"added": ()}
-    plain = {token["id"] for token in steps["added"]}  # added tokens that stand for text like any other
+    lengths = np.zeros(encoder.n_vocab, np.int64)
+    plain = {token["id"] for token in (encoder.steps or {"added": ()})["added"]}  # they are text like any other
     for id_ in set(range(encoder.n_vocab)) - (set(encoder._special_tokens.values()) - plain):
         with contextlib.suppress(KeyError):  # ids between the ranks and the special tokens
             lengths[id_] = len(encoder.decode_single_token_bytes(id_))

@@ -1,19 +1,16 @@
 """Text to shards:  python -m data.prepare SOURCE [FILES...] [--tokenizer=...] [--out=data/NAME]
 
-stdlib: the Python standard library's own source on this machine, without its test folders; needs no download.
-text: any text files, one document each, or with --split_on every part between two separators. stdin: the same, piped.
-jsonl, parquet, csv: files, folders or globs with a column of texts (or of chats). tinystories, openwebtext, fineweb,
-fineweb-edu: from Hugging Face, as is any other dataset, also one on disk, by hf REPO. random: tokens without a text,
-for speed tests. fineweb-gpt2-shards: ready-made GPT-2 tokens, 100 million a shard.
+stdlib: the Python standard library's own source on this machine; needs no download. text: any text files, one document
+each, or with --split_on every part between two separators. stdin: the same, piped. jsonl, parquet, csv: files, folders
+or globs with a column of texts (or of chats). tinystories, openwebtext, fineweb, fineweb-edu: from Hugging Face, as is
+any other dataset, also one on disk, by hf REPO. random: tokens without a text, for speed tests. fineweb-gpt2-shards:
+ready-made GPT-2 tokens, 100 million a shard.
 A document goes to the val split by a hash of its text, so that the same text never stands in both; where that leaves a
-split empty, as it may of a few documents, the end of the text is val. What was read, left out and altered is said at
-the end and stands in meta.json. A folder that is complete is reused; an interrupted preparation leaves nothing that
-looks complete.
+split empty, the end of the text is val. What was read, left out and altered is said at the end and stands in meta.json.
 Next: ../configs/debug.py trains on the result.
 """
 
 import argparse
-import bisect
 import collections
 import hashlib
 import itertools
@@ -38,6 +35,7 @@ OPTIONS = {  # what belongs to some sources only
     "encoding": ("text", "stdin", "jsonl", "csv"), "delimiter": ("csv",), "chat": ("jsonl", "parquet", "hf"),
     "name": ("hf", *sources.KNOWN), "split": ("hf", *sources.KNOWN), "val_split": ("hf", *sources.KNOWN),
     "no_streaming": ("hf", *sources.KNOWN), "tokens": ("random",), "shards": ("fineweb-gpt2-shards",)}
+LEAST = {"limit": 1, "workers": 1, "tokens": 100, "shards": 1, "vocab_size": 2, "shard_tokens": 2}
 SHARDS_REPO = "kjj0/fineweb10B-gpt2"
 TRAINING_TEXT = 2**30  # characters that a tokenizer is trained on, at most
 CHUNK = 2**18  # characters that a worker encodes at a time
@@ -52,16 +50,13 @@ def parse(argv):
                  "fineweb-gpt2-shards"])
     add("files", nargs="*", help="files, folders to search for files, or globs; for hf: a repository, folder or file")
     add("--out", help="folder of the shards (default data/SOURCE)")
-    add("--tokenizer", help="what data/tokenizer.py's load takes, as bytes, gpt2, a folder, 'FOLDER?end_of_text=TOKEN' "
-        "(default: train a BPE)")
+    add("--tokenizer", help="as bytes, gpt2, a folder, 'FOLDER?end_of_text=TOKEN' (default: train a BPE)")
     add("--vocab_size", "--train_tokenizer", type=int, default=4096,
         help="size of the trained BPE, end of text included; for random: of the vocabulary")
     add("--pattern", help="which files of a folder, as in *.py (default: all, or those of the source's kind)")
-    add("--split_on", help=r"a separator between documents inside a file, in which \n (a line end of any kind), \t, "
-        r"\x1e, \u2028 are understood; \\n is a backslash and an n")
+    add("--split_on", help=r"a separator between documents inside a file; \n (any line end), \t, \x1e are understood")
     add("--text_column", help="the column of the text (default: text, or one that is called and looks like it)")
-    add("--chat", action="store_true", default=None, help="the column holds chats (role and content, or from and "
-        "value): a message becomes 'ROLE: CONTENT', with an empty line between two")
+    add("--chat", action="store_true", default=None, help="the column holds chats: a message becomes 'ROLE: CONTENT'")
     add("--encoding", help="of files without a byte order mark, as cp1252 (default utf-8)")
     add("--delimiter", help=r"between the cells of csv, as ';' or '\t' (default: found in the file)")
     add("--name", help="configuration of the dataset, as sample-10BT of fineweb")
@@ -88,70 +83,59 @@ def check(args):
     if source in FILES and not all(args.files or [""]):
         wanted = "REPO" if source == "hf" else "notes/"
         raise UserError(f"{source} needs files or folders:  python -m data.prepare {source} {wanted} --out=data/notes")
-    if source not in FILES and args.files:
+    if args.files and source not in FILES:
         raise UserError(f"{source} takes no files")
     if source == "hf" and len(args.files) > 1:
         raise UserError("hf takes one repository, folder or file")
-    if "" in (args.split_on, args.delimiter):
-        raise UserError(r"--split_on and --delimiter need at least one character (\0 is NUL, which shells leave out)")
     args.delimiter = args.delimiter and unescape(args.delimiter)
-    if args.delimiter and len(args.delimiter) > 1:
-        raise UserError(f"--delimiter={args.delimiter!r} must be one character")
+    if args.split_on == "" or args.delimiter is not None and len(args.delimiter) != 1:
+        raise UserError(r"--split_on needs at least one character, --delimiter one (\0 is NUL, which shells leave out)")
     try:
         b"a".decode(args.encoding or "utf-8", "nanok2.escape")
     except (LookupError, UnicodeError) as error:
-        raise UserError(f"no encoding {args.encoding!r}: give one of Python's, as utf-8, cp1252, utf-16-le, gb18030, "
-                        "shift_jis, euc-kr or koi8-r") from error
+        raise UserError(f"no encoding {args.encoding!r}: give one of Python's, as cp1252, gb18030, koi8-r") from error
+    given = {option: value for option, value in vars(args).items() if value is not None}
     for option, places in OPTIONS.items():
-        if getattr(args, option) and source not in places:
+        if given.get(option) and source not in places:
             raise UserError(f"--{option} has no meaning for {source}, only for {', '.join(places)}")
     if args.val_split and args.val_fraction:
         raise UserError("--val_split and --val_fraction exclude each other")
     if source in sources.KNOWN and not args.val_fraction:
         args.val_split = args.val_split or sources.KNOWN[source][2]
     args.pattern = args.pattern or sources.PATTERNS.get(source, "*")
-    args.val_fraction = 0.02 if args.val_fraction is None else args.val_fraction
+    args.val_fraction = given.get("val_fraction", 0.02)
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction={args.val_fraction} must lie between 0 and 1")
-    if not 2 <= args.shard_tokens < 2**31:
-        raise UserError(f"--shard_tokens={args.shard_tokens} must lie in 2..2147483647")
-    for option, least in (("limit", 1), ("workers", 1), ("tokens", 100), ("shards", 1), ("vocab_size", 2)):
-        if getattr(args, option) is not None and getattr(args, option) < least:
-            raise UserError(f"--{option}={getattr(args, option)} must be at least {least}")
+    if args.shard_tokens >= 2**31:
+        raise UserError(f"--shard_tokens={args.shard_tokens} must lie below 2**31")
+    for option, least in LEAST.items():
+        if given.get(option, least) < least:
+            raise UserError(f"--{option}={given[option]} must be at least {least}")
     if source == "stdin" and (args.tokenizer or "words:").startswith("words:"):
         raise UserError("stdin can be read only once, so no tokenizer can be trained on it: give another --tokenizer")
 
 
-# ---------------------------------------------------------------------- documents
-
-def open_source(args, files, split, account):
-    """(iterator, total, unit) of one split of the source: see sources.documents."""
-    repo, name, _ = sources.KNOWN.get(args.source, (args.files[0] if args.files else None, None, None))
-    return sources.documents(args.source, files, args.split_on, repo, split or args.split or "train",
-                             args.name or name, args.text_column, not args.no_streaming, args.encoding,
-                             args.delimiter, args.chat, account)
-
-
 def documents(args, files, account):
     """(iterator, total, unit): yields (position, split, text, bytes in the source) of every distinct, non-empty
-    document; what is left out or altered goes into the account.
-
-    The split is --val_split's, which comes first, or drawn by a hash of the text.
-    """
+    document. The split is --val_split's, which comes first, or drawn by a hash of the text."""
     seen, line_ends = set(), args.source in ("text", "stdin", "stdlib")
     take = lambda found: itertools.islice(distinct(found, seen, account, line_ends), args.limit)
-    found, total, unit = open_source(args, files, None, account)
+    repo, name, _ = sources.KNOWN.get(args.source, (next(iter(args.files), None), None, None))
+    opened = lambda split: sources.documents(
+        args.source, files, args.split_on, repo, split, args.name or name, args.text_column, not args.no_streaming,
+        args.encoding, args.delimiter, args.chat, account)
+    found, total, unit = opened(args.split or "train")
     if not args.val_split:
         return by_hash(take(found), args.val_fraction, account, line_ends), total, unit
-    val = take(open_source(args, files, args.val_split, account)[0])
-    return itertools.chain(((0, "val", text, size) for _, text, _, size, _ in val),
-                           ((position, "train", text, size) for position, text, _, size, _ in take(found))), total, unit
+    val = ((0, document) for _, document in opened(args.val_split)[0])
+    return ((position, split, text, size) for split, half in (("val", val), ("train", found))
+            for position, text, _, size, _ in take(half)), total, unit
 
 
 def distinct(found, seen, account, line_ends=False):
     """Yield (position, text, its UTF-8 bytes, number of bytes in the source, text in the source) of the documents that
     are not empty and whose 8-byte digest is not in `seen`, and add it. Bytes of the source are those of the text
-    before repairs; if it was in another encoding than UTF-8, those that it has in UTF-8."""
+    before repairs, in UTF-8."""
     for position, original in found:
         text, raw, size, replaced = repair(original, line_ends)
         nuls = text.count("\0")
@@ -174,40 +158,34 @@ def by_hash(texts, fraction, account, line_ends):
     wait until both splits have one; if that never comes, the end of those that wait is val."""
     held, waiting, total, splits = collections.deque(), 0, 0, set()
     for position, text, raw, size, original in texts:
-        split = "val" if zlib.crc32(raw) / 2**32 < fraction else "train"
-        splits.add(split)
+        held.append((position, "val" if zlib.crc32(raw) / 2**32 < fraction else "train", text, size, original))
+        splits.add(held[-1][1])
         total, waiting = total + len(text), waiting + len(text)
-        held.append((position, split, text, size, original))
         while held and (len(splits) == 2 or waiting > HELD and len(held) > 1):
             waiting -= len(held[0][2])
             yield held.popleft()[:4]
-    documents, taken = list(held), 0
-    while len(documents) > 1 and taken < fraction * total and taken + len(documents[-1][2]) <= total / 2:
-        taken += len(documents.pop()[2])
-    end = list(held)[len(documents):]
-    for position, _, text, size, _ in documents if end else documents[:-1]:
-        yield position, "train", text, size
-    if end:
-        account.add("documents", "at the end taken for val, since none went there by its hash", n=len(end))
-        yield from ((position, "val", text, size) for position, _, text, size, _ in end)
-    elif documents:
+    train, val, taken = list(held), collections.deque(), 0
+    while len(train) > 1 and taken < fraction * total and taken + len(train[-1][2]) <= total / 2:
+        val.appendleft(train.pop())
+        taken += len(val[0][2])
+    if val:
+        account.add("documents", "at the end taken for val, since none went there by its hash", n=len(val))
+    elif train:
         account.add("documents", "cut in two, its end for val")
-        yield from cut(documents[-1], fraction, line_ends)
+        position, *_, original = train.pop()
+        for part, documents in zip(cut(original, 1 - fraction), (train, val)):
+            text, _, size, _ = repair(part, line_ends)
+            documents.append((position, None, text, size, part))
+    yield from ((position, "train", text, size) for position, _, text, size, _ in train)
+    yield from ((position, "val", text, size) for position, _, text, size, _ in val)
 
 
-def cut(document, fraction, line_ends):
-    """Yield the beginning of a document for train and its end for val, as by_hash does."""
-    position, _, text, size, original = document
-    at = int(len(text) * (1 - fraction))
+def cut(text, share):
+    """That share of a text and the rest, cut behind a line or a word."""
+    at = int(len(text) * share)
     at = next((end + 1 for mark in "\n " if (end := text.find(mark, at, -1)) >= 0), at)
-    place = at if original == text else bisect.bisect_left(  # of the cut in the text before repairs
-        range(len(original)), at, key=lambda length: len(repair(original[:length], line_ends)[0]))
-    first = repair(original[:place], line_ends)[2]
-    yield position, "train", text[:at], first
-    yield position, "val", text[at:], size - first
+    return text[:at], text[at:]
 
-
-# ---------------------------------------------------------------------- tokens
 
 def encoded(found, encoder, workers):
     """Yield lists of (position, split, ids, bytes) in the order of the documents. Threads do the encoding, since
@@ -233,21 +211,17 @@ def encoded(found, encoder, workers):
 
 def write_documents(writer, args, files, encoder, account):
     found, total, unit = documents(args, files, account)
-    tokens, started = 0, time.time()
     with tqdm(total=total, desc="tokenizing", unit=unit, unit_scale=True, disable=None) as bar:
         for chunk in encoded(found, encoder, args.workers):
             for _, split, ids, size in chunk:
                 writer.write(split, ids, size)
-                tokens += len(ids)
-            bar.set_postfix_str(f"{tokens / (time.time() - started):,.0f} tokens/s", refresh=False)
             bar.update(max(chunk[-1][0] - bar.n, 0))
     check_separator(args.split_on, account)
     check_share(args.source, account)  # of stdin; files have been looked at one by one
-    counts = account.counts["documents"]
+    counts, column = account.counts["documents"], account.about.get("column")
     if not counts["kept"]:
         raise UserError(f"the train split has 0 tokens: no document holds a text ({'; '.join(account.lines())})")
-    if not args.text_column and "column" in account.about and counts["empty ones dropped"] > counts["kept"]:
-        column = account.about["column"]
+    if column and not args.text_column and counts["empty ones dropped"] > counts["kept"]:
         raise UserError(f"column {column!r} is empty in {counts['empty ones dropped']:,} rows and holds only "
                         f"{counts['kept']:,} texts: if it is the text all the same, set --text_column={column}")
 
@@ -273,7 +247,8 @@ def make_tokenizer(args, files, account):
                 left -= len(text)
             if left <= 0:
                 print(f"on the first {TRAINING_TEXT:,} characters")
-                return
+                break
+        check_separator(args.split_on, once)
     if not args.tokenizer:
         return tokenizer.train_bpe(texts(), args.vocab_size)
     encoder = tokenizer.load(args.tokenizer, texts())
@@ -295,9 +270,9 @@ def fetch_shards(args, out):
         except OSError as error:
             raise UserError(f"cannot download {name} of the dataset {SHARDS_REPO} ({error}): fetch {names[0]} .. "
                             f"{names[-2]} and {names[-1]} on another machine and put them into {out}/") from error
-    for split in ("train", "val"):
-        print(f"{split:5} {open_split(out, split).tokens:>13,} tokens")
-    print(f"{out} is complete: {len(missing)} of {len(names)} shards downloaded; train with --tokenizer=gpt2")
+    tokens = sum(open_split(out, split).tokens for split in ("train", "val"))
+    print(f"{out} is complete with {tokens:,} tokens: {len(missing)} of {len(names)} shards downloaded; train with "
+          "--tokenizer=gpt2")
     return out
 
 
@@ -313,14 +288,14 @@ def main(argv=None):
     how = {key: value for key, value in vars(args).items()
            if key not in ("out", "overwrite", "workers", "no_streaming") and value is not None}
     how |= {"found": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    prepared = (out / "meta.json").is_file()
     if out.exists() and not args.overwrite:
-        before = read_meta(out).get("prepared_by") if (out / "meta.json").is_file() else None
-        known = {key: value for key, value in before.items() if value is not None} if isinstance(before, dict) else {}
-        if known == how and args.source != "stdin":
+        before = prepared and read_meta(out).get("prepared_by") or {}
+        if args.source != "stdin" and {key: value for key, value in before.items() if value is not None} == how:
             print(f"{out} is ready (made earlier in the same way)")
             return out
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")
-    if out.exists() and any(out.iterdir()) and not (out / "meta.json").is_file():
+    if out.exists() and any(out.iterdir()) and not prepared:
         raise UserError(f"{out} holds something else than prepared data: delete it yourself or choose another --out")
     if any(out.absolute() in file.absolute().parents for file in files):
         raise UserError(f"{out} lies among the files to be read: choose another --out")

@@ -10,7 +10,6 @@ SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>",
 TURN_ENDS = frozenset(("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|eot|>", "<|return|>", "<|EOT|>", "[EOT]",
                        "<end_of_turn>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_msg|>"))
 
-# Words with their contraction, after one other character; numbers up to three digits; marks with their line ends.
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -38,13 +37,11 @@ class Beside:
                   "params.json", "original/params.json") if (folder / name).is_file()}
         self.about, self.model = files.get("tokenizer_config.json", {}), files.get("config.json", {})
         self.params = files.get("params.json") or files.get("original/params.json", {})
-        added = self.about.get("added_tokens_decoder") or {}
         try:
             self.added = {token["content"] + "": {"special": True, **token, "id": int(number)}
-                          for number, token in added.items()}
+                          for number, token in (self.about.get("added_tokens_decoder") or {}).items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder}/tokenizer_config.json has no added_tokens_decoder of ids and tokens: "
-                            f"{type(error).__name__} {error}") from error
+            raise UserError(f"added_tokens_decoder in {folder}/tokenizer_config.json is damaged: {error}") from error
         self.ends, self.starts = ([(token, f"{key}{kind} of {name}") for name, about in files.items()
                                    for kind in ("_token", "_token_id") for token in _listed(about.get(key + kind))]
                                   for key in ("eos", "bos"))
@@ -70,15 +67,12 @@ class Beside:
         ends, starts = ([(name_of.get(token, token), where) for token, where in declared
                          if name_of.get(token, token) in special_tokens] for declared in (self.ends, self.starts))
         turns = [found for found in ends if found[0] in TURN_ENDS]
-        known = [(text, "by its name") for text in SEPARATORS if text in special_tokens]
-        if turns:
-            known = [(text, f"by its name ({turns[0][0]}, {turns[0][1]}, ends a turn of a chat)") for text, _ in known]
-        found = [found for found in ends if found not in turns] + known + turns + starts
-        return found[0] if found else (None, None)
+        why = "by its name" + (f" ({turns[0][0]}, {turns[0][1]}, ends a turn of a chat)" if turns else "")
+        known = [(text, why) for text in SEPARATORS if text in special_tokens]
+        return next(iter([found for found in ends if found not in turns] + known + turns + starts), (None, None))
 
 
 def _listed(value):
     """The tokens or ids that a field declares."""
-    if isinstance(value, dict):
-        value = value.get("content")
+    value = value.get("content") if isinstance(value, dict) else value
     return [token for token in (value if isinstance(value, list) else [value]) if type(token) in (int, str)]

@@ -29,10 +29,6 @@ WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "v
          "eval": "val", "evaluation": "val", "test": "test", "testing": "test"}
 
 
-def dtype_for(vocab_size):
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
 class Writer:
     """Writes documents into the shards of a folder. Everything goes to a sibling folder that `finish` renames into
     place, so that the folder exists only if it is complete; use it in a `with` block, which removes the rest on an
@@ -41,7 +37,7 @@ class Writer:
     def __init__(self, folder, vocab_size, shard_tokens=100_000_000):
         self.folder, self.vocab_size, self.shard_tokens = Path(folder), vocab_size, shard_tokens
         self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
-        self.dtype = np.dtype(dtype_for(vocab_size))
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self.splits = {split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in SPLITS}
         self.pending = {split: [] for split in SPLITS}  # documents not yet written
         self.pending_tokens = dict.fromkeys(SPLITS, 0)
@@ -81,7 +77,10 @@ class Writer:
     def _write_shard(self, split, tokens):
         shards = self.splits[split]["shards"]
         name = f"{split}_{len(shards):06d}.bin"
-        content = shard_bytes(tokens)
+        magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == self.dtype)
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = magic, FORMATS[magic][0], len(tokens)
+        content = header.tobytes() + tokens.tobytes()
         with open(self.temporary / name, "wb") as file:
             file.write(content)
             file.flush()
@@ -104,23 +103,6 @@ class Writer:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         os.rename(self.temporary, self.folder)
-
-
-def shard_bytes(tokens):
-    """What stands in the file of a shard of these tokens, uint16 or uint32."""
-    magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == tokens.dtype)
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, FORMATS[magic][0], len(tokens)
-    return header.tobytes() + tokens.tobytes()
-
-
-def add_headers(folder, out, shard_tokens=100_000_000):
-    """Copy .bin files of uint16 ids without a header, as nanoGPT makes them, to shards in the folder `out`."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    for path in Path(folder).glob("*.bin"):
-        ids = np.memmap(path, np.uint16, mode="r")
-        for number, start in enumerate(range(0, len(ids), shard_tokens)):
-            Path(out, f"{path.stem}_{number:06d}.bin").write_bytes(shard_bytes(ids[start:start + shard_tokens]))
 
 
 @dataclass
@@ -181,24 +163,18 @@ def open_split(folder, split, verify=True, share=(0, 1)):
     if not shards[split]:
         raise UserError(f"{folder} has no {split} shards: " + (
             "prepare the data again" if recorded else f"rename one of its .bin files, as in {split}_000000.bin"))
-    arrays, max_id = [], 0
-    for i, path in enumerate(shards[split]):
-        array = _open_shard(path)
-        if recorded:
-            shard = recorded["shards"][i]
-            if len(array) != shard["tokens"]:
-                raise UserError(f"{path} holds {len(array)} tokens, meta.json says {shard['tokens']}: prepare it again")
-            if verify and i % share[1] == share[0] and file_crc32(path) != shard["crc32"]:
-                raise UserError(f"{path} is damaged: its checksum differs from meta.json; prepare the data again")
-            if verify and i % share[1] == share[0] and array.max() > shard["max_id"]:
-                raise UserError(f"{path} holds token id {array.max()}, meta.json says at most {shard['max_id']}: "
-                                "prepare the data again")
-        max_id = max(max_id, recorded["shards"][i]["max_id"] if recorded else int(array.max()))
-        arrays.append(array)
-    if len({array.dtype for array in arrays}) > 1:
-        print(f"warning: of the {split} shards of {folder} some hold uint16 and some uint32: of one tokenizer?")
-    fingerprint = zlib.crc32(repr([shard["crc32"] for shard in recorded["shards"]]).encode()) if recorded else None
-    return Split(arrays, sum(map(len, arrays)), max_id, recorded["bytes"] if recorded else None, fingerprint)
+    arrays = [_open_shard(path) for path in shards[split]]
+    tokens = sum(map(len, arrays))
+    if not recorded:
+        if len({array.dtype for array in arrays}) > 1:
+            print(f"warning: of the {split} shards of {folder} some hold uint16 and some uint32: of one tokenizer?")
+        return Split(arrays, tokens, max(int(array.max()) for array in arrays), None)
+    for i, (path, array, shard) in enumerate(zip(shards[split], arrays, recorded["shards"])):
+        if len(array) != shard["tokens"] or verify and i % share[1] == share[0] and (
+                file_crc32(path) != shard["crc32"] or array.max() > shard["max_id"]):
+            raise UserError(f"{path} is damaged: its tokens or checksum differ from meta.json; prepare the data again")
+    fingerprint = zlib.crc32(repr([shard["crc32"] for shard in recorded["shards"]]).encode())
+    return Split(arrays, tokens, max(shard["max_id"] for shard in recorded["shards"]), recorded["bytes"], fingerprint)
 
 
 def find_shards(folder):
@@ -245,10 +221,8 @@ def _tell(folder, shards, why):
 def _is_running(pid):
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # but somebody else's
     return True
 
 
@@ -258,7 +232,7 @@ def _open_shard(path):
     header = np.fromfile(path, dtype=np.int32, count=256)
     if len(header) < 256 or int(header[0]) not in FORMATS:
         raise UserError(f"{path} is no token shard: its first number is not {' or '.join(map(str, FORMATS))}"
-                        + ("" if (path.parent / "meta.json").exists() else advice.without_header(path)))
+                        + "; files without a header, as nanoGPT's, are not read: prepare the text again")
     version, dtype = FORMATS[int(header[0])]
     count, size = int(header[2]), path.stat().st_size
     if header[1] != version:

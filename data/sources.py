@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path
 
 from data import columns
-from data.files import Account, check_separator, each_file, git_lfs, open_text, split_text, unescape
+from data.files import Account, each_file, git_lfs, open_text, split_text, suffix_of, unescape
 from errors import UserError
 
 # repository, configuration, validation split (None: a share of the documents)
@@ -25,29 +25,31 @@ KNOWN = {"tinystories": ("roneneldan/TinyStories", None, "validation"),
 PATTERNS = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet", "csv": "*.csv*"}  # what counts in a folder
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text",
             ".arrow": "arrow"}  # of datasets
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 DELIMITERS = ",;\t|"
 
-
-# ---------------------------------------------------------------------- Hugging Face datasets
 
 def open_hf(repo, split="train", name=None, text_column=None, streaming=True, chat=False):
     """(dataset, column) of a Hugging Face dataset, REPO or REPO@REVISION, or of a local folder or file that datasets
     can read. The column is the one that columns.choose finds."""
     path = Path(repo)
     saved = sorted(path.glob("*.arrow")) if (path / "state.json").is_file() else []  # by save_to_disk
+    options = {"split": split, "streaming": streaming}
     if path.is_file() or saved:
-        suffix = ".arrow" if saved else next((s for s in reversed(path.suffixes) if s not in COMPRESSED), None)
+        suffix = ".arrow" if saved else suffix_of(path)
         if suffix not in BUILDERS:
             raise UserError(f"{repo}: datasets reads files that end in {', '.join(BUILDERS)}, compressed or not")
-        return _load(repo, text_column, chat, BUILDERS[suffix], data_files=list(map(str, saved or [path])),
-                     split=split, streaming=streaming)
-    where, _, revision = (str(repo), "", "") if path.exists() else str(repo).partition("@")
-    return _load(repo, text_column, chat, where, name, revision=revision or None, split=split, streaming=streaming)
+        dataset, names = _load(repo, BUILDERS[suffix], data_files=list(map(str, saved or [path])), **options)
+    else:
+        where, _, revision = (str(repo), "", "") if path.exists() else str(repo).partition("@")
+        dataset, names = _load(repo, where, name, revision=revision or None, **options)
+    if not names:
+        raise UserError(f"{repo} holds no rows of text")
+    sample = lambda: list(itertools.islice(dataset.select_columns(names), columns.SAMPLE))
+    return dataset, columns.choose(names, sample, text_column, repo, chat)
 
 
-def _load(where, text_column, chat, *args, **options):
-    """datasets.load_dataset with its errors explained, then the column chosen; returns (dataset, column)."""
+def _load(where, *args, **options):
+    """datasets.load_dataset with its errors explained: (dataset, its columns but for pictures and sounds)."""
     try:
         import datasets
     except ImportError as error:
@@ -55,30 +57,20 @@ def _load(where, text_column, chat, *args, **options):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by the error
     try:
         dataset = datasets.load_dataset(*args, **options)
-        first = {} if dataset.features else next(iter(dataset))
-    except StopIteration as error:
-        raise UserError(f"{where} holds no rows") from error
+        features = dataset.features or dict.fromkeys(next(iter(dataset), ()))
+        return dataset, [key for key, kind in features.items() if not hasattr(kind, "decode_example")]
     except OSError as error:
-        advice = "" if Path(where).exists() else (
-            "; without a network, download it elsewhere and give the folder or file:  python -m data.prepare hf FOLDER")
-        raise UserError(f"cannot load the dataset {where}: {_line(error)}{advice}") from error
+        advice = "" if Path(where).exists() else "; without a network, download it and give the folder or file"
+        raise UserError(f"cannot load the dataset {where}: {error}{advice}") from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         advice = "; the Hub has a copy of most such:  hf REPO@refs/convert/parquet" if "script" in str(error) else ""
-        raise UserError(f"cannot read {where}: {_line(error)}{advice}") from error
-    plain = lambda kind: not hasattr(kind, "decode_example")  # no picture, no sound
-    names = [key for key, kind in (dataset.features or {}).items() if plain(kind)]
-    sample = lambda: list(itertools.islice(dataset.select_columns(names) if names else dataset, columns.SAMPLE))
-    return dataset, columns.choose(names or first, sample, text_column, where, chat)
-
-
-def _line(error):
-    return " ".join(str(error).split())[:300]
+        raise UserError(f"cannot read {where}: {error}{advice}") from error
 
 
 def rows(dataset, column, where, first=0, account=None, chat=False):
     """Yield (number of rows up to here, text) of a dataset from row `first` on; rows without a text count as empty."""
     return columns.texts(_numbered(dataset, column, where, first), column, where, account or _streamed(where), chat,
-                         [column], unit="row")
+                         unit="row")
 
 
 @functools.cache
@@ -94,10 +86,8 @@ def _numbered(dataset, column, where, row):
                 row += 1
                 yield row, {column: value}
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}, after row {row}: {_line(error)}") from error
+        raise UserError(f"{where}, after row {row}: {error}") from error
 
-
-# ---------------------------------------------------------------------- local files
 
 def stdlib_files():
     """The .py files of the running Python's standard library, without tests, installed packages and the code tables of
@@ -118,9 +108,9 @@ def jsonl_rows(file, path):
         try:
             found = json.loads(line + file.read() if whole else line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is no JSON: {error}; one object a line is expected, or one array "
-                            f"of objects, as  jq -c . {path} > lines.jsonl  makes them") from error
-        for place, row in enumerate(found, 1) if whole and isinstance(found, list) else [(number, found)]:
+            raise UserError(f"{path}, line {number} is no JSON: {error}; one object a line is expected, as  jq -c .  "
+                            "makes them, or one array of objects") from error
+        for place, row in enumerate(found, 1) if whole else [(number, found)]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}, {'object' if whole else 'line'} {place} is no JSON object but a "
                                 f"{type(row).__name__}")
@@ -149,16 +139,14 @@ def csv_rows(file, path, delimiter, account):
 def _delimiter(lines, path):
     """What separates the cells: that of DELIMITERS which stands in the header and cuts the rows into as many cells; a
     character that nobody writes where there is but one column."""
-    lengths = {}
+    share = {}
     for delimiter in DELIMITERS:
         cells = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
         if cells and cells[0] > 1:
-            lengths[delimiter] = cells[:-1] if len(lines) == 1000 and len(cells) > 2 else cells  # the last may be cut
-    share = {delimiter: cells.count(cells[0]) / len(cells) for delimiter, cells in lengths.items()}
+            share[delimiter] = cells.count(cells[0]) / len(cells)
     best = [delimiter for delimiter in share if share[delimiter] > max(share.values()) - 0.05]
     if len(best) > 1:
-        raise UserError(f"{path}: what separates the cells? It may be {' or '.join(map(repr, best))}: set --delimiter, "
-                        f"as in  --delimiter={best[0]!r}")
+        raise UserError(f"{path}: what separates the cells? It may be {' or '.join(map(repr, best))}: set --delimiter")
     return best[0] if best else "\x1f"
 
 
@@ -166,15 +154,11 @@ def parquet_rows(path, account, text_column, chat):
     """Yield (row, text) of a parquet file, of which only the column of the text is read."""
     import pyarrow.parquet  # comes with datasets
     row = 0
-    if not path.stat().st_size:
-        return
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if not file.metadata.num_rows:
-                return
-            names = file.schema_arrow.names
             sample = lambda: next(file.iter_batches(columns.SAMPLE)).to_pylist()
-            column = columns.choose(names, sample, text_column or account.about.get("column"), path, chat)
+            wanted = text_column or account.about.get("column")
+            column = columns.choose(file.schema_arrow.names, sample, wanted, path, chat)
             account.about["column"] = column  # no other is read
             for batch in file.iter_batches(1024, columns=[column]):
                 for cells in batch.to_pylist():
@@ -183,10 +167,8 @@ def parquet_rows(path, account, text_column, chat):
     except UserError:
         raise
     except (OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"cannot read {path}, after row {row}: {_line(error)}") from error
+        raise UserError(f"cannot read {path}, after row {row}: {error}") from error
 
-
-# ---------------------------------------------------------------------- any source
 
 def documents(source, files=(), split_on=None, repo=None, split="train", name=None, text_column=None, streaming=True,
               encoding=None, delimiter=None, chat=False, account=None):
@@ -199,28 +181,22 @@ def documents(source, files=(), split_on=None, repo=None, split="train", name=No
     whole = functools.partial(split_text, separator=separator, account=account)
     if source == "stdin":
         file = open_text(sys.stdin.buffer, "standard input", account, encoding, strict=True)
-        return enumerate(_all(whole(file, "standard input"), split_on, account), 1), None, " documents"
+        return enumerate(whole(file, "standard input"), 1), None, " documents"
     if source == "parquet":
-        texts = itertools.chain.from_iterable(
-            columns.texts(parquet_rows(path, account, text_column, chat), text_column, path, account, chat, unit="row")
-            for path in files)
-        total = sum(_parquet_rows(path, account) for path in files)  # a damaged file shows here
-        return ((number, text) for number, (_, text) in enumerate(texts, 1)), total, " rows"
+        counts = {path: _parquet_rows(path, account) for path in files}  # a damaged file shows here
+        texts = (text for path in files if counts[path] for _, text in columns.texts(
+            parquet_rows(path, account, text_column, chat), text_column, path, account, chat, unit="row"))
+        return enumerate(texts, 1), sum(counts.values()), " rows"
     if source in ("text", "stdlib", "jsonl", "csv"):
-        table = {"jsonl": jsonl_rows, "csv": functools.partial(csv_rows, delimiter=delimiter, account=account)}
-        read = table.get(source)
-        parts = (lambda file, path: (text for _, text in columns.texts(
-            read(file, path), text_column, path, account, chat))) if read else whole
-        found = each_file(files, parts, account, encoding, strict=bool(read))
-        return _all(found, split_on, account), sum(path.stat().st_size for path in files), "B"
+        def table(file, path):
+            rows = jsonl_rows(file, path) if source == "jsonl" else csv_rows(file, path, delimiter, account)
+            return (text for _, text in columns.texts(rows, text_column, path, account, chat))
+        tables = source in ("jsonl", "csv")
+        found = each_file(files, table if tables else whole, account, encoding, strict=tables)
+        return found, sum(path.stat().st_size for path in files), "B"
     dataset, column = open_hf(repo, split, name, text_column, streaming, chat)
     about = (dataset.info.splits or {}).get(split)
     return rows(dataset, column, repo, 0, account, chat), about.num_examples if about else None, " rows"
-
-
-def _all(found, separator, account):
-    yield from found
-    check_separator(separator, account)
 
 
 def _parquet_rows(path, account):
@@ -232,6 +208,6 @@ def _parquet_rows(path, account):
     try:
         count = pyarrow.parquet.read_metadata(path).num_rows
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {git_lfs(path) or _line(error)}") from error
+        raise UserError(f"cannot read {path}: {git_lfs(path) or error}") from error
     account.add("files", "read")
     return count

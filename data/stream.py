@@ -3,9 +3,8 @@ prepare. The spec is hf:REPO[:CONFIG][?split=train&column=text&validation=1000];
 a short name that data.prepare knows, such as tinystories.
 
 The documents follow one another in the dataset's order, each behind a separator, epoch after epoch; window n is tokens
-nT..nT+T of that. So sequence i is a function of the dataset and i alone, whatever the number of ranks; the seed changes
-nothing, because there is no shuffling: shuffle the dataset, or prepare it. Every rank reads and tokenises all of it
-(millions of tokens a second): for more than a dozen fast ranks prepare shards instead. Validation is the first 1,000
+nT..nT+T of that. There is no shuffling, and the seed changes nothing: shuffle the dataset, or prepare it. Every rank
+reads and tokenises all of it: for more than a dozen fast ranks prepare shards instead. Validation is the first 1,000
 documents, or as many as validation=N says, which are never trained on; or the split that validation=NAME names.
 Next: loader.py, which uses it.
 """
@@ -46,8 +45,7 @@ def parse(spec):
     opened = (repo, options.get("split", "train"), config or known, options.get("column"))
     validation = options.get("validation", validation or "1000")
     if validation == opened[1]:
-        raise UserError(f"data={spec!r}: validation={validation} is the split that is trained on: name another, or a "
-                        "number of documents to hold out")
+        raise UserError(f"data={spec!r}: validation={validation} is the split that is trained on: name another")
     return (opened, None, int(validation)) if validation.isdecimal() else (opened, validation, 0)
 
 

@@ -1,9 +1,8 @@
 """Tokenizers: byte-level BPE, trained here or read from tiktoken's and Hugging Face's files; raw bytes; words counted
 on the data; SentencePiece. All but the last two are tiktoken.Encoding, and those two offer what is used of it here.
 
-Everything works offline except a tiktoken name that is not in its cache. A tokenizer is saved as a folder,
-encoding.json with ranks.tiktoken or tokenizer.model, which travels with the data and with every run. What a text spells
-of special tokens is plain text: no document can end itself. Next: convert.py, published.py, words.py, prepare.py.
+A tokenizer is saved as a folder, which travels with the data and with every run. What a text spells of special tokens
+is plain text: no document can end itself. Next: convert.py, published.py, words.py, prepare.py.
 """
 
 import base64
@@ -40,11 +39,10 @@ FILES = ("encoding.json", "tokenizer/encoding.json", "tokenizer.json", "tiktoken
 
 
 def load(spec, texts=None):
-    """The tokenizer that a name or path means: "bytes"; a tiktoken name; a ranks file in tiktoken's format, of a known
-    kind; a Hugging Face tokenizer.json of byte-level BPE; a SentencePiece .model; a folder with one of these, or one
-    that `save` wrote; "words:N", the N most frequent words of texts, an iterable of str. Behind it may stand
-    ?end_of_text=TOKEN, the special token that separates documents, and, for a ranks file, pattern=NAME: how it cuts
-    words, one of RANKS_FILES, a tiktoken name or nanok2, which is PATTERN."""
+    """The tokenizer that a name or path means: "bytes"; a tiktoken name; a ranks file in tiktoken's format; a Hugging
+    Face tokenizer.json of byte-level BPE; a SentencePiece .model; a folder with one of these, or one that `save` wrote;
+    "words:N", the N most frequent words of texts, an iterable of str. Behind it may stand ?end_of_text=TOKEN, the
+    special token that separates documents, and, for a ranks file, pattern=NAME: see _load_ranks."""
     spec, options = _options(str(spec))
     path = Path(spec)
     if path.is_dir():
@@ -52,18 +50,18 @@ def load(spec, texts=None):
     if spec == "bytes":
         encoder = encoding("bytes", {bytes([i]): i for i in range(256)})
     elif spec.startswith("words:"):
-        encoder = train_words(texts, spec[len("words:"):])
+        encoder = train_words(texts, spec.removeprefix("words:"))
     elif path.name == FILES[0]:
         encoder = _load_saved(path.parent)
     elif path.is_file():
         encoder = _load_file(path, options)
     else:
         encoder = _load_name(spec)
-    wanted = options.get("end_of_text")
-    if wanted is not None:
+    if "end_of_text" in options:
+        encoder.separator = wanted = options["end_of_text"]
+        encoder.notes = [f"documents are separated by {wanted}, as the command says"]
         if wanted not in encoder._special_tokens:
             raise UserError(f"end_of_text={wanted!r} is none of the special tokens of {spec}: {_some(encoder)}")
-        encoder.separator, encoder.notes = wanted, [f"documents are separated by {wanted}, as the command says"]
     return encoder
 
 
@@ -82,10 +80,9 @@ def find(folder):
     """The file that `load` reads the tokenizer of a folder from, None if there is none."""
     folder = Path(folder)
     there = [path for path in [*map(folder.joinpath, FILES), *sorted(folder.glob("*.tiktoken"))] if path.is_file()]
-    pieces = [path for path in there if path.name == "tokenizer.model" and _is_sentencepiece(path)]
-    if pieces and there[0].name == "tokenizer.json":  # Llama-2 has both; its tokenizer.json is not byte-level
-        return pieces[0]
-    return there[0] if there else None
+    if any(map(_is_sentencepiece, there)):  # Llama-2's tokenizer.json, beside one, is not byte-level
+        there = [path for path in there if path.name != "tokenizer.json"]
+    return next(iter(there), None)
 
 
 def _load_file(path, options):
@@ -107,14 +104,12 @@ def _load_file(path, options):
         beside.ends.append((encoder.processor.eos_id(), "the end of text of the model"))
     else:
         encoder = _load_ranks(path, name, beside, options.get("pattern"))
-        notes += encoder.notes
-    default = end_of_text(encoder)
     text, why = beside.end_of_text(encoder._special_tokens)
     if text is not None and not encoder.separator:
         notes.append(f"documents are separated by {text}, id {encoder._special_tokens[text]}: {why}")
-        if encoder._special_tokens[text] != default:
+        if encoder._special_tokens[text] != end_of_text(encoder):
             encoder.separator = text
-    encoder.notes = notes
+    encoder.notes = [*notes, *encoder.notes]
     return encoder
 
 
@@ -126,15 +121,16 @@ def _load_ranks(path, name, beside, pattern):
     """A ranks file: what cuts its words, and its special tokens, is known from `pattern`, its name or its folder."""
     ranks, names = read_ranks(path), tiktoken.list_encoding_names()
     first = max(ranks.values()) + 1
-    kind = pattern or (path.stem if path.stem in names else beside.ranks_file(path, ranks))
-    if path.with_name("encoding.json").is_file() and not (pattern or path.stem in names):
+    kind = pattern or (path.stem if path.stem in names else None)
+    if not kind and path.with_name("encoding.json").is_file():
         return _load_saved(path.parent, path)
+    kind = kind or beside.ranks_file(path, ranks)
     added = {} if kind == "nanok2" else beside.added
     special_tokens = {text: token["id"] for text, token in added.items()}
     if kind in RANKS_FILES:
-        used = set(special_tokens.values())
         pattern, reserved, _ = RANKS_FILES[kind]
-        special_tokens |= {text: id for id, text in enumerate(reserved(first), first) if id not in used}
+        special_tokens |= {text: id for id, text in enumerate(reserved(first), first)
+                           if id not in special_tokens.values()}
     elif kind in names:
         about = _around(kind, ranks)
         pattern, published = about["pat_str"], about["special_tokens"]
@@ -144,9 +140,8 @@ def _load_ranks(path, name, beside, pattern):
         pattern = PATTERN
     else:
         said = f"there is no pattern {kind!r}" if kind else "nothing says how this ranks file cuts words"
-        raise UserError(f"{path}: {said}. Name it, --tokenizer='{path}?pattern=NAME', with NAME one of nanok2 (of "
-                        f"what was made or read here before), {', '.join([*RANKS_FILES, *names])}; or put an "
-                        'encoding.json with "pattern" and "special_tokens" beside it')
+        raise UserError(f"{path}: {said}. Name it, --tokenizer='{path}?pattern=NAME', with NAME one of nanok2 (made "
+                        f"here), {', '.join([*RANKS_FILES, *names])}; or put an encoding.json of both beside it")
     plain = [token for token in added.values() if not token["special"]]
     steps = {"normalizer": None, "splits": [], "added": plain} if plain else None
     encoder = encoding(name, ranks, pattern, special_tokens, steps)
@@ -157,9 +152,8 @@ def _load_ranks(path, name, beside, pattern):
 def _load_name(spec):
     name = SHORT_NAMES.get(spec, spec)
     if name not in tiktoken.list_encoding_names():
-        names = ", ".join(tiktoken.list_encoding_names())
         raise UserError(f"no tokenizer {spec!r}: expected 'bytes', 'words:N', a tokenizer folder, a tokenizer.json, a "
-                        f"SentencePiece .model, a ranks file, or one of {names}")
+                        f"SentencePiece .model, a ranks file, or one of {', '.join(tiktoken.list_encoding_names())}")
     try:
         shared = tiktoken.get_encoding(name)
         return encoding(name, shared._mergeable_ranks, shared._pat_str, shared._special_tokens)
@@ -167,8 +161,8 @@ def _load_name(spec):
         url = getattr(getattr(error, "request", None), "url", None)
         cached = f" as $TIKTOKEN_CACHE_DIR/{hashlib.sha1(url.encode()).hexdigest()}" if url else ""
         raise UserError(f"tokenizer {name!r} is not in tiktoken's cache and cannot be downloaded here: fetch "
-                        f"{url or 'its file'} elsewhere and put it into tiktoken's cache{cached}, or give a local "
-                        f"ranks file instead, --tokenizer=PATH/{name}.tiktoken, or a tokenizer.json") from error
+                        f"{url or 'its file'} elsewhere and put it there{cached}, or give a local ranks file, "
+                        f"--tokenizer=PATH/{name}.tiktoken") from error
 
 
 def _around(name, ranks):
@@ -194,8 +188,7 @@ def _complete(pattern):
 class ByteLevel(tiktoken.Encoding):
     """A tiktoken.Encoding, and what Hugging Face can do before one pattern cuts words. steps: None, or {"normalizer":
     None or "NFC", "added": tokens that are their id wherever they stand in a text, with their flags, "splits": regular
-    expressions that cut a text, each what the one before left, matched or not, before the pattern cuts the pieces}.
-    notes: lines that tell a user how it was read."""
+    expressions that cut a text one after another}. notes: lines that tell a user how it was read."""
     separator, notes = None, ()
 
     def __init__(self, name, *, steps=None, **options):
@@ -210,8 +203,7 @@ class ByteLevel(tiktoken.Encoding):
         for late in (False, True):
             known = {self._normal(token["content"]) if late else token["content"]: token for token in steps["added"]
                      if token.get("normalized", True) is late}
-            others = [] if late else [text for text in self._special_tokens if text not in known]
-            every = sorted([*known, *others], key=len, reverse=True)  # the longest that starts first is found
+            every = sorted({*known, *(() if late else self._special_tokens)}, key=len, reverse=True)  # longest first
             self._added.append((known, regex.compile("|".join(map(regex.escape, every))).finditer))
 
     def _normal(self, text):
@@ -223,14 +215,11 @@ class ByteLevel(tiktoken.Encoding):
         ids = []
         for part in self._parts(text, *self._added[0]):
             for piece in [part] if type(part) is int else self._parts(self._normal(part), *self._added[1]):
-                if type(piece) is int:
-                    ids.append(piece)
-                    continue
                 words = [piece]
-                for cut in self._cuts:
+                for cut in self._cuts if type(piece) is str else ():
                     words = [word for one in words for word in cut(one) if word]
                 for word in words:
-                    ids += self.encode_words(word)
+                    ids += self.encode_words(word) if type(word) is str else [word]
         return ids
 
     def _parts(self, text, known, find):
@@ -254,11 +243,6 @@ class ByteLevel(tiktoken.Encoding):
         if at < len(text):
             yield text[at:]
 
-    def encode_to_numpy(self, text, **options):
-        if self.steps is None:
-            return super().encode_to_numpy(text, **options)
-        return np.array(self.encode_ordinary(text), dtype=np.uint32)
-
 
 def encoding(name, ranks, pattern=PATTERN, special_tokens=None, steps=None):
     """A ByteLevel; without special_tokens it gets END_OF_TEXT after the last id."""
@@ -271,11 +255,10 @@ def encoding(name, ranks, pattern=PATTERN, special_tokens=None, steps=None):
     if not {*ranks.values(), *special_tokens.values()}.issuperset(added):
         raise UserError(f"the added tokens of {name} have ids that it does not know")
     try:
-        encoder = ByteLevel(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens, steps=steps)
         for one in [pattern, *(steps["splits"] if steps else ())]:
             if regex.fullmatch(one, "", regex.V1):
                 raise ValueError("it matches the empty text, which makes encoding panic")
-        return encoder
+        return ByteLevel(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens, steps=steps)
     except (ValueError, regex.error) as error:
         raise UserError(f"tiktoken cannot read the pattern of {name}: {error}") from error
 
@@ -283,8 +266,7 @@ def encoding(name, ranks, pattern=PATTERN, special_tokens=None, steps=None):
 def end_of_text(encoder):
     """The id that separates documents, None if the tokenizer has no such token: the one that was chosen for it, or
     else the first of SEPARATORS that it has."""
-    chosen = getattr(encoder, "separator", None)
-    names = [chosen] if chosen else SEPARATORS
+    names = [encoder.separator] if encoder.separator else SEPARATORS
     return next((encoder._special_tokens[text] for text in names if text in encoder._special_tokens), None)
 
 
@@ -295,25 +277,22 @@ def notes(encoder):
     return [*encoder.notes, f"warning: the tokenizer {encoder.name} has no end-of-text token: documents run together, "
             "generation never stops by itself, and packing=best_fit and document_mask cannot be used. If one of its "
             f"special tokens ends a text ({_some(encoder)}), prepare the data with --tokenizer='TOKENIZER?end_of_text="
-            "TOKEN', or name it as eos_token in a tokenizer_config.json beside the tokenizer"]
+            "TOKEN'"]
 
 
 def _some(encoder):
-    names = list(encoder._special_tokens)
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "it has none"
+    return ", ".join([*encoder._special_tokens][:12]) + " ..." * (len(encoder._special_tokens) > 12) or "it has none"
 
 
 def encode(encoder, text):
     """The ids of a text, uint32, behind the separator; special tokens in it are plain text."""
     cuts = [start + RUN for start in range(0, len(text), RUN) if text[start:start + RUN].isspace()]
-    parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])] if cuts else [text]
     separator = end_of_text(encoder)
     ids = [np.array([] if separator is None else [separator], dtype=np.uint32)]
-    for part in parts:
-        if hasattr(encoder, "encode_to_numpy"):  # tiktoken's: no list of ids in between
-            ids.append(encoder.encode_to_numpy(part, disallowed_special=()))
-        else:
-            ids.append(np.array(encoder.encode_ordinary(part), dtype=np.uint32))
+    quick = isinstance(encoder, tiktoken.Encoding) and encoder.steps is None  # without a list of ids in between
+    for part in (text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])):
+        ids.append(encoder.encode_to_numpy(part, disallowed_special=()) if quick
+                   else np.array(encoder.encode_ordinary(part), dtype=np.uint32))
     return np.concatenate(ids)
 
 
@@ -326,9 +305,9 @@ def describe(encoder):
 def read_ranks(path):
     """{bytes: rank} from a file of "base64 rank" lines. (tiktoken's own reader caches by path, and so serves stale
     ranks.)"""
+    lines = filter(None, Path(path).read_bytes().splitlines())
     try:
-        ranks = {base64.b64decode(token, validate=True): int(rank)
-                 for token, rank in (line.split() for line in Path(path).read_bytes().splitlines() if line)}
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, lines)}
     except ValueError as error:
         raise UserError(f"{path} is no ranks file (lines of base64 token and rank): {error}") from error
     if len(set(ranks.values())) != len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
@@ -345,8 +324,7 @@ def save(encoder, folder):
     ranks = sorted(encoder._mergeable_ranks.items(), key=lambda item: item[1])
     (folder / "ranks.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks))
     about = {"name": encoder.name, "pattern": encoder._pat_str, "special_tokens": encoder._special_tokens}
-    about |= {"steps": encoder.steps} if getattr(encoder, "steps", None) else {}
-    write_about(folder, encoder, about)
+    write_about(folder, encoder, about | ({"steps": encoder.steps} if encoder.steps else {}))
 
 
 def _load_saved(folder, ranks=None):
@@ -375,21 +353,16 @@ def fingerprint(encoder):
     """A short hash of everything that decides the ids; two encoders with the same one are interchangeable."""
     if isinstance(encoder, tiktoken.Encoding):
         parts = (encoder._pat_str, sorted(encoder._special_tokens.items()), sorted(encoder._mergeable_ranks.items()))
-        steps = getattr(encoder, "steps", None)
-        parts += (json.dumps(steps, sort_keys=True),) if steps else ()
+        parts += (json.dumps(encoder.steps, sort_keys=True),) if encoder.steps else ()
     else:
         parts = encoder.parts
-    chosen = getattr(encoder, "separator", None)
-    if chosen and chosen != next((text for text in SEPARATORS if text in encoder._special_tokens), None):
-        parts += (chosen,)
+    if encoder.separator not in (None, next(filter(encoder._special_tokens.__contains__, SEPARATORS), None)):
+        parts += (encoder.separator,)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def train_bpe(texts, vocab_size, name="bpe", pattern=PATTERN):
-    """Train a byte-level BPE of vocab_size ids, END_OF_TEXT included, on an iterable of str; returns the Encoding.
-
-    Greedy: see bpe.py.
-    """
+    """Train a byte-level BPE of vocab_size ids, END_OF_TEXT included, on an iterable of str; returns the Encoding."""
     if vocab_size < 257:
         raise UserError(f"a byte-level BPE needs a vocabulary of at least 257, not {vocab_size}")
     tokens = bpe.train(texts, vocab_size - 1, pattern)

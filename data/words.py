@@ -17,8 +17,7 @@ CLOSING = frozenset(".,;:!?)]}%…”\n")  # no space before these
 
 def write_about(folder, encoder, about):
     """encoding.json, with the separator if it was chosen."""
-    separator = getattr(encoder, "separator", None)
-    about |= {"separator": separator} if separator else {}
+    about |= {"separator": encoder.separator} if encoder.separator else {}
     (folder / "encoding.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -31,15 +30,14 @@ def train_words(texts, size):
     for text in texts:
         counts.update(find(text))
     del counts[UNKNOWN]
-    ordered = sorted(counts, key=lambda word: (-counts[word], word))
-    return Words(ordered[:int(size)])
+    return Words(sorted(counts, key=lambda word: (-counts[word], word))[:int(size)])
 
 
 class Words:
     """Word-level, as small studies use it: UNKNOWN is id 0, then the words, END_OF_TEXT last. Lossy: decoding puts one
     space between words, none before closing marks, and cannot bring back white space or what was unknown."""
 
-    name, separator, notes = "words", None, ()
+    name, separator, steps, notes = "words", None, None, ()
 
     def __init__(self, words):
         self.texts = [UNKNOWN, *words, END_OF_TEXT]
@@ -74,7 +72,7 @@ class Words:
 class SentencePiece:
     """A SentencePiece model, through the package of that name. Whether decoding gives the text back is the model's
     affair: one with byte fallback and without normalization does."""
-    separator, notes = None, ()
+    separator, steps, notes = None, None, ()
 
     def __init__(self, model, name, path):
         """model: the bytes of the .model file; path: where they come from, for errors."""
@@ -88,8 +86,8 @@ class SentencePiece:
             raise UserError(f"the SentencePiece model {path} is damaged: {error}") from error
         self.model, self.name, self.n_vocab = model, name, self.processor.vocab_size()
         self.parts = ("sentencepiece", model)
-        special = filter(lambda i: self.processor.is_control(i) or self.processor.is_unknown(i), range(self.n_vocab))
-        self._special_tokens = {self.processor.id_to_piece(i): i for i in special}
+        self._special_tokens = {self.processor.id_to_piece(i): i for i in range(self.n_vocab)
+                                if self.processor.is_control(i) or self.processor.is_unknown(i)}
         self.encode_ordinary = self.processor.encode
 
     def encode_ordinary_batch(self, texts, num_threads=1):
@@ -100,10 +98,8 @@ class SentencePiece:
         if not 0 <= token < self.n_vocab:
             raise KeyError(token)
         piece = self.processor.id_to_piece(token)
-        if self.processor.is_control(token):
-            return b""
-        if self.processor.is_unknown(token):
-            return self.processor.decode([token]).encode()
+        if self.processor.is_control(token) or self.processor.is_unknown(token):
+            return self.decode_bytes([token])
         return bytes([int(piece[3:5], 16)]) if self.processor.is_byte(token) else piece.replace("▁", " ").encode()
 
     def decode_bytes(self, ids):

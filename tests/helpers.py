@@ -187,11 +187,14 @@ def run_script(*words, check=None, env=None, input="", **options):
 
 
 def records(run, kind="train"):
-    return [
-        record
-        for record in map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
-        if record["kind"] == kind
-    ]
+    """The records of a kind; of events those that a run makes by itself: that a rank was slow is the machine's affair."""
+    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind and r.get("event") != "straggler"]
+
+
+def stragglers(run):
+    lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r.get("event") == "straggler"]
 
 
 def losses(run):

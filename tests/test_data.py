@@ -156,14 +156,6 @@ def test_validation_is_all_of_val_in_order_even_below_one_sequence(tmp_path):
     assert len(list(ValidationSet(str(folder), 10, 2).batches(2))) == 1  # no more than asked for
 
 
-def test_tokens_that_fill_no_sequence_are_told(tmp_path, capsys):
-    folder = write(tmp_path / "d", 1000, [("train", np.arange(500)), ("val", np.arange(5))])
-    for length, said in ((300, "its last 199 of 500 training tokens fill no sequence"), (499, ""), (31, "")):
-        TrainStream(str(folder), length, 0)
-        out = capsys.readouterr().out
-        assert said in out if said else not out
-
-
 def test_too_little_text_is_an_error(tmp_path):
     folder = write(tmp_path / "d", 1000, [("train", np.arange(20)), ("val", np.arange(5))])
     with pytest.raises(UserError, match="fewer than one sequence"):

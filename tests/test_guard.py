@@ -32,6 +32,7 @@ from tests.helpers import (
     run_restarting,
     run_stopped,
     run_train,
+    stragglers,
 )
 
 # ---------------------------------------------------------------------- loss spikes
@@ -259,7 +260,7 @@ def slow_rank(*words):
 def test_slow_ranks_are_named(config, tmp_path, pool):
     pool.run(3, slow_rank, config, "--global_batch_size=6", "--micro_batch_size=2", "--max_steps=4",
              "--check_interval=4")
-    found = [(e["rank"], e["what"]) for e in records(tmp_path / "run", "event") if e["event"] == "straggler"]
+    found = [(e["rank"], e["what"]) for e in stragglers(tmp_path / "run")]
     assert found == [(1, "computing"), (2, "data")]
 
 

@@ -171,7 +171,7 @@ def test_saving_beside_the_training_gives_the_same_run(base, pool, tmp_path):
     folder, config = base
     pool.run(2, run, config, f"--out_dir={tmp_path / 'run'}", "--async_save", "--save_interval=2")
     assert [e["step"] for e in records(tmp_path / "run", "event") if e["event"] == "save"][-1] == STEPS
-    assert sorted(e["path"][-2:] for e in records(tmp_path / "run", "event") if e["event"] == "save") == ["02", "04", "06", "08", "10"]
+    assert sorted(e["path"][-2:] for e in records(tmp_path / "run", "event")) == ["02", "04", "06", "08", "10"]
     for (_, mine), (_, reference) in zip(losses(tmp_path / "run"), losses(folder / "one")):
         assert mine == pytest.approx(reference, abs=1e-5)
     assert final_tensors(tmp_path / "run").keys() == final_tensors(folder / "one").keys()

@@ -14,7 +14,7 @@ import pytest
 import train
 from data import advice, prepare, tokenizer
 from data.loader import ValidationSet
-from data.shards import Writer, add_headers, open_split, read_meta
+from data.shards import Writer, open_split, read_meta
 from data.words import CLOSING
 from errors import UserError
 from kernels.cross_entropy import IGNORE
@@ -276,20 +276,3 @@ def prepare_usage():
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
         prepare.parse(["--help"])
     return out.getvalue()
-
-
-def test_nanogpts_files_without_a_header_get_the_command_that_adds_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "it's char"
-    folder.mkdir()
-    for split, ids in (("train", range(500)), ("val", range(9))):
-        np.array(ids, np.uint16).tofile(folder / f"{split}.bin")
-    with pytest.raises(UserError, match="train.bin is no token shard.*nanoGPT") as error:
-        open_split("it's char", "train")
-    words = shlex.split(str(error.value).split("make shards of them with  ")[1])
-    assert words[:2] == ["python", "-c"]
-    exec(words[2])
-    assert np.concatenate(open_split("it's char-shards", "train").arrays).tolist() == list(range(500))
-    add_headers(folder, "parts", shard_tokens=200)
-    assert [len(array) for array in open_split("parts", "train").arrays] == [200, 200, 100]
-    assert open_split("parts", "val").tokens == 9
