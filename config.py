@@ -121,6 +121,10 @@ class Config(ModelConfig):
         super().__post_init__()
         self.sample_prompts = list(self.sample_prompts)
 
+    def router_is_idle(self):
+        """Whether the only weight that a token's expert has is always 1; a new run is refused then."""
+        return self.n_routed_experts > 0 and self.num_experts_per_tok == 1 and self.norm_topk_prob
+
     def check(self):
         """Raise a UserError for the first impossible value or combination."""
         self.check_model()
@@ -141,9 +145,8 @@ class Config(ModelConfig):
                  f"sequence_length={self.sequence_length} exceeds "
                  f"max_position_embeddings={self.max_position_embeddings}"),
                 (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
-                (self.num_experts_per_tok > 1 or not self.norm_topk_prob or not self.n_routed_experts,
-                 "num_experts_per_tok=1 with norm_topk_prob: a weight that is always 1 teaches the router nothing: "
-                 "set --no-norm_topk_prob, or choose two experts or more"),
+                (self.resume or not self.router_is_idle(), "num_experts_per_tok=1 with norm_topk_prob: a weight that "
+                 "is always 1 teaches the router nothing: set --no-norm_topk_prob, or choose two experts or more"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
                 (self.data, "data is empty: name a folder of shards"),
                 (not isinstance(self.data, dict) or all(

@@ -83,7 +83,7 @@ def reverse(source, run):
     model, encoder = generate.load(source, "cpu")
     fields = dataclasses.asdict(model.config) | continuation(model.config) | {"out_dir": str(run)}
     with in_place(run) as temporary:
-        settings = dataclasses.asdict(Config(**fields).check())
+        settings = dataclasses.asdict(Config(**fields, resume=True).check())
         about = {"sequences": 0, "config": settings}
         if encoder:
             tokenizers.save(encoder, temporary / "tokenizer")

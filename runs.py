@@ -46,9 +46,14 @@ def find_source(run, config):
     parallel.once(finish_setting_aside, run)
     if rewound(config):
         parallel.once(require_step, Path(config.resume))
-    if config.resume == "auto":
-        return checkpoint.find(run) if parallel.once(checkpoint.step_folders, run / "checkpoints") else None
-    return checkpoint.find(run if config.resume is True else config.resume) if config.resume else None
+    source = None
+    if config.resume and (config.resume != "auto" or parallel.once(checkpoint.step_folders, run / "checkpoints")):
+        source = checkpoint.find(run if config.resume in (True, "auto") else config.resume)
+    if config.router_is_idle():
+        print("warning: num_experts_per_tok=1 with norm_topk_prob: the routers learn nothing from the loss")
+    if source is None:  # what only a model that is there already may be
+        dataclasses.replace(config, resume=False).check()
+    return source
 
 
 def refuse_to_mix(run, source, config):

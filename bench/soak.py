@@ -288,7 +288,6 @@ def main(argv):
                 runs += 1
         except TimeUp:
             print("the time is up: the run under way is not judged", flush=True)
-            soak.children[-1].kill_all()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             processes = [pid for attempt in soak.children for pid in attempt.family()]

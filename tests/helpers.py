@@ -187,9 +187,10 @@ def run_script(*words, check=None, env=None, input="", **options):
 
 
 def records(run, kind="train"):
-    """The records of a kind; of events those that a run makes by itself: that a rank was slow is the machine's affair."""
+    """The records of a kind; of events all but stragglers, which are the machine's affair."""
     lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind and r.get("event") != "straggler"]
+    return [record for record in map(json.loads, lines)
+            if record["kind"] == kind and record.get("event") != "straggler"]
 
 
 def stragglers(run):

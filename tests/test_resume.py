@@ -14,6 +14,7 @@ import pytest
 
 import checkpoint
 import config as settings
+import export
 import generate
 import guard
 import runs
@@ -392,3 +393,19 @@ def test_epochs_count_what_was_read_and_will_be(tmp_path, capsys):
     assert shown() == pytest.approx(16 / 62, abs=0.006)
     run_train(*options, "--max_steps=6")
     assert shown() == pytest.approx(64 / 62, abs=0.006)
+
+
+def test_one_expert_a_token_with_normalised_weights_goes_on_but_does_not_begin(config, tmp_path, monkeypatch, capsys):
+    """Its router learns nothing: refused anew, while a run or an import that has such a model goes on, with a line."""
+    run, words = tmp_path / "run", [config, "--max_steps=1", "--num_experts_per_tok=1"]
+    for more in ([], ["--resume=auto"]):
+        with pytest.raises(UserError, match="no-norm_topk_prob"):
+            run_train(*words, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(settings.Config, "router_is_idle", lambda self: False)  # as a version before would
+        run_train(*words)
+    run_train(f"--resume={run}", "--max_steps=2")
+    assert losses(run)[-1][0] == 2 and "the routers learn nothing" in capsys.readouterr().out
+    export.export(run, tmp_path / "hf")
+    export.reverse(tmp_path / "hf", tmp_path / "back")
+    assert (tmp_path / "back/config.py").exists()
