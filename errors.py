@@ -7,9 +7,11 @@ Everything else that goes wrong is a bug and keeps its traceback. Next: config.p
 import contextlib
 import os
 import select
+import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 
 STOPPED = 75  # exit status of a run that a signal ended, saved and to be continued (EX_TEMPFAIL)
 
@@ -30,6 +32,11 @@ def one_line(text):
 def said(error):
     """An exception of any kind in a few words: its name and the first line of its message."""
     return one_line(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}").removesuffix(": ")
+
+
+def script_path(name):
+    """The path of one of our scripts from here, quoted for a shell."""
+    return shlex.quote(os.path.relpath(Path(__file__).with_name(name)))
 
 
 def run(main, pause=0.0):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -23,6 +24,7 @@ from model import ModelConfig, build
 from muon import Muon, schedule_factor
 from tests import forks
 from tests.helpers import (
+    ROOT,
     TINY,
     assert_equal_runs,
     losses,
@@ -260,13 +262,16 @@ def test_the_command_that_continues_can_be_pasted(ended, monkeypatch):
     for name in ("WORLD_SIZE", "NANOK2_LAUNCHER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "../train.py", "configs/debug.py"])
-    assert shlex.split(guard.command(ended / "b2")) == ["python", "../train.py", f"--resume={ended / 'b2'}"]
+    script = os.path.relpath(ROOT / "train.py")
+    assert shlex.split(guard.command(ended / "b2")) == ["python", script, f"--resume={ended / 'b2'}"]
     assert settings.load(shlex.split(guard.command(ended / "b2"))[2:])[0].out_dir == str(ended / "b2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert guard.command("out/x") == "torchrun --standalone --nproc_per_node=2 ../train.py out/x --resume=auto"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert shlex.split(guard.command("out/x")) == [*launcher, script, "out/x", "--resume=auto"]
     monkeypatch.chdir(ended)
-    assert guard.command("b2") == "torchrun --standalone --nproc_per_node=2 ../train.py --resume=b2"
+    script = os.path.relpath(ROOT / "train.py")
+    assert shlex.split(guard.command("b2")) == [*launcher, script, "--resume=b2"] and Path(script).is_file()
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     assert "--nnodes=2 --node_rank=$NODE_RANK --master_addr=10.0.0.1" in guard.command("b2")
