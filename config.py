@@ -8,6 +8,7 @@ a wrong type or an impossible combination is refused before anything is written.
 import ast
 import dataclasses
 import difflib
+import os
 import re
 import runpy
 import shlex
@@ -20,7 +21,7 @@ from typing import Literal
 
 import errors
 from data.shards import read_json
-from errors import UserError
+from errors import UserError, started
 from model import ModelConfig, setting
 
 
@@ -190,6 +191,8 @@ def load(argv):
     """A checked Config from ["configs/x.py", "--key=value", ...], or with the settings of the run that the words name,
     ["out/x", "--resume"] or ["--resume=out/x"]; returns (config, path of the config file or None)."""
     names, flags = read_words(argv)
+    if type(named := flags.get("resume")) is str and named not in ("", "auto"):
+        flags["resume"] = str(what_is_meant(named)[1])
     run = run_folder(names, flags)
     if len(names) > 1 or not names and not run:
         raise UserError("name one config file:  python train.py configs/debug.py [--key=value ...]  (see --help), or a "
@@ -201,19 +204,35 @@ def load(argv):
 
 
 def run_folder(names, flags):
-    """The run whose settings are meant: a folder in place of the config file, else the one that --resume, a run or step
-    folder, or --out_dir names; None if a config file is named, or nothing."""
+    """The run whose settings are meant: a folder or file of it in place of the config file, else what --resume or
+    --out_dir names; None if a config file is named, or nothing. A step so named becomes that of --resume."""
     resume = flags.get("resume")
-    if len(names) == 1 and Path(names[0]).is_dir():
-        if not resume and (Path(names[0]) / "config.json").exists():
-            raise UserError(f"{names[0]} is a run, not a config file: continue it with  python train.py "
-                            + shlex.quote(f"--resume={names[0]}"))
-        return Path(names[0]) if resume else None
+    if len(names) == 1 and (resume or os.path.exists(names[0])) and (
+            not names[0].endswith(".py") or os.path.isdir(names[0])):
+        run, start = what_is_meant(names[0])
+        if not resume and (run / "config.json").exists():
+            raise UserError(f"{names[0]} is {'' if run == Path(names[0]) else 'in '}a run, not a config file: continue "
+                            f"it with  {' '.join(started('train.py'))} {shlex.quote(f'--resume={start}')}")
+        if resume is True and start != run:
+            flags["resume"] = str(start)
+        return run if resume else None
     named = flags.get("out_dir") if resume in (True, "auto") else resume
-    if names or not named:
-        return None
-    folder = Path(named).parent if re.fullmatch(r"step_\d+", Path(named).name) else Path(named)
-    return folder.parent if folder.name == "checkpoints" else folder
+    return what_is_meant(named)[0] if named and not names else None
+
+
+def what_is_meant(path):
+    """(run folder, what to continue from: it, or one of its step folders) of a path into a run: a step folder,
+    checkpoints/, the pointers latest and best there, config.json."""
+    path = Path(path)
+    if path.is_file() and path.name in ("latest", "best"):
+        step = path.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"step_\d+", step):
+            raise UserError(f"{path} is damaged: it names no step folder")
+        path = path.with_name(step) if path.name == "best" else path.parent  # the newest is what a run goes on with
+    step = re.fullmatch(r"step_\d+", path.name)
+    run = path.parent if step or path.is_file() else path
+    run = run.parent if run.name == "checkpoints" else run
+    return run, path if step else run
 
 
 def read_run(run):
@@ -222,8 +241,8 @@ def read_run(run):
     path = run / "config.json"
     stored = read_json(path).get("settings") if path.is_file() else None
     if not isinstance(stored, dict):
-        raise UserError(f"{run} has no config.json with the settings of a run: name a config file too, as in  python "
-                        f"train.py configs/debug.py {shlex.quote(f'--resume={run}')}")
+        raise UserError(f"{run} has no config.json with the settings of a run: name its config file too, before "
+                        f"--resume={shlex.quote(str(run))}" if run.is_dir() else f"there is no folder {run}")
     for name in sorted(stored.keys() ^ FIELDS.keys()):
         told = f"{stored[name]!r}, unknown to this version and left out" if name in stored else \
             f"not recorded, so {FIELDS[name].default!r}, the default"

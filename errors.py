@@ -34,9 +34,10 @@ def said(error):
     return one_line(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}").removesuffix(": ")
 
 
-def script_path(name):
-    """The path of one of our scripts from here, quoted for a shell."""
-    return shlex.quote(os.path.relpath(Path(__file__).with_name(name)))
+def started(script):
+    """What starts one of our scripts from here, quoted for a shell: Python as it was called, and the script's path."""
+    path = os.path.relpath(Path(__file__).with_name(script))
+    return shlex.quote(sys.orig_argv[0] or sys.executable), shlex.quote(path)
 
 
 def run(main, pause=0.0):

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,9 @@ def test_there_and_back_is_bitwise_and_the_printed_command_trains(run, tmp_path,
     """On folders whose names have a space and letters that are not ASCII, from the command line that was printed."""
     there, back = tmp_path / "größe hf", tmp_path / "zurück 1"
     export.main([str(run), str(there)])
-    export.main(["--reverse", str(there), str(back)])
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path)
+        export.main(["--reverse", there.name, back.name])
     printed = capsys.readouterr().out
     model, _ = generate.load(run, "cpu")
     for source in (there, back):
@@ -83,13 +86,14 @@ def test_there_and_back_is_bitwise_and_the_printed_command_trains(run, tmp_path,
     texts.mkdir()
     for path in sorted(ROOT.glob("*.py"))[:12]:
         shutil.copy(path, texts)
-    lines = [line.split(":  ", 1)[1] for line in printed.splitlines() if ":  python " in line]
+    lines = [line.split(":  ", 1)[1] for line in printed.splitlines() if ":  " in line]
     assert lines == [line.split(":  ", 1)[1] for line in (back / "config.py").read_text("utf-8").splitlines()[:2]]
     train_words, prepare_words = (shlex.split(line) for line in lines)
-    assert train_words[:2] == ["python", "train.py"] and prepare_words[:3] == ["python", "-m", "data.prepare"]
+    assert train_words[:2] == [sys.executable, str(ROOT / "train.py")]
+    assert prepare_words[:4] == [f"PYTHONPATH={ROOT}", sys.executable, "-m", "data.prepare"]
     place = {"TEXTS": str(texts), "--out=FOLDER": f"--out={tmp_path}/data", "--data=FOLDER": f"--data={tmp_path}/data"}
     monkeypatch.chdir(tmp_path)
-    prepare.main([place.get(word, word) for word in prepare_words[3:]])
+    prepare.main([place.get(word, word) for word in prepare_words[4:]])
     run_train(*[place.get(word, word) for word in train_words[2:]], "--max_steps=1", "--eval_interval=0")
     assert [record["step"] for record in records(back)] == [1]
     settings = json.loads((back / "config.json").read_text("utf-8"))["settings"]
@@ -242,6 +246,22 @@ def test_possessive_counts_in_a_pattern_keep_their_meaning():
     theirs = Tokenizer.from_str(json.dumps(hf.to_hf_tokenizer(encoder)[0]))
     for text in ("1234567", "abc 98765 12", "7" * 20):
         assert theirs.encode(text).ids == encoder.encode_ordinary(text)
+
+
+def test_targets_that_are_links_or_no_names(run, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "", "../here", tmp_path / "here"):
+        with pytest.raises(UserError, match="is the folder that you are in"):
+            export.export(run, name)
+    assert export.export(run, "../link") == Path("../link")
+    assert (tmp_path / "there/config.json").is_file() and (tmp_path / "link").is_symlink()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export.export(run, "../link")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".partial" or path.name == "here") == [
+        "here"] and not any(Path().iterdir())
 
 
 def test_an_imported_model_keeps_its_tokenizer(run, tmp_path, data):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -230,6 +231,24 @@ def test_a_run_continues_with_its_own_settings(ended, tmp_path, monkeypatch):
         assert [entry["words"][-1] for entry in about["commands"]] == ["--muon_lr=0.003", "--warmup_steps=2"]
 
 
+@pytest.mark.parametrize("words, resume", [
+    (["b2/checkpoints/step_00000002", "--resume"], "b2/checkpoints/step_00000002"),
+    (["b2/checkpoints", "--resume"], True), (["b2/config.json", "--resume"], True), (["b2/", "--resume=auto"], "auto"),
+    (["--resume=b2/checkpoints/latest"], "b2"), (["--resume=b2/checkpoints/"], "b2"),
+    (["--resume=b2/config.json"], "b2"),
+    (["--resume=b2/checkpoints/best"], "b2/checkpoints/step_00000001"),
+    (["tiny.py", "--resume=b2/checkpoints/latest"], "b2")])
+def test_a_path_into_a_run_names_it(ended, monkeypatch, words, resume):
+    monkeypatch.chdir(ended)
+    best = Path("b2/checkpoints/best")
+    best.write_text("step_00000001\n", encoding="utf-8")
+    try:
+        config, _ = settings.load(words)
+    finally:
+        best.unlink()
+    assert config.resume == resume and (config.out_dir, config.muon_lr) in (("b2", 0.003), ("out/tiny", 0.01))
+
+
 def test_a_file_that_is_named_counts(ended):
     config, path = settings.load([str(ended / "tiny.py"), f"--resume={ended / 'b2'}"])
     assert config.muon_lr == 0.01 and config.out_dir == "out/tiny" and path == str(ended / "tiny.py")
@@ -247,11 +266,12 @@ def test_settings_of_another_version_are_said(ended, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["b2"], "b2 is a run, not a config file: continue it with  python train.py --resume=b2"),
-    (["data"], "no config file"),
+    (["b2"], "b2 is a run, not a config file: continue it with  .*train.py --resume=b2$"),
+    (["data"], "no config file"), (["b2/config.json"], "json is in a run, not a config file: .*train.py --resume=b2$"),
     (["b2", "--overwrite"], "is a run, not a config file"), (["--resume"], "name one config file"),
-    (["--resume=data"], "data has no config.json with the settings of a run: name a config file too"),
-    (["--resume=no/such"], "no/such has no config.json"), (["tiny.py", "b2", "--resume"], "got .*tiny.py.*b2")])
+    (["--resume=data"], "data has no config.json .*: name its config file too, before --resume=data$"),
+    (["--resume=no/such"], "^there is no folder no/such$"), (["no/such", "--resume"], "^there is no folder no/such$"),
+    (["tiny.py", "b2", "--resume"], "got .*tiny.py.*b2")])
 def test_what_names_no_run_is_said(ended, monkeypatch, words, message):
     monkeypatch.chdir(ended)
     with pytest.raises(UserError, match=message):
@@ -271,7 +291,7 @@ def test_the_command_that_continues_can_be_pasted(ended, monkeypatch):
     assert shlex.split(guard.command("out/x")) == [*launcher, script, "out/x", "--resume=auto"]
     monkeypatch.chdir(ended)
     script = os.path.relpath(ROOT / "train.py")
-    assert shlex.split(guard.command("b2")) == [*launcher, script, "--resume=b2"] and Path(script).is_file()
+    assert shlex.split(guard.command("b2")) == [*launcher, script, "--resume=b2"] and os.path.isfile(script)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     assert "--nnodes=2 --node_rank=$NODE_RANK --master_addr=10.0.0.1" in guard.command("b2")
