@@ -147,6 +147,7 @@ class Config(ModelConfig):
                  "set --no-norm_topk_prob, or choose two experts or more"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
                 (self.data, "data is empty: name a folder of shards"),
+                (self.out_dir != "", "out_dir is empty: name the run's folder"),
                 (not isinstance(self.data, dict) or all(
                     type(f) is str and type(w) in (int, float) and 0 < w < 2**63 for f, w in self.data.items()),
                  "data: expected {folder: weight} with weights above 0"),
@@ -199,7 +200,8 @@ def load(argv):
                         "run to continue:  python train.py --resume=out/debug" + (f"; got {names}" if names else ""))
     values = read_run(run) if run else read_file(names[0])
     config = Config(**values | flags)
-    config.out_dir = config.out_dir or f"out/{Path(names[0]).stem}"
+    if config.out_dir is None:
+        config.out_dir = f"out/{Path(*names or [run]).stem}"
     return config.check(), None if run else names[0]
 
 

@@ -162,6 +162,7 @@ def test_wrong_flags_say_what_would_be_valid(word, message):
         ("--rope_theta=0", "must be above 0"),
         ("--n_shared_experts=-1", "n_shared_experts"),
         ("--data=", "data is empty"),
+        ("--out_dir=", "out_dir is empty: name the run's folder"),
         ("--first_k_dense_replace=99", "first_k_dense_replace"),
         ("--decay_steps=-1", "decay_steps"),
     ],

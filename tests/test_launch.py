@@ -282,7 +282,7 @@ for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; ech
     assert [call.split("><")[0] for call in calls] == ["<-m", "<train.py", *["<generate.py"] * samples]
     assert all(call.split("><")[1] == out for call in calls[2:]) and f"in {made}:" in done.stdout
     told = shlex.split(done.stdout.split("continue with: ")[1].splitlines()[0])
-    assert told[1:3] == ["train.py", f"--resume={out}"]
+    assert told[1:4] == ["train.py", f"--resume={out}", "--max_steps=900"]
 
 
 # ---------------------------------------------------------------------- files for clusters
