@@ -4,6 +4,7 @@ that cannot raise.
 Everything else that goes wrong is a bug and keeps its traceback. Next: config.py, where most of these are raised.
 """
 
+import argparse
 import contextlib
 import os
 import select
@@ -38,6 +39,21 @@ def started(script):
     """What starts one of our scripts from here, quoted for a shell: Python as it was called, and the script's path."""
     path = os.path.relpath(Path(__file__).with_name(script))
     return shlex.quote(sys.orig_argv[0] or sys.executable), shlex.quote(path)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One that says a mistake in one line, guesses no abbreviation, and takes --a-b for --a_b."""
+
+    def __init__(self, **about):
+        super().__init__(allow_abbrev=False, **about)
+
+    def parse_args(self, words=None):
+        parts = (word.partition("=") for word in (sys.argv[1:] if words is None else words))
+        return super().parse_args([(name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name)
+                                   + equals + value for name, equals, value in parts])
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
 
 
 def run(main, pause=0.0):

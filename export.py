@@ -7,7 +7,6 @@ The directory loads with transformers' AutoModelForCausalLM and AutoTokenizer, a
 DeepSeek-V3.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -140,7 +139,7 @@ def _write(path, text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python export.py", description=__doc__.split("\n\n")[0])
+    parser = errors.ArgumentParser(prog="python export.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", help="run or step folder; with --reverse a Hugging Face directory")
     parser.add_argument("target", help="the folder to write")
     parser.add_argument("--reverse", action="store_true", help="from Hugging Face to a run folder")

@@ -115,7 +115,7 @@ def test_all_files_have_the_mode_that_the_umask_gives(run, tmp_path, mask):
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
-def test_a_directory_can_be_exported_again_and_has_no_best(run, tmp_path):
+def test_a_directory_can_be_exported_again_and_has_no_best(run, data, tmp_path):
     export.export(run, tmp_path / "hf")
     export.export(tmp_path / "hf", tmp_path / "again")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -123,6 +123,14 @@ def test_a_directory_can_be_exported_again_and_has_no_best(run, tmp_path):
     for source in (tmp_path / "hf", run / "checkpoints/step_00000020"):
         with pytest.raises(UserError, match="holds one model"):
             export.export(source, tmp_path / "best", which="best")
+    for words, message in ((["--rev"], "unrecognized arguments: --rev"), (["--dtype=int8"], "invalid choice: 'int8'"),
+                           (["--check-point=best"], "unrecognized arguments: --check_point=best")):
+        with pytest.raises(UserError, match=message + r".*\(see --help\)$"):
+            export.main([str(run), str(tmp_path / "x"), *words])
+    for folder in (data, shutil.copytree(data, tmp_path / "no meta", ignore=lambda *_: ["meta.json"])):
+        for words in ([str(folder), str(tmp_path / "x")], ["--reverse", str(folder), str(tmp_path / "x")]):
+            with pytest.raises(UserError, match=f"{folder.name} holds prepared data, not a model"):
+                export.main(words)
     with pytest.raises(UserError, match="--reverse takes no --checkpoint and no --dtype"):
         export.main(["--reverse", str(tmp_path / "hf"), str(tmp_path / "back"), "--dtype", "bfloat16"])
     with pytest.raises(UserError, match="not empty"):  # a run is not overwritten by another model
