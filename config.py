@@ -8,7 +8,6 @@ a wrong type or an impossible combination is refused before anything is written.
 import ast
 import dataclasses
 import difflib
-import os
 import re
 import runpy
 import shlex
@@ -200,21 +199,19 @@ def load(argv):
                         "run to continue:  python train.py --resume=out/debug" + (f"; got {names}" if names else ""))
     values = read_run(run) if run else read_file(names[0])
     config = Config(**values | flags)
-    if config.out_dir is None:
-        config.out_dir = f"out/{Path(*names or [run]).stem}"
+    config.out_dir = f"out/{Path(*names or [run]).stem}" if config.out_dir is None else config.out_dir
     return config.check(), None if run else names[0]
 
 
 def run_folder(names, flags):
-    """The run whose settings are meant: a folder or file of it in place of the config file, else what --resume or
-    --out_dir names; None if a config file is named, or nothing. A step so named becomes that of --resume."""
+    """The run whose settings are meant: what stands in place of the config file, else what --resume or --out_dir names;
+    None if a config file is named, or nothing. A step so named becomes that of --resume."""
     resume = flags.get("resume")
-    if len(names) == 1 and (resume or os.path.exists(names[0])) and (
-            not names[0].endswith(".py") or os.path.isdir(names[0])):
+    if len(names) == 1 and (not names[0].endswith(".py") or Path(names[0]).is_dir()):
         run, start = what_is_meant(names[0])
-        if not resume and (run / "config.json").exists():
-            raise UserError(f"{names[0]} is {'' if run == Path(names[0]) else 'in '}a run, not a config file: continue "
-                            f"it with  {' '.join(started('train.py'))} {shlex.quote(f'--resume={start}')}")
+        if not resume and (run / "config.json").exists() and Path(names[0]).exists():
+            raise UserError(f"{names[0]} is of a run, not a config file: continue it with  "
+                            f"{' '.join(started('train.py'))} {shlex.quote(f'--resume={start}')}")
         if resume is True and start != run:
             flags["resume"] = str(start)
         return run if resume else None
@@ -227,13 +224,11 @@ def what_is_meant(path):
     checkpoints/, the pointers latest and best there, config.json."""
     path = Path(path)
     if path.is_file() and path.name in ("latest", "best"):
-        step = path.read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"step_\d+", step):
-            raise UserError(f"{path} is damaged: it names no step folder")
-        path = path.with_name(step) if path.name == "best" else path.parent  # the newest is what a run goes on with
+        best = path.read_text(encoding="utf-8", errors="replace").strip()
+        path = path.parent / (best if path.name == "best" else "")  # a run goes on with the newest by itself
     step = re.fullmatch(r"step_\d+", path.name)
-    run = path.parent if step or path.is_file() else path
-    run = run.parent if run.name == "checkpoints" else run
+    folder = path.parent if step or path.is_file() else path
+    run = folder.parent if folder.name == "checkpoints" else folder
     return run, path if step else run
 
 
@@ -299,10 +294,6 @@ def read_words(argv):
                 value = text  # a text that happens to look like a number stays a text
         values[name] = checked(name, value, "on the command line")
     return names, values
-
-
-def read_flags(words):
-    return read_words(words)[1]
 
 
 def _is_value(word, name):

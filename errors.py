@@ -6,7 +6,9 @@ Everything else that goes wrong is a bug and keeps its traceback. Next: config.p
 
 import argparse
 import contextlib
+import functools
 import os
+import re
 import select
 import shlex
 import signal
@@ -42,15 +44,12 @@ def started(script):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """One that says a mistake in one line, guesses no abbreviation, and takes --a-b for --a_b."""
-
-    def __init__(self, **about):
-        super().__init__(allow_abbrev=False, **about)
+    """One whose mistakes are one line, that guesses no abbreviation and takes --a-b for --a_b."""
+    __init__ = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
 
     def parse_args(self, words=None):
-        parts = (word.partition("=") for word in (sys.argv[1:] if words is None else words))
-        return super().parse_args([(name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name)
-                                   + equals + value for name, equals, value in parts])
+        words = sys.argv[1:] if words is None else words
+        return super().parse_args([re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words])
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")

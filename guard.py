@@ -209,9 +209,8 @@ def command(run, *words):
         place = (f"--nnodes={nodes} --node_rank=$NODE_RANK --master_addr={os.environ.get('MASTER_ADDR')} "
                  f"--master_port={os.environ.get('MASTER_PORT')}" if nodes > 1 else "--standalone")
         launcher = f"{shlex.quote(sys.executable)} -m torch.distributed.run {place} --nproc_per_node={here} {script}"
-    launcher = launcher or f"{python} {script}"
     resume = [f"--resume={run}"] if (Path(run) / "checkpoints/latest").exists() else [str(run), "--resume=auto"]
-    return f"{launcher} {shlex.join([*resume, *words])}"
+    return f"{launcher or f'{python} {script}'} {shlex.join([*resume, *words])}"
 
 
 def refuse_broken_compiler(error):

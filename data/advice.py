@@ -58,8 +58,6 @@ def _instead_of(name, path):
         if meant == home and home.exists() or has_shards(meant):
             return f"did you mean {_choose([meant])}"
     matches = sorted(map(Path, glob.glob(str(home), recursive=True)))
-    if shards := list(filter(has_shards, matches)):
-        return f"did you mean {_choose(shards)}"
     if source := next(filter(None, map(_source, filter(Path.is_file, matches))), None):
         folder = matches[0].absolute().parent
         what = str(folder if source.startswith("hf") else home)  # which takes one folder or file

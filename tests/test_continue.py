@@ -74,9 +74,9 @@ def test_settings_of_another_version_are_said(ended, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["b2"], "b2 is a run, not a config file: continue it with  .*train.py --resume=b2$"),
-    (["data"], "no config file"), (["b2/config.json"], "json is in a run, not a config file: .*train.py --resume=b2$"),
-    (["b2", "--overwrite"], "is a run, not a config file"), (["--resume"], "name one config file"),
+    (["b2"], "b2 is of a run, not a config file: continue it with  .*train.py --resume=b2$"),
+    (["data"], "no config file"), (["b2/config.json"], "json is of a run, not a config file: .*train.py --resume=b2$"),
+    (["b2", "--overwrite"], "is of a run, not a config file"), (["--resume"], "name one config file"),
     (["--resume=data"], "data has no config.json .*: name its config file too, before --resume=data$"),
     (["--resume=no/such"], "^there is no folder no/such$"), (["no/such", "--resume"], "^there is no folder no/such$"),
     (["tiny.py", "b2", "--resume"], "got .*tiny.py.*b2")])

@@ -270,7 +270,7 @@ def test_what_the_rate_will_do_is_said_and_how_to_keep_it(start, there, here, ju
     if not jumps:
         return
     advice = said.split("To hold")[1].split("; to let")
-    hold, fall = (settings.read_flags(re.findall(r"--\S+", part)) for part in advice)
+    hold, fall = (settings.read_words(re.findall(r"--\S+", part))[1] for part in advice)
     held = settings.Config(**base | there | here | hold)
     at = rate(old, start)
     assert [rate(held, step) for step in range(start + 1, held.max_steps + 1)] == pytest.approx(

@@ -261,7 +261,7 @@ def test_names_that_do_not_exist_get_what_fits_them(tmp_path, monkeypatch):
             "my notes/*.txt": "make it with  python -m data.prepare text 'my notes/*.txt' --out='data/my notes'",
             "rows/**/*.jsonl": "python -m data.prepare jsonl 'rows/**/*.jsonl' --out=data/deep",
             "rows/*.json": f"python -m data.prepare hf {tmp_path}/rows --out=data/rows",
-            "data/s*": "did you mean --data=data/stdlib", "rows/*.png": "prepare text FILES", "no/*.txt": "text FILES",
+            "rows/*.png": "prepare text FILES", "no/*.txt": "text FILES",
             "s3://bucket/my/x.txt": "remote paths are not read: download it, then  python -m data.prepare text FILES "
                                     "--out=data/x", "gs://b/c": "remote paths are not read",
             "no/such/folder": "python -m data.prepare text FILES --out=no/such/folder",
