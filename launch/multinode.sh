@@ -14,12 +14,10 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # What a rank names to continue with: this script from anywhere, with the environment that it was given.
-NANOK2_LAUNCHER=""
-for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE PYTHON MAX_FAILURES OMP_NUM_THREADS \
-        TORCH_ELASTIC_SHUTDOWN_TIMEOUT CUDA_VISIBLE_DEVICES; do
-    [ -z "${!name+given}" ] || NANOK2_LAUNCHER+="$name=$(printf %q "${!name}") "
-done
-export NANOK2_LAUNCHER+="bash $(printf %q "$PWD/launch/multinode.sh")"
+export NANOK2_LAUNCHER="$(
+    for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE PYTHON MAX_FAILURES OMP_NUM_THREADS \
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT CUDA_VISIBLE_DEVICES; do [ -z "${!name+x}" ] || printf %s=%q\  $name "${!name}"; done
+    printf 'bash %q' "$PWD/launch/multinode.sh")"
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${NPROC_PER_NODE:=auto}"
 : "${PYTHON:=python}" "${MAX_FAILURES:=3}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
