@@ -20,7 +20,7 @@ from typing import Literal
 
 import errors
 from data.shards import read_json
-from errors import UserError
+from errors import UserError, started
 from model import ModelConfig, setting
 
 
@@ -149,6 +149,7 @@ class Config(ModelConfig):
                  "is always 1 teaches the router nothing: set --no-norm_topk_prob, or choose two experts or more"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
                 (self.data, "data is empty: name a folder of shards"),
+                (self.out_dir != "", "out_dir is empty: name the run's folder"),
                 (not isinstance(self.data, dict) or all(
                     type(f) is str and type(w) in (int, float) and 0 < w < 2**63 for f, w in self.data.items()),
                  "data: expected {folder: weight} with weights above 0"),
@@ -193,30 +194,45 @@ def load(argv):
     """A checked Config from ["configs/x.py", "--key=value", ...], or with the settings of the run that the words name,
     ["out/x", "--resume"] or ["--resume=out/x"]; returns (config, path of the config file or None)."""
     names, flags = read_words(argv)
+    if type(named := flags.get("resume")) is str and named not in ("", "auto"):
+        flags["resume"] = str(what_is_meant(named)[1])
     run = run_folder(names, flags)
     if len(names) > 1 or not names and not run:
         raise UserError("name one config file:  python train.py configs/debug.py [--key=value ...]  (see --help), or a "
                         "run to continue:  python train.py --resume=out/debug" + (f"; got {names}" if names else ""))
     values = read_run(run) if run else read_file(names[0])
     config = Config(**values | flags)
-    config.out_dir = config.out_dir or f"out/{Path(names[0]).stem}"
+    config.out_dir = f"out/{Path(*names or [run]).stem}" if config.out_dir is None else config.out_dir
     return config.check(), None if run else names[0]
 
 
 def run_folder(names, flags):
-    """The run whose settings are meant: a folder in place of the config file, else the one that --resume, a run or step
-    folder, or --out_dir names; None if a config file is named, or nothing."""
+    """The run whose settings are meant: what stands in place of the config file, else what --resume or --out_dir names;
+    None if a config file is named, or nothing. A step so named becomes that of --resume."""
     resume = flags.get("resume")
-    if len(names) == 1 and Path(names[0]).is_dir():
-        if not resume and (Path(names[0]) / "config.json").exists():
-            raise UserError(f"{names[0]} is a run, not a config file: continue it with  python train.py "
-                            + shlex.quote(f"--resume={names[0]}"))
-        return Path(names[0]) if resume else None
+    if len(names) == 1 and (not names[0].endswith(".py") or Path(names[0]).is_dir()):
+        run, start = what_is_meant(names[0])
+        if not resume and (run / "config.json").exists() and Path(names[0]).exists():
+            raise UserError(f"{names[0]} is of a run, not a config file: continue it with  "
+                            f"{' '.join(started('train.py'))} {shlex.quote(f'--resume={start}')}")
+        if resume is True and start != run:
+            flags["resume"] = str(start)
+        return run if resume else None
     named = flags.get("out_dir") if resume in (True, "auto") else resume
-    if names or not named:
-        return None
-    folder = Path(named).parent if re.fullmatch(r"step_\d+", Path(named).name) else Path(named)
-    return folder.parent if folder.name == "checkpoints" else folder
+    return what_is_meant(named)[0] if named and not names else None
+
+
+def what_is_meant(path):
+    """(run folder, what to continue from: it, or one of its step folders) of a path into a run: a step folder,
+    checkpoints/, the pointers latest and best there, config.json."""
+    path = Path(path)
+    if path.is_file() and path.name in ("latest", "best"):
+        best = path.read_text(encoding="utf-8", errors="replace").strip()
+        path = path.parent / (best if path.name == "best" else "")  # a run goes on with the newest by itself
+    step = re.fullmatch(r"step_\d+", path.name)
+    folder = path.parent if step or path.is_file() else path
+    run = folder.parent if folder.name == "checkpoints" else folder
+    return run, path if step else run
 
 
 def read_run(run):
@@ -225,8 +241,8 @@ def read_run(run):
     path = run / "config.json"
     stored = read_json(path).get("settings") if path.is_file() else None
     if not isinstance(stored, dict):
-        raise UserError(f"{run} has no config.json with the settings of a run: name a config file too, as in  python "
-                        f"train.py configs/debug.py {shlex.quote(f'--resume={run}')}")
+        raise UserError(f"{run} has no config.json with the settings of a run: name its config file too, before "
+                        f"--resume={shlex.quote(str(run))}" if run.is_dir() else f"there is no folder {run}")
     for name in sorted(stored.keys() ^ FIELDS.keys()):
         told = f"{stored[name]!r}, unknown to this version and left out" if name in stored else \
             f"not recorded, so {FIELDS[name].default!r}, the default"
@@ -281,10 +297,6 @@ def read_words(argv):
                 value = text  # a text that happens to look like a number stays a text
         values[name] = checked(name, value, "on the command line")
     return names, values
-
-
-def read_flags(words):
-    return read_words(words)[1]
 
 
 def _is_value(word, name):

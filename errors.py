@@ -4,12 +4,17 @@ that cannot raise.
 Everything else that goes wrong is a bug and keeps its traceback. Next: config.py, where most of these are raised.
 """
 
+import argparse
 import contextlib
+import functools
 import os
+import re
 import select
+import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 
 STOPPED = 75  # exit status of a run that a signal ended, saved and to be continued (EX_TEMPFAIL)
 
@@ -30,6 +35,24 @@ def one_line(text):
 def said(error):
     """An exception of any kind in a few words: its name and the first line of its message."""
     return one_line(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}").removesuffix(": ")
+
+
+def started(script):
+    """What starts one of our scripts from here, quoted for a shell: Python as it was called, and the script's path."""
+    path = os.path.relpath(Path(__file__).with_name(script))
+    return shlex.quote(sys.orig_argv[0] or sys.executable), shlex.quote(path)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One whose mistakes are one line, that guesses no abbreviation and takes --a-b for --a_b."""
+    __init__ = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
+
+    def parse_args(self, words=None):
+        words = sys.argv[1:] if words is None else words
+        return super().parse_args([re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words])
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
 
 
 def run(main, pause=0.0):

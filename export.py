@@ -7,13 +7,13 @@ The directory loads with transformers' AutoModelForCausalLM and AutoTokenizer, a
 DeepSeek-V3.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -81,6 +81,7 @@ def reverse(source, run):
         refuse_other_kinds(source)
         raise UserError(f"{source} has no Hugging Face config.json")
     model, encoder = generate.load(source, "cpu")
+    run = Path(os.path.realpath(run))
     fields = dataclasses.asdict(model.config) | continuation(model.config) | {"out_dir": str(run)}
     with in_place(run) as temporary:
         settings = dataclasses.asdict(Config(**fields, resume=True).check())
@@ -90,14 +91,16 @@ def reverse(source, run):
             about["tokenizer"] = tokenizers.fingerprint(encoder)
         checkpoint.save(temporary / "checkpoints", 0, checkpoint.named_tensors(model), about, keep=1)
         word = shlex.quote(f"{run}/tokenizer") if encoder else "TOKENIZER_OF_THE_MODEL"
-        command = f"python train.py {shlex.quote(f'{run}/config.py')} --resume --data=FOLDER"
+        here = str(Path(__file__).absolute().parent)  # the commands run from anywhere
+        train = shlex.join([sys.executable, f"{here}/train.py", f"{run}/config.py", "--resume", "--data=FOLDER"])
+        prepare = f"PYTHONPATH={shlex.quote(here)} {shlex.quote(sys.executable)} -m data.prepare text TEXTS"
         lines = [f"# {errors.one_line(line)}" for line in (  # one line each: a folder's name is not to become code
-            f"The model of {source}, to continue:  {command}",
-            f"FOLDER by:  python -m data.prepare text TEXTS --tokenizer={word} --out=FOLDER")]
+            f"The model of {source}, to continue:  {train}",
+            f"FOLDER by:  {prepare} --tokenizer={word} --out=FOLDER")]
         lines += [f"{name} = {value!r}" for name, value in fields.items()]
         _write(temporary / "config.py", "\n".join(lines) + "\n")
         _write_json(temporary / "config.json", {"settings": settings, "imported_from": str(source)})
-    return Path(run)
+    return run
 
 
 def continuation(model):
@@ -111,8 +114,10 @@ def continuation(model):
 
 @contextlib.contextmanager
 def in_place(folder):
-    """A folder that appears under its name only when the `with` block succeeds; an existing one is refused."""
-    folder = Path(folder)
+    """A folder that appears under its name only when the `with` block succeeds; one that holds something is refused."""
+    folder = Path(os.path.realpath(folder))  # what a link, ".", ".." or "" stand for
+    if folder == Path.cwd():
+        raise UserError(f"{folder} is the folder that you are in, which cannot be replaced: name another")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty: choose another name or delete it")
@@ -134,7 +139,7 @@ def _write(path, text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python export.py", description=__doc__.split("\n\n")[0])
+    parser = errors.ArgumentParser(prog="python export.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", help="run or step folder; with --reverse a Hugging Face directory")
     parser.add_argument("target", help="the folder to write")
     parser.add_argument("--reverse", action="store_true", help="from Hugging Face to a run folder")

@@ -7,7 +7,6 @@ Prompts start a document: the end-of-text token is put before them, as in traini
 Text goes to stdout, notes to stderr. The loop is K2.generate in model.py, the choice of a token in sampling.py.
 """
 
-import argparse
 import codecs
 import re
 import time
@@ -108,7 +107,7 @@ def token_bytes(encoder, token):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python generate.py", description=__doc__.split("\n\n")[0])
+    parser = errors.ArgumentParser(prog="python generate.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="run folder, step folder or exported Hugging Face directory")
     parser.add_argument("--prompt", action="append", help="text to continue, several times if wanted; none: from the "
                         "document start")

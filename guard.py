@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import parallel
-from errors import Lossy, UserError, said, to_nowhere
+from errors import Lossy, UserError, said, started, to_nowhere
 from muon import local_rows
 
 SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
@@ -203,16 +203,14 @@ def command(run, *words):
     """What continues a run, or begins it again if it has saved nothing, to be pasted: by the launcher that is at work,
     as far as a rank knows it."""
     here, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1
-    script = next((word for word in sys.orig_argv if Path(word).name == "train.py"), "train.py")
-    launcher = os.environ.get("NANOK2_LAUNCHER")
+    launcher, (python, script) = os.environ.get("NANOK2_LAUNCHER"), started("train.py")
     if launcher is None and "WORLD_SIZE" in os.environ:
         nodes = int(os.environ["WORLD_SIZE"]) // here
         place = (f"--nnodes={nodes} --node_rank=$NODE_RANK --master_addr={os.environ.get('MASTER_ADDR')} "
                  f"--master_port={os.environ.get('MASTER_PORT')}" if nodes > 1 else "--standalone")
-        launcher = f"torchrun {place} --nproc_per_node={here} {shlex.quote(script)}"
-    launcher = launcher or shlex.join([sys.orig_argv[0] or "python", script])
+        launcher = f"{shlex.quote(sys.executable)} -m torch.distributed.run {place} --nproc_per_node={here} {script}"
     resume = [f"--resume={run}"] if (Path(run) / "checkpoints/latest").exists() else [str(run), "--resume=auto"]
-    return f"{launcher} {shlex.join([*resume, *words])}"
+    return f"{launcher or f'{python} {script}'} {shlex.join([*resume, *words])}"
 
 
 def refuse_broken_compiler(error):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.shards import read_json
+from data.shards import FORMATS, read_json
 from errors import UserError, one_line
 
 INDEX = "model.safetensors.index.json"
@@ -39,6 +39,9 @@ def note(text):
 def refuse_other_kinds(folder):
     for pattern, what in OTHER:
         if found := sorted(Path(folder).glob(pattern)):
+            with open(found[0], "rb") as file:
+                if int.from_bytes(file.read(4), "little") in FORMATS:
+                    raise UserError(f"{folder} holds prepared data, not a model: name a run folder, as in out/debug")
             if what:
                 raise UserError(f"{found[0]} is {what}")
             return

@@ -29,8 +29,8 @@ def require(config, model, routes, layout, device):
     """Refuse a run that clearly does not fit on some rank, with the levers; warn where it is close. All ranks call it
     together, before the optimizer's state is made, and end alike."""
     size, forwards = parallel.split_batch(config)
-    sizes = [size] + [2**n for n in range(size.bit_length()) if 2**n < size and size * forwards % 2**n == 0]
-    needs = {n: needed(config, model, routes, layout, device, n, size * forwards // n) for n in sizes}
+    needs = {n: needed(config, model, routes, layout, device, n, size * forwards // n)
+             for n in range(1, size + 1) if size * forwards % n == 0}
     everyone = parallel.from_all((free_bytes(device), needs))
     if any(free is None for free, _ in everyone):
         print(f"how much memory is free cannot be told on this {device.type}: whether the run fits is not checked")

@@ -81,12 +81,8 @@ class RunLog:
             self.file = open(os.devnull, "w", encoding="utf-8")
             return
         replace_text(self.path, lines_up_to(self.path, step))
-        samples = self.folder / "samples.md"
-        if samples.exists():
-            text = samples.read_bytes().decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 stay what they are
-            head, *parts = re.split(SAMPLE_HEAD, text)  # numbers and texts take turns
-            kept = [SAMPLE.format(number, text) for number, text in zip(parts[::2], parts[1::2]) if int(number) <= step]
-            replace_text(samples, head + "".join(kept))
+        if (samples := self.folder / "samples.md").exists():
+            self.attempt("samples.md", lambda: cut_samples(samples, step))
         self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # a line at a time: a kill loses at most one
         self.wandb = Service(lambda: start_wandb(config, self.folder, run_id))
 
@@ -135,6 +131,13 @@ class RunLog:
         for what, count in self.lost.items():
             print(f"warning: {what}: {count} time{'s' * (count > 1)} nothing could be written", flush=True)
         self.lost.clear()
+
+
+def cut_samples(path, step):
+    text = path.read_bytes().decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 stay what they are
+    head, *parts = re.split(SAMPLE_HEAD, text)  # numbers and texts take turns
+    kept = [SAMPLE.format(number, text) for number, text in zip(parts[::2], parts[1::2]) if int(number) <= step]
+    replace_text(path, head + "".join(kept))
 
 
 class Service:
@@ -206,6 +209,8 @@ def step_line(record, max_steps, eta):
 
 def summary(folders):
     """For python metrics.py RUN_FOLDER ...: how far each run is and its newest losses, a line each."""
+    if {"-h", "--help"} & set(folders):
+        return print("python metrics.py RUN_FOLDER ...: how far each run is and its newest losses")
     for folder in folders or ["."]:
         newest = {record["kind"]: record for record in read_records(Path(folder) / "metrics.jsonl")}
         if "train" not in newest:

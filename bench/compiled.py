@@ -246,12 +246,12 @@ def compile_launch(kernel, arguments, options):
 def version():
     """That of Triton, to which the compiler's inner functions belong that are called here."""
     try:
-        import triton
-    except ImportError as error:
-        raise UserError(f"this needs Triton ({error}): pip install -r requirements-dev.txt") from error
+        from triton import __version__
+    except Exception as error:  # a damaged one raises anything
+        raise UserError(f"this needs Triton ({said(error)}): pip install -r requirements-dev.txt") from error
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("where Triton interprets, nothing is compiled: unset TRITON_INTERPRET")
-    return triton.__version__
+    return __version__
 
 
 def rows_of(name, version):

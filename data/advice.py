@@ -5,6 +5,7 @@ Commands are quoted for a shell and run as they stand. Next: shards.py, which ra
 
 import collections
 import difflib
+import glob
 import itertools
 import os
 import re
@@ -56,11 +57,18 @@ def _instead_of(name, path):
     for meant in (home, Path("data", path.name), *([path.parent] if path.suffix == ".bin" else [])):
         if meant == home and home.exists() or has_shards(meant):
             return f"did you mean {_choose([meant])}"
+    matches = sorted(map(Path, glob.glob(str(home), recursive=True)))
+    if source := next(filter(None, map(_source, filter(Path.is_file, matches))), None):
+        folder = matches[0].absolute().parent
+        what = str(folder if source.startswith("hf") else home)  # which takes one folder or file
+        return f"make it with  {_prepare(source.format(quote(what)), Path('data', folder.name))}"
     out = path if len(path.parts) > 1 else Path("data", path.name)
     dataset = re.fullmatch(r"(?:https?:/+huggingface\.co/)?(?:datasets/)?([\w.-]+/[\w.-]+)/?", name)
     if dataset and not Path(dataset[1]).parent.exists():
         return (f"if Hugging Face's dataset is meant,  {_prepare('hf ' + dataset[1], Path('data', path.name))}  or, to "
                 f"read it while training,  --data=hf:{dataset[1]} --tokenizer=gpt2")
+    if re.match(r"\w+:/", name):
+        return "remote paths are not read: download it, then  " + _prepare("text FILES", Path("data", path.stem))
     near = {folder.name: folder for folder in path.parent.glob("*") if has_shards(folder)}
     close = difflib.get_close_matches(path.name, [*near, *SOURCES], 1, 0.75)
     if close and close[0] in near:

@@ -10,7 +10,6 @@ split empty, the end of the text is val. What was read, left out and altered is 
 Next: ../configs/debug.py trains on the result.
 """
 
-import argparse
 import collections
 import hashlib
 import itertools
@@ -43,7 +42,7 @@ HELD = 2**24  # characters that may wait until it is known that both splits get 
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.split("\n\n")[0])
+    parser = errors.ArgumentParser(prog="python -m data.prepare", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("source", help="where the text comes from",
         choices=["stdlib", "text", "stdin", "jsonl", "parquet", "csv", *sources.KNOWN, "hf", "random",
@@ -70,9 +69,7 @@ def parse(argv):
     add("--tokens", type=int, help="for random: how many (default 10 million)")
     add("--shards", type=int, help="for fineweb-gpt2-shards: how many (default 10, all: 103)")
     add("--overwrite", action="store_true", help="replace a folder that was made in another way")
-    names = (word.partition("=") for word in argv)
-    args = parser.parse_args([(name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name)
-                              + equals + value for name, equals, value in names])
+    args = parser.parse_args(argv)
     check(args)
     return args
 

@@ -13,13 +13,15 @@
 #                                   hang in a collective after another has died, before it is killed
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+# What a rank names to continue with: this script from anywhere, with the environment that it was given.
+export NANOK2_LAUNCHER="$(
+    for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE PYTHON MAX_FAILURES OMP_NUM_THREADS \
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT CUDA_VISIBLE_DEVICES; do [ -z "${!name+x}" ] || printf %s=%q\  $name "${!name}"; done
+    printf 'bash %q' "$PWD/launch/multinode.sh")"
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${NPROC_PER_NODE:=auto}"
 : "${PYTHON:=python}" "${MAX_FAILURES:=3}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
 export PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's option: else it dies of USR1
-
-export NANOK2_LAUNCHER="NPROC_PER_NODE=$NPROC_PER_NODE bash launch/multinode.sh"  # what a rank names to continue with
-[ "$NNODES" = 1 ] || NANOK2_LAUNCHER="NNODES=$NNODES NODE_RANK=\$NODE_RANK MASTER_ADDR=$MASTER_ADDR $NANOK2_LAUNCHER"
 
 # Refuses mistakes in the settings before any rank starts, and knows where the run will lie.
 about="$("$PYTHON" -m config "$@")" || exit 2

@@ -25,6 +25,6 @@ Everything of this run is in $(cd "$out" && pwd):
   curves.png      loss, learning rate, gradient norm, throughput, attention logits, expert load
   samples.md      text sampled while training
   metrics.jsonl   one JSON record a line
-  checkpoints/    latest and best; continue with: $python train.py --resume=$quoted --max_steps=...
+  checkpoints/    latest and best; continue with: $python train.py --resume=$quoted --max_steps=900
 More text: $python generate.py $quoted --prompt "class " --stream
 EOF

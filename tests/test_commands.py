@@ -64,6 +64,16 @@ def test_another_triton_is_one_line(monkeypatch):
         compiled.main([])
 
 
+@pytest.mark.parametrize("code", ["", "raise RuntimeError('no driver')", "__version__ = 1 / 0"])
+def test_a_broken_triton_is_one_line(tmp_path, monkeypatch, code):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text(code, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(errors.UserError, match="this needs Triton .*: pip install -r requirements-dev.txt"):
+        compiled.main(["decode"])
+
+
 def test_the_soak_ends_with_its_time():
     started = time.monotonic()
     with pytest.raises(errors.UserError, match="no disturbed run ended within 0.02 minutes: give more --minutes"):

@@ -58,7 +58,7 @@ def test_a_file_may_compute_and_import_another(file):
     ],
 )
 def test_flags(word, expected):
-    values = settings.read_flags([word])
+    _, values = settings.read_words([word])
     assert values == expected and all(type(values[key]) is type(expected[key]) for key in expected)
 
 
@@ -79,7 +79,7 @@ def test_flags(word, expected):
 )
 def test_a_value_may_follow_its_key(line, expected, file):
     words = shlex.split(line)
-    assert settings.read_flags(words) == expected
+    assert settings.read_words(words)[1] == expected
     name = file("hidden_size = 64\n")
     for argv in ([name, *words], [*words, name]):  # a switch does not swallow the config file
         if "-1e-3" not in line:
@@ -137,7 +137,7 @@ def test_names_of_other_trainers_lead_to_ours(file):
 )
 def test_wrong_flags_say_what_would_be_valid(word, message):
     with pytest.raises(UserError, match=message):
-        settings.read_flags([word])
+        settings.read_words([word])
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,7 @@ def test_wrong_flags_say_what_would_be_valid(word, message):
         ("--rope_theta=0", "must be above 0"),
         ("--n_shared_experts=-1", "n_shared_experts"),
         ("--data=", "data is empty"),
+        ("--out_dir=", "out_dir is empty: name the run's folder"),
         ("--first_k_dense_replace=99", "first_k_dense_replace"),
         ("--decay_steps=-1", "decay_steps"),
     ],

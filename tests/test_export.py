@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,9 @@ def test_there_and_back_is_bitwise_and_the_printed_command_trains(run, tmp_path,
     """On folders whose names have a space and letters that are not ASCII, from the command line that was printed."""
     there, back = tmp_path / "größe hf", tmp_path / "zurück 1"
     export.main([str(run), str(there)])
-    export.main(["--reverse", str(there), str(back)])
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path)
+        export.main(["--reverse", there.name, back.name])
     printed = capsys.readouterr().out
     model, _ = generate.load(run, "cpu")
     for source in (there, back):
@@ -83,13 +86,14 @@ def test_there_and_back_is_bitwise_and_the_printed_command_trains(run, tmp_path,
     texts.mkdir()
     for path in sorted(ROOT.glob("*.py"))[:12]:
         shutil.copy(path, texts)
-    lines = [line.split(":  ", 1)[1] for line in printed.splitlines() if ":  python " in line]
+    lines = [line.split(":  ", 1)[1] for line in printed.splitlines() if ":  " in line]
     assert lines == [line.split(":  ", 1)[1] for line in (back / "config.py").read_text("utf-8").splitlines()[:2]]
     train_words, prepare_words = (shlex.split(line) for line in lines)
-    assert train_words[:2] == ["python", "train.py"] and prepare_words[:3] == ["python", "-m", "data.prepare"]
+    assert train_words[:2] == [sys.executable, str(ROOT / "train.py")]
+    assert prepare_words[:4] == [f"PYTHONPATH={ROOT}", sys.executable, "-m", "data.prepare"]
     place = {"TEXTS": str(texts), "--out=FOLDER": f"--out={tmp_path}/data", "--data=FOLDER": f"--data={tmp_path}/data"}
     monkeypatch.chdir(tmp_path)
-    prepare.main([place.get(word, word) for word in prepare_words[3:]])
+    prepare.main([place.get(word, word) for word in prepare_words[4:]])
     run_train(*[place.get(word, word) for word in train_words[2:]], "--max_steps=1", "--eval_interval=0")
     assert [record["step"] for record in records(back)] == [1]
     settings = json.loads((back / "config.json").read_text("utf-8"))["settings"]
@@ -111,7 +115,7 @@ def test_all_files_have_the_mode_that_the_umask_gives(run, tmp_path, mask):
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
-def test_a_directory_can_be_exported_again_and_has_no_best(run, tmp_path):
+def test_a_directory_can_be_exported_again_and_has_no_best(run, data, tmp_path):
     export.export(run, tmp_path / "hf")
     export.export(tmp_path / "hf", tmp_path / "again")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -119,6 +123,14 @@ def test_a_directory_can_be_exported_again_and_has_no_best(run, tmp_path):
     for source in (tmp_path / "hf", run / "checkpoints/step_00000020"):
         with pytest.raises(UserError, match="holds one model"):
             export.export(source, tmp_path / "best", which="best")
+    for words, message in ((["--rev"], "unrecognized arguments: --rev"), (["--dtype=int8"], "invalid choice: 'int8'"),
+                           (["--check-point=best"], "unrecognized arguments: --check_point=best")):
+        with pytest.raises(UserError, match=message + r".*\(see --help\)$"):
+            export.main([str(run), str(tmp_path / "x"), *words])
+    for folder in (data, shutil.copytree(data, tmp_path / "no meta", ignore=lambda *_: ["meta.json"])):
+        for words in ([str(folder), str(tmp_path / "x")], ["--reverse", str(folder), str(tmp_path / "x")]):
+            with pytest.raises(UserError, match=f"{folder.name} holds prepared data, not a model"):
+                export.main(words)
     with pytest.raises(UserError, match="--reverse takes no --checkpoint and no --dtype"):
         export.main(["--reverse", str(tmp_path / "hf"), str(tmp_path / "back"), "--dtype", "bfloat16"])
     with pytest.raises(UserError, match="not empty"):  # a run is not overwritten by another model
@@ -242,6 +254,22 @@ def test_possessive_counts_in_a_pattern_keep_their_meaning():
     theirs = Tokenizer.from_str(json.dumps(hf.to_hf_tokenizer(encoder)[0]))
     for text in ("1234567", "abc 98765 12", "7" * 20):
         assert theirs.encode(text).ids == encoder.encode_ordinary(text)
+
+
+def test_targets_that_are_links_or_no_names(run, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "", "../here", tmp_path / "here"):
+        with pytest.raises(UserError, match="is the folder that you are in"):
+            export.export(run, name)
+    assert export.export(run, "../link") == Path("../link")
+    assert (tmp_path / "there/config.json").is_file() and (tmp_path / "link").is_symlink()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export.export(run, "../link")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".partial" or path.name == "here") == [
+        "here"] and not any(Path().iterdir())
 
 
 def test_an_imported_model_keeps_its_tokenizer(run, tmp_path, data):

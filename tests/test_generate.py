@@ -297,6 +297,8 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
         (["--prompt", "x", "--top_p=1.5"], "--top_p"),
         (["--prompt", "x", "--max_new_tokens=0"], "--max_new_tokens"),
         (["--prompt", "x", "--num_samples=0"], "--num_samples"),
+        (["--max_new=3"], r"^unrecognized arguments: --max_new=3 \(see --help\)$"),
+        (["--max-new-tokens=x"], "^argument --max_new_tokens: invalid int value: 'x'"),
     ],
 )
 def test_mistakes_are_one_line(run, words, message):

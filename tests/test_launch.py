@@ -214,6 +214,27 @@ def test_a_mistake_is_refused_once_before_any_rank_starts(slow_config):
     assert status == 2 and output.count("did you mean 'max_steps'") == 1 and "Traceback" not in output
 
 
+def test_the_launcher_names_itself_with_all_that_it_was_given(tmp_path, monkeypatch):
+    """What a rank prints to continue with, pasted elsewhere, starts the same script with the same environment."""
+    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    python = tmp_path / "a python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$NANOK2_LAUNCHER" > "$LOG"\nexit 1\n', encoding="utf-8")
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "NPROC_PER_NODE": "3", "NNODES": "2", "NODE_RANK": "1", "MASTER_PORT": "2951",
+             "MASTER_ADDR": "node 7", "MAX_FAILURES": "9", "LOG": str(tmp_path / "log")}
+    told = []
+    script = shlex.quote(os.path.relpath(ROOT / "launch/multinode.sh", tmp_path))
+    for line in (f"bash {script}", None):
+        line, environment = (line, given) if line else (told[0], {"LOG": given["LOG"]})
+        done = subprocess.run(["bash", "-c", f"{line} x.py"], cwd=tmp_path, env=os.environ | environment)
+        assert done.returncode == 2
+        told.append((tmp_path / "log").read_text(encoding="utf-8").strip())
+    words = shlex.split(told[0])
+    assert told[0] == told[1] and words[-2:] == ["bash", str(ROOT / "launch/multinode.sh")]
+    assert dict(word.split("=", 1) for word in words[:-2]) == {k: v for k, v in given.items() if k != "LOG"}
+
+
 @pytest.mark.slow
 def test_failures_without_progress_end_the_loop(slow_config, tmp_path):
     words = (slow_config, f"--out_dir={tmp_path / 'run'}", "--data=no/such/folder")
@@ -261,7 +282,7 @@ for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; ech
     assert [call.split("><")[0] for call in calls] == ["<-m", "<train.py", *["<generate.py"] * samples]
     assert all(call.split("><")[1] == out for call in calls[2:]) and f"in {made}:" in done.stdout
     told = shlex.split(done.stdout.split("continue with: ")[1].splitlines()[0])
-    assert told[1:3] == ["train.py", f"--resume={out}"]
+    assert told[1:4] == ["train.py", f"--resume={out}", "--max_steps=900"]
 
 
 # ---------------------------------------------------------------------- files for clusters

@@ -97,14 +97,15 @@ def test_what_does_not_fit_is_refused_before_the_first_step(config, tmp_path, mo
     assert ("warning: about" in capsys.readouterr().out) == (message == "warned")
 
 
-def test_the_micro_batch_that_is_named_fits(monkeypatch):
-    config = config_of(sequence_length=64, num_hidden_layers=12)
-    need, model, routes = needed(config, 8, 1)
-    two, one = needed(config, 2, 4)[0], needed(config, 4, 2)[0]
-    monkeypatch.setattr(memory, "free_bytes", lambda device: (two + one) // 2)
+@pytest.mark.parametrize("batch, fits, next_one", [(8, 2, 4), (12, 3, 4), (9, 3, 9)])
+def test_the_micro_batch_that_is_named_is_the_largest_that_fits(monkeypatch, batch, fits, next_one):
+    config = config_of(sequence_length=64, num_hidden_layers=12, global_batch_size=batch, micro_batch_size=batch)
+    need, model, routes = needed(config, batch, 1)
+    small, large = (needed(config, size, batch // size)[0] for size in (fits, next_one))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: (small + large) // 2)
     monkeypatch.setattr(memory, "SURE", 1.0)
     monkeypatch.setattr(memory, "TIGHT", 1.0)
-    with pytest.raises(UserError, match="--micro_batch_size=2 would fit"):
+    with pytest.raises(UserError, match=f"--micro_batch_size={fits} would fit"):
         memory.require(config, model, routes, parallel.Layout(), CPU)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     memory.require(config, model, routes, parallel.Layout(), CPU)  # not known: a line

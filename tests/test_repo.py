@@ -184,7 +184,7 @@ def test_readme_commands_parse(command):
             settings.load(words[2:])
     elif words[:2] == ["python", "train.py"]:
         if "--help" not in words:
-            settings.load(words[2:]) if words[2].startswith("configs/") else settings.read_flags(words[3:])
+            settings.load(words[2:]) if words[2].startswith("configs/") else settings.read_words(words[3:])
     elif words[:3] == ["python", "-m", "data.prepare"]:
         prepare.parse(words[3:])
     elif words[0] == "python" and words[1] in ("generate.py", "export.py"):
@@ -210,7 +210,7 @@ def test_readme_commands_write_to_folders_of_their_own():
             continue
         else:
             config = next(word for word in words if word.startswith("configs/"))
-            flags = settings.read_flags(word for word in words[words.index(config) + 1 :])
+            flags = settings.read_words(word for word in words[words.index(config) + 1 :])[1]
             folder = flags.get("out_dir", f"out/{config[8:-3]}")
         assert written.setdefault(folder, command) == command, f"{command} and {written[folder]} write to {folder}"
     assert len(written) > 15

@@ -1,12 +1,10 @@
 """Resuming: after a signal, after SIGKILL, from a step, from another run; and what is refused."""
 
 import dataclasses
-import json
 import re
 import shlex
 import shutil
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -16,7 +14,6 @@ import checkpoint
 import config as settings
 import export
 import generate
-import guard
 import runs
 from data import prepare
 from errors import STOPPED, UserError
@@ -27,7 +24,6 @@ from tests.helpers import (
     TINY,
     assert_equal_runs,
     losses,
-    make_config,
     make_data,
     records,
     run_stopped,
@@ -202,90 +198,6 @@ def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
     assert checkpoint.find(tmp_path / "run").name == "step_00000005" and not (tmp_path / "run/samples.md").exists()
 
 
-# ---------------------------------------------------------------------- with the run's own settings
-
-
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    """A run of two steps with settings that its config file does not have, in a folder with a space in its name."""
-    folder = tmp_path_factory.mktemp("ended run")
-    path = make_config(folder / "tiny.py", data=str(make_data(folder / "data", 2000, 300)), hidden_size=16,
-                       num_hidden_layers=2, global_batch_size=2, micro_batch_size=2)
-    run_train(path, f"--out_dir={folder / 'b2'}", "--max_steps=2", "--moe_intermediate_size=8", "--muon_lr=0.003")
-    return folder
-
-
-def test_a_run_continues_with_its_own_settings(ended, tmp_path, monkeypatch):
-    for number, words in enumerate((["--resume=RUN"], ["RUN", "--resume"], ["RUN", "--resume=auto"],
-                                    ["--out_dir=RUN", "--resume"], ["--resume=RUN/checkpoints/step_00000002"],
-                                    ["--resume=RUN/", "--out_dir=RUN", "--resume=auto"])):
-        run = shutil.copytree(ended / "b2", tmp_path / f"moved {number}")
-        run_train(*(word.replace("RUN", str(run)) for word in words), "--max_steps=3", "--warmup_steps=2")
-        about = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        stored = about["settings"]
-        assert losses(run)[-1][0] == 3 and stored["out_dir"] == str(run) and stored["max_steps"] == 3
-        assert (stored["moe_intermediate_size"], stored["muon_lr"], stored["warmup_steps"]) == (8, 0.003, 2)
-        assert about["command"][0] == str(ended / "tiny.py") == about["config_file"]
-        assert [entry["words"][-1] for entry in about["commands"]] == ["--muon_lr=0.003", "--warmup_steps=2"]
-
-
-def test_a_file_that_is_named_counts(ended):
-    config, path = settings.load([str(ended / "tiny.py"), f"--resume={ended / 'b2'}"])
-    assert config.muon_lr == 0.01 and config.out_dir == "out/tiny" and path == str(ended / "tiny.py")
-
-
-def test_settings_of_another_version_are_said(ended, tmp_path, capsys):
-    run = shutil.copytree(ended / "b2", tmp_path / "run")
-    about = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    about["settings"] |= {"future_setting": 7}
-    del about["settings"]["z_loss"]
-    (run / "config.json").write_text(json.dumps(about), encoding="utf-8")
-    settings.load([f"--resume={run}"])
-    said = capsys.readouterr().err
-    assert "future_setting: 7, unknown to this version" in said and "z_loss: not recorded, so 0.0" in said
-
-
-@pytest.mark.parametrize("words, message", [
-    (["b2"], "b2 is a run, not a config file: continue it with  python train.py --resume=b2"),
-    (["data"], "no config file"),
-    (["b2", "--overwrite"], "is a run, not a config file"), (["--resume"], "name one config file"),
-    (["--resume=data"], "data has no config.json with the settings of a run: name a config file too"),
-    (["--resume=no/such"], "no/such has no config.json"), (["tiny.py", "b2", "--resume"], "got .*tiny.py.*b2")])
-def test_what_names_no_run_is_said(ended, monkeypatch, words, message):
-    monkeypatch.chdir(ended)
-    with pytest.raises(UserError, match=message):
-        settings.load(words)
-
-
-def test_the_command_that_continues_can_be_pasted(ended, monkeypatch):
-    for name in ("WORLD_SIZE", "NANOK2_LAUNCHER"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "../train.py", "configs/debug.py"])
-    assert shlex.split(guard.command(ended / "b2")) == ["python", "../train.py", f"--resume={ended / 'b2'}"]
-    assert settings.load(shlex.split(guard.command(ended / "b2"))[2:])[0].out_dir == str(ended / "b2")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert guard.command("out/x") == "torchrun --standalone --nproc_per_node=2 ../train.py out/x --resume=auto"
-    monkeypatch.chdir(ended)
-    assert guard.command("b2") == "torchrun --standalone --nproc_per_node=2 ../train.py --resume=b2"
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    assert "--nnodes=2 --node_rank=$NODE_RANK --master_addr=10.0.0.1" in guard.command("b2")
-    monkeypatch.setenv("NANOK2_LAUNCHER", "bash launch/multinode.sh")
-    assert shlex.split(guard.command(ended / "b2")) == ["bash", "launch/multinode.sh", f"--resume={ended}/b2"]
-
-
-def test_a_run_that_is_done_says_so_and_changes_nothing(ended, capsys):
-    before = {path: path.read_bytes() for path in (ended / "b2").rglob("*") if path.is_file() and path.name != ".lock"}
-    for words in ([f"--resume={ended / 'b2'}"], [ended / "tiny.py", f"--resume={ended / 'b2'}", "--max_steps=1",
-                                                 f"--out_dir={ended / 'b2'}", "--moe_intermediate_size=8"]):
-        capsys.readouterr()
-        assert run_train(*words) is None
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if "done already" in line]
-        assert "step 2 is done already" in line and shlex.split(line)[-1] == "--max_steps=4"
-    assert before == {path: path.read_bytes() for path in before}
-
-
 # ---------------------------------------------------------------------- what a resumed run may change
 
 
@@ -359,7 +271,7 @@ def test_what_the_rate_will_do_is_said_and_how_to_keep_it(start, there, here, ju
     if not jumps:
         return
     advice = said.split("To hold")[1].split("; to let")
-    hold, fall = (settings.read_flags(re.findall(r"--\S+", part)) for part in advice)
+    hold, fall = (settings.read_words(re.findall(r"--\S+", part))[1] for part in advice)
     held = settings.Config(**base | there | here | hold)
     at = rate(old, start)
     assert [rate(held, step) for step in range(start + 1, held.max_steps + 1)] == pytest.approx(

@@ -241,6 +241,10 @@ def test_names_that_do_not_exist_get_what_fits_them(tmp_path, monkeypatch):
     make_data(tmp_path / "home/my set", 100, 50)
     foreign(tmp_path / "tokens/fineweb_train_0.bin", [1, 2])
     (tmp_path / "empty").mkdir()
+    make_texts("text", tmp_path / "my notes/a.txt")
+    make_texts("jsonl", tmp_path / "rows/deep/a.jsonl")
+    make_texts("jsonl", tmp_path / "rows/a.json")
+    (tmp_path / "rows/b.png").write_bytes(b"\0")
     for name, advised in {
             "data/fineweb": "python -m data.prepare fineweb --tokenizer=gpt2 --limit=1000000 --out=data/fineweb",
             "tinystories": "python -m data.prepare tinystories --out=data/tinystories",
@@ -254,6 +258,12 @@ def test_names_that_do_not_exist_get_what_fits_them(tmp_path, monkeypatch):
             "tokens/*train*.bin": "did you mean --data=tokens",
             "tokens/fineweb_train_0.bin": "did you mean --data=tokens",
             "data/stdlib/meta.json": "did you mean --data=data/stdlib", "~/my set": f"--data='{tmp_path}/home/my set'",
+            "my notes/*.txt": "make it with  python -m data.prepare text 'my notes/*.txt' --out='data/my notes'",
+            "rows/**/*.jsonl": "python -m data.prepare jsonl 'rows/**/*.jsonl' --out=data/deep",
+            "rows/*.json": f"python -m data.prepare hf {tmp_path}/rows --out=data/rows",
+            "rows/*.png": "prepare text FILES", "no/*.txt": "text FILES",
+            "s3://bucket/my/x.txt": "remote paths are not read: download it, then  python -m data.prepare text FILES "
+                                    "--out=data/x", "gs://b/c": "remote paths are not read",
             "no/such/folder": "python -m data.prepare text FILES --out=no/such/folder",
             "empty": "python -m data.prepare stdlib --vocab_size=2048  makes  --data=data/stdlib"}.items():
         with pytest.raises(UserError) as error:

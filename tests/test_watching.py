@@ -183,6 +183,16 @@ def test_bytes_of_samples_that_are_no_text_stay_what_they_are(tmp_path):
     assert (tmp_path / "samples.md").read_bytes() == odd + added
 
 
+def test_samples_that_cannot_be_read_end_no_run(tmp_path, capsys):
+    (tmp_path / "samples.md").mkdir()
+    log = metrics.RunLog(tmp_path, types.SimpleNamespace(wandb="off"), 1, "id")
+    log.sample(2, "a", "b")
+    log.close()
+    said = capsys.readouterr().out
+    assert said.count("warning: samples.md is incomplete (IsADirectoryError") == 1
+    assert "samples.md: 2 times nothing could be written" in said
+
+
 # ---------------------------------------------------------------------- W&B
 
 
@@ -339,6 +349,8 @@ def test_a_picture_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_metrics_summary(config, tmp_path, capsys):
     run_train(config, *SHORT, "--eval_interval=3")
     capsys.readouterr()
+    metrics.summary(["--help"])
+    assert capsys.readouterr().out.startswith("python metrics.py RUN_FOLDER ...: ")
     metrics.summary([str(tmp_path / "run")])
     last, (val,) = records(tmp_path / "run")[-1], records(tmp_path / "run", "val")
     assert capsys.readouterr().out.strip() == (
