@@ -32,9 +32,10 @@ from errors import UserError
 FILES = ("text", "jsonl", "parquet", "csv", "hf")  # sources that want names of files, or of a repository
 OPTIONS = {  # what belongs to some sources only
     "pattern": FILES[:4], "split_on": ("text", "stdin"), "text_column": (*FILES[1:], *sources.KNOWN),
-    "encoding": ("text", "stdin", "jsonl", "csv"), "delimiter": ("csv",), "chat": ("jsonl", "parquet", "hf"),
-    "name": ("hf", *sources.KNOWN), "split": ("hf", *sources.KNOWN), "val_split": ("hf", *sources.KNOWN),
-    "no_streaming": ("hf", *sources.KNOWN), "tokens": ("random",), "shards": ("fineweb-gpt2-shards",)}
+    "encoding": ("text", "stdin", "jsonl", "csv"), "delimiter": ("csv",), "no_quotes": ("csv",),
+    "chat": ("jsonl", "parquet", "hf"), "name": ("hf", *sources.KNOWN), "split": ("hf", *sources.KNOWN),
+    "val_split": ("hf", *sources.KNOWN), "no_streaming": ("hf", *sources.KNOWN), "tokens": ("random",),
+    "shards": ("fineweb-gpt2-shards",)}
 LEAST = {"limit": 1, "workers": 1, "tokens": 100, "shards": 1, "vocab_size": 2, "shard_tokens": 2}
 SHARDS_REPO = "kjj0/fineweb10B-gpt2"
 TRAINING_TEXT = 2**30  # characters that a tokenizer is trained on, at most
@@ -59,6 +60,7 @@ def parse(argv):
     add("--chat", action="store_true", default=None, help="the column holds chats: a message becomes 'ROLE: CONTENT'")
     add("--encoding", help="of files without a byte order mark, as cp1252 (default utf-8)")
     add("--delimiter", help=r"between the cells of csv, as ';' or '\t' (default: found in the file)")
+    add("--no_quotes", action="store_true", default=None, help="quotes in csv are characters as any other")
     add("--name", help="configuration of the dataset, as sample-10BT of fineweb")
     add("--split", help="split of the dataset to train on (default train)")
     add("--val_split", help="split of the dataset to validate on (default: a share of the documents)")
@@ -123,7 +125,7 @@ def documents(args, files, account):
     repo, name, _ = sources.KNOWN.get(args.source, (next(iter(args.files), None), None, None))
     opened = lambda split: sources.documents(
         args.source, files, args.split_on, repo, split, args.name or name, args.text_column, not args.no_streaming,
-        args.encoding, args.delimiter, args.chat, account)
+        args.encoding, args.delimiter, args.chat, account, args.no_quotes)
     found, total, unit = opened(args.split or "train")
     if not args.val_split:
         return by_hash(take(found), args.val_fraction, account, line_ends), total, unit

@@ -164,3 +164,52 @@ def test_training_from_a_dataset_says_the_column_once(tmp_path, capsys):
         dataset, column = sources.open_hf(path)
         assert [text for _, text in sources.rows(dataset, column, path)] == PROSE
     assert capsys.readouterr().out == f"the text is column 'body', which begins {PROSE[0]!r}\n"
+
+
+# ---------------------------------------------------------------------- quotes and headers of csv
+
+@pytest.mark.parametrize("delimiter", ["\t", ",", ";"])
+@pytest.mark.parametrize("bad, line", [
+    ('"Never, he said', 3), ('"Hello" she said', 3), ('"a', 3), ('"closed"', None), ('say "x', None)])
+def test_quotes_that_are_not_those_of_csv_are_refused(tmp_path, delimiter, bad, line):
+    """An open quote swallows no row: not up to the end, nor up to a later cell that happens to end with one."""
+    texts = [f"words {i} of it" for i in range(40)]
+    texts[1] = bad.replace(",", "")
+    for end in ("last", 'last"'):
+        rows = ["id" + delimiter + "text", *(f"{i}{delimiter}{text}" for i, text in enumerate([*texts, end]))]
+        (table := tmp_path / "a.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        if line:
+            refuse(rf"a.tsv, line {line}: .*quotes.*--no_quotes", tmp_path / "e", "csv", table)
+        else:
+            assert len(everything(run(tmp_path / "d", "csv", table, "--overwrite"))) == 41
+        found = run(tmp_path / "d", "csv", table, "--no-quotes", "--overwrite")
+        assert everything(found) == sorted([*texts, end])
+
+
+def test_cells_of_several_lines_are_no_rows(tmp_path):
+    texts = [f"A line, with a comma\nAnother, {i}\n\nand \"more\", of it" for i in range(30)]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "text"], *enumerate(texts)])
+    assert everything(run(tmp_path / "d", "csv", tmp_path / "a.csv")) == sorted(texts)
+    with open(tmp_path / "a.csv", "a", encoding="utf-8") as file:  # one that looks odd among many is counted
+        file.write('30,"words\n31,more"\n' + "".join(f"{i},words {i}\n" for i in range(32, 300)))
+    run(tmp_path / "d", "csv", tmp_path / "a.csv", "--overwrite")
+    assert account(tmp_path / "d")["rows"] == {"read": 299, "inside the quotes of another, it seems": 1}
+
+
+def test_the_first_line_of_excel(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\nid;text\n" + "".join(f"{i};a, {i}\n" for i in range(9)))
+    assert everything(run(tmp_path / "d", "csv", tmp_path / "a.csv")) == [f"a, {i}" for i in range(9)]
+    assert account(tmp_path / "d")["delimiter"] == {"';'": 1}
+
+
+@needs_datasets
+def test_csv_is_not_read_by_datasets_which_drops_cells(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.csv").write_text("id,text\n" + "".join(f"{i},words {i}, and more\n" for i in range(30)))
+    for name in ("in/a.csv", "in"):
+        refuse("for the source csv:  python -m data.prepare csv", tmp_path / "e", "hf", tmp_path / name)
+        with pytest.raises(UserError, match="for the source csv"):
+            sources.open_hf(str(tmp_path / name))
+    (tmp_path / "in/a.csv").rename(tmp_path / "in/a.tsv")
+    refuse("for the source csv", tmp_path / "e", "hf", tmp_path / "in/a.tsv")
