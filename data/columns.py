@@ -68,17 +68,39 @@ def looks_like(values):
 
 
 def _is_message(value):
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys() or
+                                        {"role", "tool_calls"} <= value.keys())
 
 
-def render(messages):
-    """A chat as a text, "ROLE: CONTENT" for every message with an empty line between two; None if it is no chat or if
-    a message holds something else than a text."""
-    if kind(messages) != "chat":
+def render(messages, lost):
+    """A chat as a text, "ROLE: CONTENT" for every message with an empty line between two, "" if none says anything;
+    None if it is no chat or if a message holds something else than a text. lost counts what has no place in it."""
+    if messages != [] and kind(messages) != "chat":
         return None
-    pairs = [(message.get("role") or message.get("from"), message.get("content") or message.get("value") or "")
-             for message in messages]
-    return "\n\n".join(map(": ".join, pairs)) if all(isinstance(word, str) for pair in pairs for word in pair) else None
+    pairs = []
+    for message in messages:
+        said = message.get("content") or message.get("value") or ""
+        if isinstance(said, list):  # of parts, pictures among them
+            texts = [part.get("text") if isinstance(part, dict) else part for part in said]
+            lost.update(f"{part.get('type')} parts left out" for part in said
+                        if isinstance(part, dict) and not isinstance(part.get("text"), str))
+            said = "".join(text for text in texts if isinstance(text, str))
+        pairs.append((message.get("role") or message.get("from"), said))
+        lost.update(f"{key} left out" for key, value in message.items()
+                    if key not in ("role", "from", "content", "value") and value not in (None, "", [], {}))
+    if not all(isinstance(word, str) for pair in pairs for word in pair):
+        return None
+    lost.update(messages=len(pairs))
+    lost.update("messages without text" for _, said in pairs if not said.strip())
+    return "\n\n".join(map(": ".join, pairs)) if any(said.strip() for _, said in pairs) else ""
+
+
+def check_chats(account, where):
+    """Raise UserError if more than SHARE of the messages had no text."""
+    chats = account.counts.get("chats", {})
+    if (silent := chats.get("messages without text", 0)) > SHARE * chats.get("messages", 0):
+        raise UserError(f"{where}: {silent:,} of {chats['messages']:,} messages hold no text: a tool's calls and the "
+                        "like have no place in ROLE: CONTENT. Make texts of the chats yourself, as a column of a jsonl")
 
 
 def texts(rows, wanted, where, account, chat=False, unit="line"):
@@ -99,7 +121,7 @@ def texts(rows, wanted, where, account, chat=False, unit="line"):
     bad, first_bad = 0, None
     for read, (place, row) in enumerate(itertools.chain(first, rows), 1):
         value = row.get(column) if isinstance(row, dict) else row
-        text = render(value) if chat else value
+        text = render(value, account.counts["chats"]) if chat else value
         if isinstance(row, dict) and column in row and (value is None or isinstance(text, str)):
             account.add("rows", "read")
             if value is None:
@@ -112,6 +134,7 @@ def texts(rows, wanted, where, account, chat=False, unit="line"):
             account.add("rows", "without a text, left out", f"{where}, {unit} {place}")
         if bad > SHARE * read and read >= 10 * SAMPLE:
             break
+    check_chats(account, where)
     if bad > SHARE * read:
         place, row = first_bad
         raise UserError(f"{where}, {unit} {place}: {_problem(row, column, chat)} So are {bad:,} of {read:,} rows")

@@ -86,12 +86,15 @@ def list_files(names, pattern, account=None):
             deep = re.fullmatch(r"(|.*?/)\*\*(?:/(.*))?", name)
             wanted = deep and deep[2] or pattern
             matches = map(Path, glob.glob(deep[1] or "." if deep else name))
-        found = sorted(file for match in matches for file in
-                       (walk(match, wanted, account) if match.is_dir() else [match] if match.is_file() else []))
+        found = []
+        for match in matches:
+            found += walk(match, wanted, account) if match.is_dir() else [match] if match.is_file() else []
+            if match.is_symlink() and not match.exists():
+                account.add("files", "broken links", match)
         if not found:
             what = f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}"
             raise UserError("; ".join([what, *account.lines()]))
-        for file in found:
+        for file in sorted(found):
             if files.setdefault(os.path.realpath(file), file) != file:
                 account.add("files", "reached twice, read once", file)
     return list(files.values())
@@ -111,9 +114,9 @@ def walk(root, pattern, account):
             path = folder / entry.name
             if entry.name.startswith(".") and not hidden:
                 account.add("files", "hidden, left out", path)
-            elif entry.is_dir():
+            elif os.path.isdir(path):  # of links in a circle entry.is_dir() raises
                 folders.append(path) if entry.is_symlink() else folders.appendleft(path)  # links last
-            elif not entry.is_file():
+            elif not os.path.isfile(path):
                 account.add("files", "broken links" if entry.is_symlink() else "no regular files, left out", path)
             elif path.relative_to(root).match(pattern.removeprefix("**/")):
                 yield path
@@ -134,10 +137,14 @@ def open_text(raw, path, account, encoding=None, strict=False):
     which is counted, or with `strict` a UserError."""
     binary = _decompressed(raw, path)
     head = binary.peek(HEAD)
-    head = head.replace(account.separator, b"") if account.separator else head
     found = next((name for bom, name in BOMS if head.startswith(bom)), None) or (None if encoding else _utf16(head))
     wide = encoding and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))  # full of NULs
-    kind = None if found or wide else _kind(head)
+    plain = encoding and not found and _utf8(head)
+    if wide and plain and "\0" not in plain:
+        raise UserError(f"{path} is no {encoding} but UTF-8: leave --encoding out, or such files by --pattern")
+    if plain and not wide and not plain.isascii():  # what is UTF-8 by chance is short
+        found = "utf-8"
+    kind = None if found or wide else _kind(head.replace(account.separator, b"") if account.separator else head)
     if kind and (strict or kind == LFS or path in account.named):
         remedy = FETCH if kind == LFS else "take the text out of it first, or say what text it is by --encoding=NAME"
         raise UserError(f"{path} is no text but {'an' if kind[0] == 'a' else 'a'} {kind}: {remedy}")
@@ -174,6 +181,14 @@ def git_lfs(path):
     """What to do about a file that is but a Git LFS pointer, None for others."""
     with open(path, "rb") as file:
         return f"it is a {LFS}: {FETCH}" if _kind(file.read(1000)) == LFS else None
+
+
+def _utf8(head):
+    """The text that begins so if it is UTF-8, perhaps cut within a character; else None."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return None
 
 
 def _utf16(head):

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 import errors
-from data import sources, tokenizer
+from data import columns, sources, tokenizer
 from data.files import Account, check_separator, check_share, list_files, repair, unescape
 from data.shards import Writer, open_split, read_meta
 from errors import UserError
@@ -219,6 +219,7 @@ def write_documents(writer, args, files, encoder, account):
                 writer.write(split, ids, size)
             bar.update(max(chunk[-1][0] - bar.n, 0))
     check_separator(args.split_on, account)
+    columns.check_chats(account, args.source)  # with --limit no file comes to its end
     check_share(args.source, account)  # of stdin; files have been looked at one by one
     counts, column = account.counts["documents"], account.about.get("column")
     if not counts["kept"]:

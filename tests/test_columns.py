@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 
 import pytest
 
@@ -106,9 +107,30 @@ def test_chats_are_refused_or_rendered_on_request(tmp_path, kind):
 
 def test_other_forms_of_chats():
     shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
-    assert columns.render(shared) == "human: Hi\n\ngpt: Yes"
-    for no_chat in ([], "text", [{"role": "user"}], [{"role": "user", "content": [{"type": "image"}]}], None):
-        assert columns.render(no_chat) is None
+    assert columns.render(shared, lost := Counter()) == "human: Hi\n\ngpt: Yes" and lost == {"messages": 2}
+    for no_chat in ("text", [{"role": "user"}], [{"role": "user", "content": {"a": 1}}], None):
+        assert columns.render(no_chat, Counter()) is None
+    parts = [{"type": "text", "text": "a "}, {"type": "image", "url": "x"}, {"type": "text", "text": "b"}]
+    call = {"role": "assistant", "tool_calls": [{}], "reasoning_content": "", "name": None}
+    chat = [{"role": "user", "content": parts}, {**call, "content": None}, {"role": "tool", "content": "2"}, call]
+    assert columns.render(chat, lost := Counter()) == "user: a b\n\nassistant: \n\ntool: 2\n\nassistant: "
+    assert lost == {"messages": 4, "messages without text": 2, "image parts left out": 1, "tool_calls left out": 2}
+    assert columns.render([], lost) == columns.render([call], lost) == ""
+
+
+def test_what_chats_hold_beside_texts_is_counted_and_much_of_it_refused(tmp_path):
+    chat = lambda i, said: {"messages": [{"role": "user", "content": f"What is {i}?", "weight": 0.5},
+                                         {"role": "assistant", "content": said, "reasoning_content": "Hm."}]}
+    rows = [chat(i, "A number.") for i in range(100)]
+    words = ["jsonl", lines(tmp_path / "a.jsonl", [*rows, chat(100, None), {"messages": []}]), "--chat"]
+    assert len(everything(run(tmp_path / "d", *words))) == 101
+    assert account(tmp_path / "d")["documents"]["empty ones dropped"] == 1
+    assert account(tmp_path / "d")["chats"] == {"messages": 202, "messages without text": 1, "weight left out": 101,
+                                                "reasoning_content left out": 101}
+    lines(tmp_path / "a.jsonl", [*rows, *(chat(i, None) for i in range(100, 103))])
+    refuse("3 of 206 messages hold no text.*Make texts of the chats yourself", tmp_path / "e", *words)
+    lines(tmp_path / "a.jsonl", [chat(0, None), *rows])
+    refuse("1 of 6 messages hold no text", tmp_path / "e", *words, "--limit=3")
 
 
 def test_mixed_rows_are_counted_or_refused(tmp_path, capsys):
