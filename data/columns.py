@@ -18,6 +18,9 @@ TEXT_LIKE = frozenset("text texts content contents body document article story p
 LOOKS = (("dates", r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?"), ("numbers", r"[-+$€£]?\d[\d.,\s]*(e[-+]?\d+)?%?"),
          ("addresses", r"(\w{1,10}://|www\.)\S+|\S+@\S+\.\w+"), ("hashes", r"[0-9a-fA-F]{8}[0-9a-fA-F-]{8,}"),
          ("ids", r"(?=\S*[\d_/:.-])[!-~]{1,80}"))
+WORD = re.compile(r"(?<!\S)[^\w\s]*([^\W\d_]\S*)")
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]")  # letters of words without spaces
+DATES = frozenset("mon tue wed thu fri sat sun jan feb mar apr may jun jul aug sep oct nov dec utc gmt".split())
 
 
 def choose(names, sample, wanted, where, chat=False):
@@ -64,7 +67,15 @@ def looks_like(values):
     for what, pattern in LOOKS:
         if sum(bool(re.fullmatch(pattern, text, re.I)) for text in texts) > len(texts) / 2:
             return what
-    return "labels" if len(texts) >= 20 and len(set(texts)) <= len(texts) / 4 else None
+    if len(texts) >= 20 and len(set(texts)) <= len(texts) / 4:
+        return "labels"
+    return "short words or dates" if sum(map(_is_prose, texts)) < len(texts) / 2 else None
+
+
+def _is_prose(text):
+    """Whether a text, or its beginning, has three words that are no part of a date, or as much without spaces."""
+    words = [word for word in WORD.findall(text) if word[:3].lower() not in DATES]
+    return len(words) >= 3 or len(UNSPACED.findall(text)) >= 6 or len(text) == 200
 
 
 def _is_message(value):

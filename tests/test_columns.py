@@ -29,8 +29,8 @@ def test_a_table_of_one_column_and_one_that_may_be_cut_in_two_ways(tmp_path):
     (table := tmp_path / "two.csv").write_text("n;id,text\n" + "".join(f"{i};5,words {i}\n" for i in range(20)))
     (tmp_path / "none.csv").write_text("\n".join(PROSE[:9]).replace(",", "") + "\n")  # without a line of names
     refuse("is column 'Sentence 0 with a comma and a tail.' the text", tmp_path / "e", "csv", tmp_path / "none.csv")
-    (tmp_path / "space.csv").write_text("id, Text\n1,a b\n2,c d\n")
-    assert everything(run(tmp_path / "s", "csv", tmp_path / "space.csv")) == ["a b", "c d"]
+    (tmp_path / "space.csv").write_text("id, Text\n1,a b c\n2,d e f\n")
+    assert everything(run(tmp_path / "s", "csv", tmp_path / "space.csv")) == ["a b c", "d e f"]
     refuse(r"may be ',' or ';': set --delimiter", tmp_path / "e", "csv", table)
     assert everything(run(tmp_path / "e", "csv", table, "--delimiter=,")) == sorted(f"words {i}" for i in range(20))
     (tmp_path / "tab.csv").write_text("n\ttext\n1\ta\n2\tb\n")
@@ -88,6 +88,10 @@ def test_no_table_is_guessed_wrongly(tmp_path, kind):
     ([f"https://a.org/{i}" for i in range(9)], "addresses"), (["me@a.org"], "addresses"),
     (["d41d8cd98f00b204e9800998ecf8427e"], "hashes"), (["123e4567-e89b-12d3-a456-426614174000"], "hashes"),
     (["a/b.txt", "c/d.txt"], "ids"), (["positive", "negative"] * 20, "labels"),
+    *(([value] * 15, "short words or dates") for value in (
+        "Mon, 05 Jan 2024 10:04:00 GMT", "January 4, 2024", "4 Jan 2024", "Monday, 4 March 2024 at 10:04 am", "SKU",
+        "positive", "2 hours ago", "Jane Doe", "lundi 5 février 2024", "正面", "положительный")),
+    (["The rest of May."], None), (["Das ist ein Satz.", "x"], None), (["ภาษาไทยเขียนติดกัน"], None),
     (PROSE, None), (["春眠不觉晓，处处闻啼鸟。", "夜来风雨声，花落知多少。"], None), (["x" * 10**6], None), ([], None)])
 def test_what_values_look_like(values, look):
     assert columns.looks_like(values) == look
