@@ -18,6 +18,7 @@ TEXT_LIKE = frozenset("text texts content contents body document article story p
 LOOKS = (("dates", r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?"), ("numbers", r"[-+$€£]?\d[\d.,\s]*(e[-+]?\d+)?%?"),
          ("addresses", r"(\w{1,10}://|www\.)\S+|\S+@\S+\.\w+"), ("hashes", r"[0-9a-fA-F]{8}[0-9a-fA-F-]{8,}"),
          ("ids", r"(?=\S*[\d_/:.-])[!-~]{1,80}"))
+NO_TEXT = dict.fromkeys(("list", "object", "bytes"), ", which is no text")
 WORD = re.compile(r"(?<!\S)[^\w\s]*([^\W\d_]\S*)")
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]")  # letters of words without spaces
 DATES = frozenset("mon tue wed thu fri sat sun jan feb mar apr may jun jul aug sep oct nov dec utc gmt".split())
@@ -32,7 +33,7 @@ def choose(names, sample, wanted, where, chat=False):
     rows = sample()
     values = {name: [value for row in rows if (value := row.get(name)) not in (None, "")] for name in names}
     kinds = {name: " or ".join(sorted(set(map(kind, values[name])))) or "empty" for name in names}
-    listed = ", ".join(f"{name} ({kinds[name]}{f': {str(values[name][0])[:30]!r}' if values[name] else ''})"
+    listed = ", ".join(f"{name} ({kinds[name]}{NO_TEXT.get(kinds[name], '')}{f': {str(values[name][0])[:30]!r}' if values[name] else ''})"
                        for name in names)
     found = [name for name in names if ("chat" if chat else "text") in kinds[name]]
     likely = found if chat else [name for name in found if name.strip().lower() in TEXT_LIKE]
@@ -48,6 +49,8 @@ def choose(names, sample, wanted, where, chat=False):
         problem = f"is column {pick!r} the text? It is the only one that holds strings, but is not called so."
     else:
         return pick
+    if any(len(name.split()) > 4 or re.fullmatch(LOOKS[1][1], name) for name in names):
+        problem += " The first line of a csv is taken for the names: is a line with them missing here?"
     remedy = "" if chat or "chat" not in kinds.values() else ", or prepare with --chat to make texts of the chats"
     raise UserError(f"{where}: {problem} The columns are {listed}: set --text_column=NAME, or ?column=NAME in "
                     f"data='hf:...'{remedy}")

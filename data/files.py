@@ -30,11 +30,13 @@ LFS, FETCH = "Git LFS pointer", "fetch what it stands for:  git lfs pull"
 # (where, what stands there, what that is); all others that are no text are binary files
 KINDS = ((0, b"PK\3\4", "zip archive"), (0, b"PK\5\6", "zip archive"), (0, b"7z\xbc\xaf", "7z archive"),
          (0, b"Rar!", "rar archive"), (257, b"ustar", "tar archive"), (0, b"%PDF-", "PDF"), (0, b"\x89PNG", "picture"),
-         (0, b"\xff\xd8\xff", "picture"), (0, b"GIF8", "picture"), (4, b"ftyp", "video"), (0, b"\x7fELF", "program"),
+         (0, b"\xff\xd8\xff", "picture"), (0, b"GIF8", "picture"), (0, b"BM", "picture"), (0, b"II*\0", "picture"),
+         (0, b"MM\0*", "picture"), *((0, b"P%d\n" % i, "netpbm picture") for i in (4, 5, 6)), (4, b"ftyp", "video"), (0, b"\x7fELF", "program"),
          (0, b"SQLite format 3", "SQLite database"), (0, b"\x80\4\x95", "pickle"), (0, b"PAR1", "parquet file"),
          (0, b"version https://git-lfs", LFS), *((0, magic, "archive packed twice") for magic in PACKED.values()))
 LINE_END = "(?>\r\n|\r|\n)"
 HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of a surrogate pair, which JSON can hold
+UNDECODABLE = re.compile("[\udc80-\udcff]")  # a byte, by _escape
 ESCAPES = re.compile(r"\\(\\|[nrtfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 COMMON = ("<|endoftext|>", "</s>", "<doc", "\n\n\n", "\n\n", "\n---\n", "\f", "\x1e", "\0")  # separators of texts
 
@@ -48,6 +50,7 @@ class Account:
         # What has been printed, and the files that were given by their own name.
         self.said, self.named = (before.said, before.named) if before else (set(), set())
         self.characters = self.wrong = 0  # wrong: NULs and what had to be replaced
+        self.undecodable = False  # whether any of it came from bytes, rather than from the escapes of JSON
         self.encoding, self.unsplit = None, ""  # of the last file; the start of a text without the separator
         self.separator = b""  # between documents, which is no sign of a binary file
 
@@ -203,7 +206,7 @@ def _kind(head):
     """What a file is that begins so, if that is no text, else None."""
     known = next((kind for at, magic, kind in KINDS if head.startswith(magic, at)), None)
     control = len(head) - len(head.translate(None, bytes([*range(9), *range(14, 27)])))
-    if known and (control or known in (LFS, "PDF")):
+    if known and (control or known in (LFS, "PDF", "netpbm picture")):
         return known
     return "binary file" if control > 0.02 * len(head) else None
 
@@ -234,8 +237,10 @@ def check_share(path, account, characters=0, wrong=0):
     """Raise UserError if too much is wrong with what was read since the account had counted these numbers."""
     characters, wrong = account.characters - characters, account.wrong - wrong
     if wrong > SHARE * characters:
-        raise UserError(f"{path}: {wrong:,} of {characters:,} characters ({wrong / characters:.0%}) are NULs or bytes "
-                        f"that are no {account.encoding}: set --encoding=NAME, as cp1252 or gb18030, or --pattern")
+        what = f"bytes that are no {account.encoding}: set --encoding=NAME, as cp1252 or gb18030, or --pattern"
+        if not account.undecodable and account.about.get("column"):  # whose cells hold them as they are
+            what = "halves of characters: take them out of the texts, or leave such rows out, before preparing them"
+        raise UserError(f"{path}: {wrong:,} of {characters:,} characters ({wrong / characters:.0%}) are NULs or {what}")
 
 
 def split_text(file, path=None, separator=None, account=None):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import errors
 from data import columns, sources, tokenizer
-from data.files import Account, check_separator, check_share, list_files, repair, unescape
+from data.files import UNDECODABLE, Account, check_separator, check_share, list_files, repair, unescape
 from data.shards import Writer, open_split, read_meta
 from errors import UserError
 
@@ -142,6 +142,7 @@ def distinct(found, seen, account, line_ends=False):
         text, raw, size, replaced = repair(original, line_ends)
         nuls = text.count("\0")
         account.characters, account.wrong = account.characters + len(text), account.wrong + nuls + replaced
+        account.undecodable |= bool(replaced and UNDECODABLE.search(original))
         if replaced or nuls or size != len(raw):
             account.add("altered", "undecodable characters replaced", n=replaced)
             account.add("altered", "NULs kept", n=nuls)
@@ -295,6 +296,10 @@ def main(argv=None):
     if out.exists() and not args.overwrite:
         before = prepared and read_meta(out).get("prepared_by") or {}
         if args.source != "stdin" and {key: value for key, value in before.items() if value is not None} == how:
+            made = (out / "meta.json").stat().st_mtime_ns
+            changed = [file for file in files if args.source != "stdlib" and file.stat().st_mtime_ns > made]
+            if changed:
+                raise UserError(f"{out} is older than {changed[0]}: add --overwrite to make it anew of what that is now")
             print(f"{out} is ready (made earlier in the same way)")
             return out
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")

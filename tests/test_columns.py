@@ -28,7 +28,7 @@ def test_a_table_of_one_column_and_one_that_may_be_cut_in_two_ways(tmp_path):
     assert everything(run(tmp_path / "d", "csv", tmp_path / "one.csv")) == sorted(PROSE)  # commas are not quoted
     (table := tmp_path / "two.csv").write_text("n;id,text\n" + "".join(f"{i};5,words {i}\n" for i in range(20)))
     (tmp_path / "none.csv").write_text("\n".join(PROSE[:9]).replace(",", "") + "\n")  # without a line of names
-    refuse("is column 'Sentence 0 with a comma and a tail.' the text", tmp_path / "e", "csv", tmp_path / "none.csv")
+    refuse("is column 'Sentence 0 with a comma and a tail.' the text.*is a line with them missing here", tmp_path / "e", "csv", tmp_path / "none.csv")
     (tmp_path / "space.csv").write_text("id, Text\n1,a b c\n2,d e f\n")
     assert everything(run(tmp_path / "s", "csv", tmp_path / "space.csv")) == ["a b c", "d e f"]
     refuse(r"may be ',' or ';': set --delimiter", tmp_path / "e", "csv", table)
@@ -239,3 +239,12 @@ def test_csv_is_not_read_by_datasets_which_drops_cells(tmp_path):
             sources.open_hf(str(tmp_path / name))
     (tmp_path / "in/a.csv").rename(tmp_path / "in/a.tsv")
     refuse("for the source csv", tmp_path / "e", "hf", tmp_path / "in/a.tsv")
+
+
+def test_what_is_no_text_in_a_table_is_said(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"meta": {"a": 1}, "tags": ["x"], "body": "a\0b"}] * 9)
+    refuse("a.jsonl: 9 of 27 characters .* NULs or halves of characters: take them out of the texts", tmp_path / "e",
+           "jsonl", path, "--text_column=body")
+    refuse(r"meta \(object, which is no text: .*tags \(list, which is no text", tmp_path / "e", "jsonl", path)
+    (tmp_path / "a.csv").write_text("".join(f"{i},{text}\n" for i, text in enumerate(["a b c d", *"efghij"])))
+    refuse("is a line with them missing here", tmp_path / "e", "csv", tmp_path / "a.csv")

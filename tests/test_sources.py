@@ -49,13 +49,15 @@ def archives(folder):
     noise = bytes(range(256)) * 20
     contents = {"a.pdf": b"%PDF-1.7\n", "a.png": b"\x89PNG\r\n\x1a\n\0\0", "a.jpg": b"\xff\xd8\xff\xe0\0",
                 "a.elf": b"\x7fELF\2", "a.gif": b"GIF89a\1\0", "a.mp4": b"\0\0\0\x20ftypisom", "a.bin": b"",
+                "a.bmp": b"BM\0\0" + b"\xff" * 500, "a.tif": b"II*\0" + b"\xff" * 500, "a.ppm": b"P6\n1 1\n255\n~~~",
                 "a.7z": b"7z\xbc\xaf\x27\x1c\0", "a.pkl": b"\x80\4\x95", "a.db": b"SQLite format 3\0",
                 "a.gz.gz": gzip.compress(gzip.compress(b"x"))}
     for name, start in contents.items():
-        (folder / name).write_bytes(start + (b"" if name.endswith("gz") else noise))
+        (folder / name).write_bytes(start + (b"" if name[-2:] in ("gz", "mp", "if", "pm") else noise))
     return {"a.docx": "zip archive", "a.tar.gz": "tar archive", "a.pdf": "PDF", "a.png": "picture", "a.jpg": "picture",
             "a.elf": "program", "a.gif": "picture", "a.mp4": "video", "a.7z": "7z archive", "a.pkl": "pickle",
-            "a.db": "SQLite database", "a.bin": "binary file", "a.gz.gz": "archive packed twice"}
+            "a.db": "SQLite database", "a.bin": "binary file", "a.gz.gz": "archive packed twice",
+            "a.bmp": "picture", "a.tif": "picture", "a.ppm": "netpbm picture"}
 
 
 def test_what_is_no_text_is_skipped_in_folders_and_refused_by_name(tmp_path):
