@@ -19,8 +19,8 @@ LOOKS = (("dates", r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?"), ("numbers", r"[
          ("addresses", r"(\w{1,10}://|www\.)\S+|\S+@\S+\.\w+"), ("hashes", r"[0-9a-fA-F]{8}[0-9a-fA-F-]{8,}"),
          ("ids", r"(?=\S*[\d_/:.-])[!-~]{1,80}"))
 NO_TEXT = dict.fromkeys(("list", "object", "bytes"), ", which is no text")
-WORD = re.compile(r"(?<!\S)[^\w\s]*([^\W\d_]\S*)")
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]")  # letters of words without spaces
+# A word; of scripts without spaces two letters count as one.
+WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]{2}|\S{60}|(?<!\S)[^\w\s]*([^\W\d_]\S*)")
 DATES = frozenset("mon tue wed thu fri sat sun jan feb mar apr may jun jul aug sep oct nov dec utc gmt".split())
 
 
@@ -33,8 +33,8 @@ def choose(names, sample, wanted, where, chat=False):
     rows = sample()
     values = {name: [value for row in rows if (value := row.get(name)) not in (None, "")] for name in names}
     kinds = {name: " or ".join(sorted(set(map(kind, values[name])))) or "empty" for name in names}
-    listed = ", ".join(f"{name} ({kinds[name]}{NO_TEXT.get(kinds[name], '')}{f': {str(values[name][0])[:30]!r}' if values[name] else ''})"
-                       for name in names)
+    listed = ", ".join(f"{name} ({kinds[name]}{NO_TEXT.get(kinds[name], '')}"
+                       f"{f': {str(values[name][0])[:30]!r}' if values[name] else ''})" for name in names)
     found = [name for name in names if ("chat" if chat else "text") in kinds[name]]
     likely = found if chat else [name for name in found if name.strip().lower() in TEXT_LIKE]
     pick = (likely or found)[0] if len(likely or found) == 1 else None
@@ -72,13 +72,8 @@ def looks_like(values):
             return what
     if len(texts) >= 20 and len(set(texts)) <= len(texts) / 4:
         return "labels"
-    return "short words or dates" if sum(map(_is_prose, texts)) < len(texts) / 2 else None
-
-
-def _is_prose(text):
-    """Whether a text, or its beginning, has three words that are no part of a date, or as much without spaces."""
-    words = [word for word in WORD.findall(text) if word[:3].lower() not in DATES]
-    return len(words) >= 3 or len(UNSPACED.findall(text)) >= 6 or len(text) == 200
+    prose = [sum(word[:3].lower() not in DATES for word in WORD.findall(text)) >= 3 for text in texts]
+    return "short words or dates" if sum(prose) < len(texts) / 2 else None
 
 
 def _is_message(value):
@@ -94,11 +89,9 @@ def render(messages, lost):
     pairs = []
     for message in messages:
         said = message.get("content") or message.get("value") or ""
-        if isinstance(said, list):  # of parts, pictures among them
-            texts = [part.get("text") if isinstance(part, dict) else part for part in said]
-            lost.update(f"{part.get('type')} parts left out" for part in said
-                        if isinstance(part, dict) and not isinstance(part.get("text"), str))
-            said = "".join(text for text in texts if isinstance(text, str))
+        if isinstance(said, list) and all(isinstance(part, dict) for part in said):  # pictures among them
+            lost.update(f"{part.get('type')} parts left out" for part in said if not part.get("text"))
+            said = "".join(str(part.get("text") or "") for part in said)
         pairs.append((message.get("role") or message.get("from"), said))
         lost.update(f"{key} left out" for key, value in message.items()
                     if key not in ("role", "from", "content", "value") and value not in (None, "", [], {}))
@@ -107,14 +100,6 @@ def render(messages, lost):
     lost.update(messages=len(pairs))
     lost.update("messages without text" for _, said in pairs if not said.strip())
     return "\n\n".join(map(": ".join, pairs)) if any(said.strip() for _, said in pairs) else ""
-
-
-def check_chats(account, where):
-    """Raise UserError if more than SHARE of the messages had no text."""
-    chats = account.counts.get("chats", {})
-    if (silent := chats.get("messages without text", 0)) > SHARE * chats.get("messages", 0):
-        raise UserError(f"{where}: {silent:,} of {chats['messages']:,} messages hold no text: a tool's calls and the "
-                        "like have no place in ROLE: CONTENT. Make texts of the chats yourself, as a column of a jsonl")
 
 
 def texts(rows, wanted, where, account, chat=False, unit="line"):
@@ -148,7 +133,6 @@ def texts(rows, wanted, where, account, chat=False, unit="line"):
             account.add("rows", "without a text, left out", f"{where}, {unit} {place}")
         if bad > SHARE * read and read >= 10 * SAMPLE:
             break
-    check_chats(account, where)
     if bad > SHARE * read:
         place, row = first_bad
         raise UserError(f"{where}, {unit} {place}: {_problem(row, column, chat)} So are {bad:,} of {read:,} rows")
@@ -156,7 +140,7 @@ def texts(rows, wanted, where, account, chat=False, unit="line"):
 
 def _problem(row, column, chat):
     if not isinstance(row, dict):
-        return f"{row}: the rows are cut in another way (see --delimiter), or their cells need quotes."
+        return f"{row}: the delimiter is another (--delimiter), cells need quotes or have stray ones (--no_quotes)."
     if column not in row:
         return f"no column {column!r}. The columns are {', '.join(map(str, row))}: set --text_column=NAME."
     what = kind(row[column])

@@ -31,12 +31,12 @@ LFS, FETCH = "Git LFS pointer", "fetch what it stands for:  git lfs pull"
 KINDS = ((0, b"PK\3\4", "zip archive"), (0, b"PK\5\6", "zip archive"), (0, b"7z\xbc\xaf", "7z archive"),
          (0, b"Rar!", "rar archive"), (257, b"ustar", "tar archive"), (0, b"%PDF-", "PDF"), (0, b"\x89PNG", "picture"),
          (0, b"\xff\xd8\xff", "picture"), (0, b"GIF8", "picture"), (0, b"BM", "picture"), (0, b"II*\0", "picture"),
-         (0, b"MM\0*", "picture"), *((0, b"P%d\n" % i, "netpbm picture") for i in (4, 5, 6)), (4, b"ftyp", "video"), (0, b"\x7fELF", "program"),
+         (0, b"MM\0*", "picture"), *((0, b"P%d\n" % i, "netpbm picture") for i in (4, 5, 6)), (4, b"ftyp", "video"),
+         (0, b"\x7fELF", "program"),
          (0, b"SQLite format 3", "SQLite database"), (0, b"\x80\4\x95", "pickle"), (0, b"PAR1", "parquet file"),
          (0, b"version https://git-lfs", LFS), *((0, magic, "archive packed twice") for magic in PACKED.values()))
 LINE_END = "(?>\r\n|\r|\n)"
 HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of a surrogate pair, which JSON can hold
-UNDECODABLE = re.compile("[\udc80-\udcff]")  # a byte, by _escape
 ESCAPES = re.compile(r"\\(\\|[nrtfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 COMMON = ("<|endoftext|>", "</s>", "<doc", "\n\n\n", "\n\n", "\n---\n", "\f", "\x1e", "\0")  # separators of texts
 
@@ -50,7 +50,6 @@ class Account:
         # What has been printed, and the files that were given by their own name.
         self.said, self.named = (before.said, before.named) if before else (set(), set())
         self.characters = self.wrong = 0  # wrong: NULs and what had to be replaced
-        self.undecodable = False  # whether any of it came from bytes, rather than from the escapes of JSON
         self.encoding, self.unsplit = None, ""  # of the last file; the start of a text without the separator
         self.separator = b""  # between documents, which is no sign of a binary file
 
@@ -142,7 +141,10 @@ def open_text(raw, path, account, encoding=None, strict=False):
     head = binary.peek(HEAD)
     found = next((name for bom, name in BOMS if head.startswith(bom)), None) or (None if encoding else _utf16(head))
     wide = encoding and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))  # full of NULs
-    plain = encoding and not found and _utf8(head)
+    try:
+        plain = codecs.getincrementaldecoder("utf-8")().decode(head) if encoding and not found else ""
+    except UnicodeDecodeError:
+        plain = ""
     if wide and plain and "\0" not in plain:
         raise UserError(f"{path} is no {encoding} but UTF-8: leave --encoding out, or such files by --pattern")
     if plain and not wide and not plain.isascii():  # what is UTF-8 by chance is short
@@ -184,14 +186,6 @@ def git_lfs(path):
     """What to do about a file that is but a Git LFS pointer, None for others."""
     with open(path, "rb") as file:
         return f"it is a {LFS}: {FETCH}" if _kind(file.read(1000)) == LFS else None
-
-
-def _utf8(head):
-    """The text that begins so if it is UTF-8, perhaps cut within a character; else None."""
-    try:
-        return codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return None
 
 
 def _utf16(head):
@@ -238,8 +232,8 @@ def check_share(path, account, characters=0, wrong=0):
     characters, wrong = account.characters - characters, account.wrong - wrong
     if wrong > SHARE * characters:
         what = f"bytes that are no {account.encoding}: set --encoding=NAME, as cp1252 or gb18030, or --pattern"
-        if not account.undecodable and account.about.get("column"):  # whose cells hold them as they are
-            what = "halves of characters: take them out of the texts, or leave such rows out, before preparing them"
+        if account.about.get("column") and not account.counts["altered"]["undecodable characters replaced"]:
+            what = "the like: take them out of the texts of that column first"  # of JSON's escapes
         raise UserError(f"{path}: {wrong:,} of {characters:,} characters ({wrong / characters:.0%}) are NULs or {what}")
 
 

@@ -24,8 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 import errors
-from data import columns, sources, tokenizer
-from data.files import UNDECODABLE, Account, check_separator, check_share, list_files, repair, unescape
+from data import sources, tokenizer
+from data.files import SHARE, Account, check_separator, check_share, list_files, repair, unescape
 from data.shards import Writer, open_split, read_meta
 from errors import UserError
 
@@ -142,7 +142,6 @@ def distinct(found, seen, account, line_ends=False):
         text, raw, size, replaced = repair(original, line_ends)
         nuls = text.count("\0")
         account.characters, account.wrong = account.characters + len(text), account.wrong + nuls + replaced
-        account.undecodable |= bool(replaced and UNDECODABLE.search(original))
         if replaced or nuls or size != len(raw):
             account.add("altered", "undecodable characters replaced", n=replaced)
             account.add("altered", "NULs kept", n=nuls)
@@ -220,9 +219,12 @@ def write_documents(writer, args, files, encoder, account):
                 writer.write(split, ids, size)
             bar.update(max(chunk[-1][0] - bar.n, 0))
     check_separator(args.split_on, account)
-    columns.check_chats(account, args.source)  # with --limit no file comes to its end
     check_share(args.source, account)  # of stdin; files have been looked at one by one
     counts, column = account.counts["documents"], account.about.get("column")
+    chats = account.counts["chats"] if args.chat else {}
+    if args.chat and chats["messages without text"] > SHARE * chats["messages"]:
+        raise UserError(f"{chats['messages without text']:,} of {chats['messages']:,} messages hold no text ("
+                        f"{'; '.join(account.lines())}): make texts of the chats yourself, as a column of a jsonl")
     if not counts["kept"]:
         raise UserError(f"the train split has 0 tokens: no document holds a text ({'; '.join(account.lines())})")
     if column and not args.text_column and counts["empty ones dropped"] > counts["kept"]:
@@ -297,9 +299,8 @@ def main(argv=None):
         before = prepared and read_meta(out).get("prepared_by") or {}
         if args.source != "stdin" and {key: value for key, value in before.items() if value is not None} == how:
             made = (out / "meta.json").stat().st_mtime_ns
-            changed = [file for file in files if args.source != "stdlib" and file.stat().st_mtime_ns > made]
-            if changed:
-                raise UserError(f"{out} is older than {changed[0]}: add --overwrite to make it anew of what that is now")
+            if newer := [file for file in files if args.source != "stdlib" and file.stat().st_mtime_ns > made]:
+                raise UserError(f"{out} is older than {newer[0]}: add --overwrite to make it anew of what that is now")
             print(f"{out} is ready (made earlier in the same way)")
             return out
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")

@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 from data import columns
-from data.files import SHARE, Account, each_file, git_lfs, open_text, split_text, suffix_of, unescape
+from data.files import Account, each_file, git_lfs, open_text, split_text, suffix_of, unescape
 from errors import UserError
 
 # repository, configuration, validation split (None: a share of the documents)
@@ -24,11 +24,9 @@ KNOWN = {"tinystories": ("roneneldan/TinyStories", None, "validation"),
          "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", None),
          "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", None)}
 PATTERNS = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet", "csv": "*.csv*"}  # what counts in a folder
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text",
-            ".arrow": "arrow"}  # of datasets
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}  # datasets'
 CSV = "those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES"
 DELIMITERS = ",;\t|"
-QUOTES = "or one is not closed: close it, double those inside a cell, or take all as plain characters by --no_quotes"
 
 
 def open_hf(repo, split="train", name=None, text_column=None, streaming=True, chat=False):
@@ -123,44 +121,35 @@ def jsonl_rows(file, path):
 
 
 def csv_rows(file, path, delimiter, account, no_quotes=False):
-    """Yield (line, {column: cell}) of a table whose first line names the columns, perhaps behind Excel's sep=; line;
-    (line, problem) where a row has more or fewer cells than that. Quotes have to be csv's, or with no_quotes they are
-    characters as any other."""
+    """Yield (line, {column: cell}) of a table whose first line, but for Excel's sep=; line, names the columns; (line,
+    problem) where a row has more or fewer cells than that, or quotes seem to hold more than one."""
     csv.field_size_limit(2**31 - 1)
     quoting = csv.QUOTE_NONE if no_quotes else csv.QUOTE_MINIMAL
     start = list(itertools.islice(file, 1000))
-    told = re.fullmatch(r'"?sep=(.)"?\s*', start[0]) if start else None
-    skipped = len(start) - len(start := start[bool(told):])
+    told = re.fullmatch(r'"?sep=(.)"?\s*', "".join(start[:1]))
     delimiter = delimiter or (told[1] if told else _delimiter(start, path, quoting))
     account.add("delimiter", "none" if delimiter == "\x1f" else repr(delimiter))
     lines = []  # of one row, since a cell in quotes may hold line ends
     rows = csv.reader((lines.append(line) or line for line in itertools.chain(start, file)), strict=True,
                       delimiter=delimiter, quoting=quoting)
-    names, swallowed, first = None, 0, None
-    place = lambda: rows.line_num - len(lines) + skipped + 1
+    letters = lambda cells: [any(map(str.isalpha, cell)) for cell in cells]
+    place, names = lambda: rows.line_num - len(lines) + 1, None
     try:
+        if told:
+            next(rows)
         for row in rows:
             if row and names is None:
                 names = [name if row.count(name) == 1 else f"{name} (column {i})" for i, name in enumerate(row, 1)]
             elif row:
-                looks = [line for line in lines[1:] if len(names) > 1 and _alike(line.split(delimiter), row)]
-                if looks:
-                    swallowed, first = swallowed + len(looks), first or place()
-                    account.add("rows", "inside the quotes of another, it seems", f"{path}, line {place()}", len(looks))
-                yield rows.line_num + skipped, dict(zip(names, row)) if len(row) == len(names) else (
+                for line in lines[1:]:  # of a cell with line ends, or of one whose quote is not closed
+                    if len(names) > 1 and letters(line.split(delimiter)) == letters(row):
+                        yield place(), "what looks like another row, inside quotes"
+                yield rows.line_num, dict(zip(names, row)) if len(row) == len(names) else (
                     f"{len(row)} cells, the header names {len(names)}")
             lines.clear()
     except csv.Error as error:
-        raise UserError(f"{path}, line {place()}: the quotes are not those of csv ({error}), {QUOTES}") from error
-    if swallowed > SHARE * rows.line_num:
-        raise UserError(f"{path}, line {first}: a cell in quotes holds what looks like other rows, {swallowed:,} lines "
-                        f"of {rows.line_num:,} in all, {QUOTES}")
-
-
-def _alike(cells, row):
-    """Whether the cells of a line may be a row: as many as in another one, with letters in the same columns."""
-    letters = lambda cell: any(map(str.isalpha, cell))
-    return len(cells) == len(row) and list(map(letters, cells)) == list(map(letters, row))
+        raise UserError(f"{path}, line {place()}: the quotes are not those of csv ({error}): close them, double those "
+                        "inside a cell, or take them as plain characters by --no_quotes") from error
 
 
 def _delimiter(lines, path, quoting):

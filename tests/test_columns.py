@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -28,7 +29,8 @@ def test_a_table_of_one_column_and_one_that_may_be_cut_in_two_ways(tmp_path):
     assert everything(run(tmp_path / "d", "csv", tmp_path / "one.csv")) == sorted(PROSE)  # commas are not quoted
     (table := tmp_path / "two.csv").write_text("n;id,text\n" + "".join(f"{i};5,words {i}\n" for i in range(20)))
     (tmp_path / "none.csv").write_text("\n".join(PROSE[:9]).replace(",", "") + "\n")  # without a line of names
-    refuse("is column 'Sentence 0 with a comma and a tail.' the text.*is a line with them missing here", tmp_path / "e", "csv", tmp_path / "none.csv")
+    refuse("is column 'Sentence 0 with a comma and a tail.' the text.*is a line with them missing here",
+           tmp_path / "e", "csv", tmp_path / "none.csv")
     (tmp_path / "space.csv").write_text("id, Text\n1,a b c\n2,d e f\n")
     assert everything(run(tmp_path / "s", "csv", tmp_path / "space.csv")) == ["a b c", "d e f"]
     refuse(r"may be ',' or ';': set --delimiter", tmp_path / "e", "csv", table)
@@ -132,7 +134,8 @@ def test_what_chats_hold_beside_texts_is_counted_and_much_of_it_refused(tmp_path
     assert account(tmp_path / "d")["chats"] == {"messages": 202, "messages without text": 1, "weight left out": 101,
                                                 "reasoning_content left out": 101}
     lines(tmp_path / "a.jsonl", [*rows, *(chat(i, None) for i in range(100, 103))])
-    refuse("3 of 206 messages hold no text.*Make texts of the chats yourself", tmp_path / "e", *words)
+    refuse("3 of 206 messages hold no text.*reasoning_content left out.*make texts of the chats yourself",
+           tmp_path / "e", *words)
     lines(tmp_path / "a.jsonl", [chat(0, None), *rows])
     refuse("1 of 6 messages hold no text", tmp_path / "e", *words, "--limit=3")
 
@@ -220,7 +223,7 @@ def test_cells_of_several_lines_are_no_rows(tmp_path):
     with open(tmp_path / "a.csv", "a", encoding="utf-8") as file:  # one that looks odd among many is counted
         file.write('30,"words\n31,more"\n' + "".join(f"{i},words {i}\n" for i in range(32, 300)))
     run(tmp_path / "d", "csv", tmp_path / "a.csv", "--overwrite")
-    assert account(tmp_path / "d")["rows"] == {"read": 299, "inside the quotes of another, it seems": 1}
+    assert account(tmp_path / "d")["rows"] == {"read": 299, "without a text, left out": 1}
 
 
 def test_the_first_line_of_excel(tmp_path):
@@ -243,8 +246,20 @@ def test_csv_is_not_read_by_datasets_which_drops_cells(tmp_path):
 
 def test_what_is_no_text_in_a_table_is_said(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"meta": {"a": 1}, "tags": ["x"], "body": "a\0b"}] * 9)
-    refuse("a.jsonl: 9 of 27 characters .* NULs or halves of characters: take them out of the texts", tmp_path / "e",
+    refuse("a.jsonl: 9 of 27 characters .* NULs or the like: take them out of the texts", tmp_path / "e",
            "jsonl", path, "--text_column=body")
     refuse(r"meta \(object, which is no text: .*tags \(list, which is no text", tmp_path / "e", "jsonl", path)
     (tmp_path / "a.csv").write_text("".join(f"{i},{text}\n" for i, text in enumerate(["a b c d", *"efghij"])))
     refuse("is a line with them missing here", tmp_path / "e", "csv", tmp_path / "a.csv")
+
+
+def test_files_that_changed_since_are_not_ready(tmp_path, capsys):
+    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in PROSE])
+    run(tmp_path / "d", "jsonl", path)
+    run(tmp_path / "d", "jsonl", path)
+    assert "is ready" in capsys.readouterr().out
+    lines(path, [{"text": text.upper()} for text in PROSE])
+    os.utime(path, ns=((tmp_path / "d/meta.json").stat().st_mtime_ns + 10**9,) * 2)
+    with pytest.raises(UserError, match="d is older than .*a.jsonl: add --overwrite"):
+        run(tmp_path / "d", "jsonl", path)
+    assert "COMMA" in everything(run(tmp_path / "d", "jsonl", path, "--overwrite"))[0]

@@ -6,7 +6,6 @@ import gzip
 import importlib.util
 import json
 import lzma
-import os
 import subprocess
 import sys
 import time
@@ -393,15 +392,3 @@ def test_mistakes_in_the_command(words, message):
 def test_values_keep_their_dashes():
     args = prepare.parse(["text", "a-b", "--split-on=--x-y--", "--out", "d-e"])
     assert (args.files, args.split_on, args.out) == (["a-b"], "--x-y--", "d-e")
-
-
-def test_files_that_changed_since_are_not_ready(tmp_path, capsys):
-    path = jsonl(tmp_path / "a.jsonl", DOCUMENTS)
-    run(tmp_path / "d", "jsonl", path)
-    run(tmp_path / "d", "jsonl", path)
-    assert "is ready" in capsys.readouterr().out
-    jsonl(path, [text.replace("words", "WORDS") for text in DOCUMENTS])
-    os.utime(path, ns=((tmp_path / "d/meta.json").stat().st_mtime_ns + 10**9,) * 2)
-    with pytest.raises(UserError, match="d is older than .*a.jsonl: add --overwrite"):
-        run(tmp_path / "d", "jsonl", path)
-    assert "WORDS" in everything(run(tmp_path / "d", "jsonl", path, "--overwrite"))[0]
