@@ -18,6 +18,10 @@ TEXT_LIKE = frozenset("text texts content contents body document article story p
 LOOKS = (("dates", r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?"), ("numbers", r"[-+$€£]?\d[\d.,\s]*(e[-+]?\d+)?%?"),
          ("addresses", r"(\w{1,10}://|www\.)\S+|\S+@\S+\.\w+"), ("hashes", r"[0-9a-fA-F]{8}[0-9a-fA-F-]{8,}"),
          ("ids", r"(?=\S*[\d_/:.-])[!-~]{1,80}"))
+NO_TEXT = dict.fromkeys(("list", "object", "bytes"), ", which is no text")
+# A word; of scripts without spaces two letters count as one.
+WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]{2}|\S{60}|(?<!\S)[^\w\s]*([^\W\d_]\S*)")
+DATES = frozenset("mon tue wed thu fri sat sun jan feb mar apr may jun jul aug sep oct nov dec utc gmt".split())
 
 
 def choose(names, sample, wanted, where, chat=False):
@@ -29,8 +33,8 @@ def choose(names, sample, wanted, where, chat=False):
     rows = sample()
     values = {name: [value for row in rows if (value := row.get(name)) not in (None, "")] for name in names}
     kinds = {name: " or ".join(sorted(set(map(kind, values[name])))) or "empty" for name in names}
-    listed = ", ".join(f"{name} ({kinds[name]}{f': {str(values[name][0])[:30]!r}' if values[name] else ''})"
-                       for name in names)
+    listed = ", ".join(f"{name} ({kinds[name]}{NO_TEXT.get(kinds[name], '')}"
+                       f"{f': {str(values[name][0])[:30]!r}' if values[name] else ''})" for name in names)
     found = [name for name in names if ("chat" if chat else "text") in kinds[name]]
     likely = found if chat else [name for name in found if name.strip().lower() in TEXT_LIKE]
     pick = (likely or found)[0] if len(likely or found) == 1 else None
@@ -45,6 +49,8 @@ def choose(names, sample, wanted, where, chat=False):
         problem = f"is column {pick!r} the text? It is the only one that holds strings, but is not called so."
     else:
         return pick
+    if any(len(name.split()) > 4 or re.fullmatch(LOOKS[1][1], name) for name in names):
+        problem += " The first line of a csv is taken for the names: is a line with them missing here?"
     remedy = "" if chat or "chat" not in kinds.values() else ", or prepare with --chat to make texts of the chats"
     raise UserError(f"{where}: {problem} The columns are {listed}: set --text_column=NAME, or ?column=NAME in "
                     f"data='hf:...'{remedy}")
@@ -64,21 +70,36 @@ def looks_like(values):
     for what, pattern in LOOKS:
         if sum(bool(re.fullmatch(pattern, text, re.I)) for text in texts) > len(texts) / 2:
             return what
-    return "labels" if len(texts) >= 20 and len(set(texts)) <= len(texts) / 4 else None
+    if len(texts) >= 20 and len(set(texts)) <= len(texts) / 4:
+        return "labels"
+    prose = [sum(word[:3].lower() not in DATES for word in WORD.findall(text)) >= 3 for text in texts]
+    return "short words or dates" if sum(prose) < len(texts) / 2 else None
 
 
 def _is_message(value):
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys() or
+                                        {"role", "tool_calls"} <= value.keys())
 
 
-def render(messages):
-    """A chat as a text, "ROLE: CONTENT" for every message with an empty line between two; None if it is no chat or if
-    a message holds something else than a text."""
-    if kind(messages) != "chat":
+def render(messages, lost):
+    """A chat as a text, "ROLE: CONTENT" for every message with an empty line between two, "" if none says anything;
+    None if it is no chat or if a message holds something else than a text. lost counts what has no place in it."""
+    if messages != [] and kind(messages) != "chat":
         return None
-    pairs = [(message.get("role") or message.get("from"), message.get("content") or message.get("value") or "")
-             for message in messages]
-    return "\n\n".join(map(": ".join, pairs)) if all(isinstance(word, str) for pair in pairs for word in pair) else None
+    pairs = []
+    for message in messages:
+        said = message.get("content") or message.get("value") or ""
+        if isinstance(said, list) and all(isinstance(part, dict) for part in said):  # pictures among them
+            lost.update(f"{part.get('type')} parts left out" for part in said if not part.get("text"))
+            said = "".join(str(part.get("text") or "") for part in said)
+        pairs.append((message.get("role") or message.get("from"), said))
+        lost.update(f"{key} left out" for key, value in message.items()
+                    if key not in ("role", "from", "content", "value") and value not in (None, "", [], {}))
+    if not all(isinstance(word, str) for pair in pairs for word in pair):
+        return None
+    lost.update(messages=len(pairs))
+    lost.update("messages without text" for _, said in pairs if not said.strip())
+    return "\n\n".join(map(": ".join, pairs)) if any(said.strip() for _, said in pairs) else ""
 
 
 def texts(rows, wanted, where, account, chat=False, unit="line"):
@@ -99,7 +120,7 @@ def texts(rows, wanted, where, account, chat=False, unit="line"):
     bad, first_bad = 0, None
     for read, (place, row) in enumerate(itertools.chain(first, rows), 1):
         value = row.get(column) if isinstance(row, dict) else row
-        text = render(value) if chat else value
+        text = render(value, account.counts["chats"]) if chat else value
         if isinstance(row, dict) and column in row and (value is None or isinstance(text, str)):
             account.add("rows", "read")
             if value is None:
@@ -119,7 +140,7 @@ def texts(rows, wanted, where, account, chat=False, unit="line"):
 
 def _problem(row, column, chat):
     if not isinstance(row, dict):
-        return f"{row}: the rows are cut in another way (see --delimiter), or their cells need quotes."
+        return f"{row}: the delimiter is another (--delimiter), cells need quotes or have stray ones (--no_quotes)."
     if column not in row:
         return f"no column {column!r}. The columns are {', '.join(map(str, row))}: set --text_column=NAME."
     what = kind(row[column])

@@ -30,7 +30,9 @@ LFS, FETCH = "Git LFS pointer", "fetch what it stands for:  git lfs pull"
 # (where, what stands there, what that is); all others that are no text are binary files
 KINDS = ((0, b"PK\3\4", "zip archive"), (0, b"PK\5\6", "zip archive"), (0, b"7z\xbc\xaf", "7z archive"),
          (0, b"Rar!", "rar archive"), (257, b"ustar", "tar archive"), (0, b"%PDF-", "PDF"), (0, b"\x89PNG", "picture"),
-         (0, b"\xff\xd8\xff", "picture"), (0, b"GIF8", "picture"), (4, b"ftyp", "video"), (0, b"\x7fELF", "program"),
+         (0, b"\xff\xd8\xff", "picture"), (0, b"GIF8", "picture"), (0, b"BM", "picture"), (0, b"II*\0", "picture"),
+         (0, b"MM\0*", "picture"), *((0, b"P%d\n" % i, "netpbm picture") for i in (4, 5, 6)), (4, b"ftyp", "video"),
+         (0, b"\x7fELF", "program"),
          (0, b"SQLite format 3", "SQLite database"), (0, b"\x80\4\x95", "pickle"), (0, b"PAR1", "parquet file"),
          (0, b"version https://git-lfs", LFS), *((0, magic, "archive packed twice") for magic in PACKED.values()))
 LINE_END = "(?>\r\n|\r|\n)"
@@ -86,12 +88,15 @@ def list_files(names, pattern, account=None):
             deep = re.fullmatch(r"(|.*?/)\*\*(?:/(.*))?", name)
             wanted = deep and deep[2] or pattern
             matches = map(Path, glob.glob(deep[1] or "." if deep else name))
-        found = sorted(file for match in matches for file in
-                       (walk(match, wanted, account) if match.is_dir() else [match] if match.is_file() else []))
+        found = []
+        for match in matches:
+            found += walk(match, wanted, account) if match.is_dir() else [match] if match.is_file() else []
+            if match.is_symlink() and not match.exists():
+                account.add("files", "broken links", match)
         if not found:
             what = f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}"
             raise UserError("; ".join([what, *account.lines()]))
-        for file in found:
+        for file in sorted(found):
             if files.setdefault(os.path.realpath(file), file) != file:
                 account.add("files", "reached twice, read once", file)
     return list(files.values())
@@ -111,9 +116,9 @@ def walk(root, pattern, account):
             path = folder / entry.name
             if entry.name.startswith(".") and not hidden:
                 account.add("files", "hidden, left out", path)
-            elif entry.is_dir():
+            elif os.path.isdir(path):  # of links in a circle entry.is_dir() raises
                 folders.append(path) if entry.is_symlink() else folders.appendleft(path)  # links last
-            elif not entry.is_file():
+            elif not os.path.isfile(path):
                 account.add("files", "broken links" if entry.is_symlink() else "no regular files, left out", path)
             elif path.relative_to(root).match(pattern.removeprefix("**/")):
                 yield path
@@ -134,10 +139,17 @@ def open_text(raw, path, account, encoding=None, strict=False):
     which is counted, or with `strict` a UserError."""
     binary = _decompressed(raw, path)
     head = binary.peek(HEAD)
-    head = head.replace(account.separator, b"") if account.separator else head
     found = next((name for bom, name in BOMS if head.startswith(bom)), None) or (None if encoding else _utf16(head))
     wide = encoding and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))  # full of NULs
-    kind = None if found or wide else _kind(head)
+    try:
+        plain = codecs.getincrementaldecoder("utf-8")().decode(head) if encoding and not found else ""
+    except UnicodeDecodeError:
+        plain = ""
+    if wide and plain and "\0" not in plain:
+        raise UserError(f"{path} is no {encoding} but UTF-8: leave --encoding out, or such files by --pattern")
+    if plain and not wide and not plain.isascii():  # what is UTF-8 by chance is short
+        found = "utf-8"
+    kind = None if found or wide else _kind(head.replace(account.separator, b"") if account.separator else head)
     if kind and (strict or kind == LFS or path in account.named):
         remedy = FETCH if kind == LFS else "take the text out of it first, or say what text it is by --encoding=NAME"
         raise UserError(f"{path} is no text but {'an' if kind[0] == 'a' else 'a'} {kind}: {remedy}")
@@ -188,7 +200,7 @@ def _kind(head):
     """What a file is that begins so, if that is no text, else None."""
     known = next((kind for at, magic, kind in KINDS if head.startswith(magic, at)), None)
     control = len(head) - len(head.translate(None, bytes([*range(9), *range(14, 27)])))
-    if known and (control or known in (LFS, "PDF")):
+    if known and (control or known in (LFS, "PDF", "netpbm picture")):
         return known
     return "binary file" if control > 0.02 * len(head) else None
 
@@ -219,8 +231,10 @@ def check_share(path, account, characters=0, wrong=0):
     """Raise UserError if too much is wrong with what was read since the account had counted these numbers."""
     characters, wrong = account.characters - characters, account.wrong - wrong
     if wrong > SHARE * characters:
-        raise UserError(f"{path}: {wrong:,} of {characters:,} characters ({wrong / characters:.0%}) are NULs or bytes "
-                        f"that are no {account.encoding}: set --encoding=NAME, as cp1252 or gb18030, or --pattern")
+        what = f"bytes that are no {account.encoding}: set --encoding=NAME, as cp1252 or gb18030, or --pattern"
+        if account.about.get("column") and not account.counts["altered"]["undecodable characters replaced"]:
+            what = "the like: take them out of the texts of that column first"  # of JSON's escapes
+        raise UserError(f"{path}: {wrong:,} of {characters:,} characters ({wrong / characters:.0%}) are NULs or {what}")
 
 
 def split_text(file, path=None, separator=None, account=None):

@@ -24,16 +24,17 @@ from tqdm import tqdm
 
 import errors
 from data import sources, tokenizer
-from data.files import Account, check_separator, check_share, list_files, repair, unescape
+from data.files import SHARE, Account, check_separator, check_share, list_files, repair, unescape
 from data.shards import Writer, open_split, read_meta
 from errors import UserError
 
 FILES = ("text", "jsonl", "parquet", "csv", "hf")  # sources that want names of files, or of a repository
 OPTIONS = {  # what belongs to some sources only
     "pattern": FILES[:4], "split_on": ("text", "stdin"), "text_column": (*FILES[1:], *sources.KNOWN),
-    "encoding": ("text", "stdin", "jsonl", "csv"), "delimiter": ("csv",), "chat": ("jsonl", "parquet", "hf"),
-    "name": ("hf", *sources.KNOWN), "split": ("hf", *sources.KNOWN), "val_split": ("hf", *sources.KNOWN),
-    "no_streaming": ("hf", *sources.KNOWN), "tokens": ("random",), "shards": ("fineweb-gpt2-shards",)}
+    "encoding": ("text", "stdin", "jsonl", "csv"), "delimiter": ("csv",), "no_quotes": ("csv",),
+    "chat": ("jsonl", "parquet", "hf"), "name": ("hf", *sources.KNOWN), "split": ("hf", *sources.KNOWN),
+    "val_split": ("hf", *sources.KNOWN), "no_streaming": ("hf", *sources.KNOWN), "tokens": ("random",),
+    "shards": ("fineweb-gpt2-shards",)}
 LEAST = {"limit": 1, "workers": 1, "tokens": 100, "shards": 1, "vocab_size": 2, "shard_tokens": 2}
 SHARDS_REPO = "kjj0/fineweb10B-gpt2"
 TRAINING_TEXT = 2**30  # characters that a tokenizer is trained on, at most
@@ -58,6 +59,7 @@ def parse(argv):
     add("--chat", action="store_true", default=None, help="the column holds chats: a message becomes 'ROLE: CONTENT'")
     add("--encoding", help="of files without a byte order mark, as cp1252 (default utf-8)")
     add("--delimiter", help=r"between the cells of csv, as ';' or '\t' (default: found in the file)")
+    add("--no_quotes", action="store_true", default=None, help="quotes in csv are characters as any other")
     add("--name", help="configuration of the dataset, as sample-10BT of fineweb")
     add("--split", help="split of the dataset to train on (default train)")
     add("--val_split", help="split of the dataset to validate on (default: a share of the documents)")
@@ -120,7 +122,7 @@ def documents(args, files, account):
     repo, name, _ = sources.KNOWN.get(args.source, (next(iter(args.files), None), None, None))
     opened = lambda split: sources.documents(
         args.source, files, args.split_on, repo, split, args.name or name, args.text_column, not args.no_streaming,
-        args.encoding, args.delimiter, args.chat, account)
+        args.encoding, args.delimiter, args.chat, account, args.no_quotes)
     found, total, unit = opened(args.split or "train")
     if not args.val_split:
         return by_hash(take(found), args.val_fraction, account, line_ends), total, unit
@@ -216,6 +218,10 @@ def write_documents(writer, args, files, encoder, account):
     check_separator(args.split_on, account)
     check_share(args.source, account)  # of stdin; files have been looked at one by one
     counts, column = account.counts["documents"], account.about.get("column")
+    chats = account.counts["chats"] if args.chat else {}
+    if args.chat and chats["messages without text"] > SHARE * chats["messages"]:
+        raise UserError(f"{chats['messages without text']:,} of {chats['messages']:,} messages hold no text ("
+                        f"{'; '.join(account.lines())}): make texts of the chats yourself, as a column of a jsonl")
     if not counts["kept"]:
         raise UserError(f"the train split has 0 tokens: no document holds a text ({'; '.join(account.lines())})")
     if column and not args.text_column and counts["empty ones dropped"] > counts["kept"]:
@@ -289,6 +295,9 @@ def main(argv=None):
     if out.exists() and not args.overwrite:
         before = prepared and read_meta(out).get("prepared_by") or {}
         if args.source != "stdin" and {key: value for key, value in before.items() if value is not None} == how:
+            made = (out / "meta.json").stat().st_mtime_ns
+            if newer := [file for file in files if args.source != "stdlib" and file.stat().st_mtime_ns > made]:
+                raise UserError(f"{out} is older than {newer[0]}: add --overwrite to make it anew of what that is now")
             print(f"{out} is ready (made earlier in the same way)")
             return out
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")

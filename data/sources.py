@@ -9,6 +9,7 @@ import csv
 import functools
 import itertools
 import json
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -23,8 +24,8 @@ KNOWN = {"tinystories": ("roneneldan/TinyStories", None, "validation"),
          "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", None),
          "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", None)}
 PATTERNS = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet", "csv": "*.csv*"}  # what counts in a folder
-BUILDERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json", ".txt": "text",
-            ".arrow": "arrow"}  # of datasets
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}  # datasets'
+CSV = "those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES"
 DELIMITERS = ",;\t|"
 
 
@@ -37,11 +38,13 @@ def open_hf(repo, split="train", name=None, text_column=None, streaming=True, ch
     if path.is_file() or saved:
         suffix = ".arrow" if saved else suffix_of(path)
         if suffix not in BUILDERS:
-            raise UserError(f"{repo}: datasets reads files that end in {', '.join(BUILDERS)}, compressed or not")
+            raise UserError(f"{repo}: datasets reads files that end in {', '.join(BUILDERS)}, compressed or not; {CSV}")
         dataset, names = _load(repo, BUILDERS[suffix], data_files=list(map(str, saved or [path])), **options)
     else:
         where, _, revision = (str(repo), "", "") if path.exists() else str(repo).partition("@")
         dataset, names = _load(repo, where, name, revision=revision or None, **options)
+    if path.exists() and dataset.info.builder_name == "csv":
+        raise UserError(f"{repo} holds tables of csv, of which datasets would drop cells without a word; {CSV}")
     if not names:
         raise UserError(f"{repo} holds no rows of text")
     sample = lambda: list(itertools.islice(dataset.select_columns(names), columns.SAMPLE))
@@ -117,31 +120,44 @@ def jsonl_rows(file, path):
             yield place, row
 
 
-def csv_rows(file, path, delimiter, account):
-    """Yield (line, {column: cell}) of a table whose first line names the columns; (line, problem) where a row has more
-    or fewer cells than that."""
+def csv_rows(file, path, delimiter, account, no_quotes=False):
+    """Yield (line, {column: cell}) of a table whose first line, but for Excel's sep=; line, names the columns; (line,
+    problem) where a row has more or fewer cells than that, or quotes seem to hold more than one."""
     csv.field_size_limit(2**31 - 1)
+    quoting = csv.QUOTE_NONE if no_quotes else csv.QUOTE_MINIMAL
     start = list(itertools.islice(file, 1000))
-    delimiter = delimiter or _delimiter(start, path)
-    rows = csv.reader(itertools.chain(start, file), delimiter=delimiter)
+    told = re.fullmatch(r'"?sep=(.)"?\s*', "".join(start[:1]))
+    delimiter = delimiter or (told[1] if told else _delimiter(start, path, quoting))
     account.add("delimiter", "none" if delimiter == "\x1f" else repr(delimiter))
+    lines = []  # of one row, since a cell in quotes may hold line ends
+    rows = csv.reader((lines.append(line) or line for line in itertools.chain(start, file)), strict=True,
+                      delimiter=delimiter, quoting=quoting)
+    letters = lambda cells: [any(map(str.isalpha, cell)) for cell in cells]
+    place, names = lambda: rows.line_num - len(lines) + 1, None
     try:
-        header = next((row for row in rows if row), [])
-        names = [name if header.count(name) == 1 else f"{name} (column {i})" for i, name in enumerate(header, 1)]
+        if told:
+            next(rows)
         for row in rows:
-            if row:
+            if row and names is None:
+                names = [name if row.count(name) == 1 else f"{name} (column {i})" for i, name in enumerate(row, 1)]
+            elif row:
+                for line in lines[1:]:  # of a cell with line ends, or of one whose quote is not closed
+                    if len(names) > 1 and letters(line.split(delimiter)) == letters(row):
+                        yield place(), "what looks like another row, inside quotes"
                 yield rows.line_num, dict(zip(names, row)) if len(row) == len(names) else (
                     f"{len(row)} cells, the header names {len(names)}")
+            lines.clear()
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+        raise UserError(f"{path}, line {place()}: the quotes are not those of csv ({error}): close them, double those "
+                        "inside a cell, or take them as plain characters by --no_quotes") from error
 
 
-def _delimiter(lines, path):
+def _delimiter(lines, path, quoting):
     """What separates the cells: that of DELIMITERS which stands in the header and cuts the rows into as many cells; a
     character that nobody writes where there is but one column."""
     share = {}
     for delimiter in DELIMITERS:
-        cells = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+        cells = [len(row) for row in csv.reader(lines, delimiter=delimiter, quoting=quoting) if row]
         if cells and cells[0] > 1:
             share[delimiter] = cells.count(cells[0]) / len(cells)
     best = [delimiter for delimiter in share if share[delimiter] > max(share.values()) - 0.05]
@@ -171,7 +187,7 @@ def parquet_rows(path, account, text_column, chat):
 
 
 def documents(source, files=(), split_on=None, repo=None, split="train", name=None, text_column=None, streaming=True,
-              encoding=None, delimiter=None, chat=False, account=None):
+              encoding=None, delimiter=None, chat=False, account=None, no_quotes=False):
     """(iterator, total, unit) of a source: the iterator yields (position, text), and position counts up to total, in
     bytes of the files or rows of a dataset; total is None where it is not known. What is left out goes into account.
     Undecodable bytes of files stand in the texts as lone surrogates, line ends of text files as they are."""
@@ -189,7 +205,8 @@ def documents(source, files=(), split_on=None, repo=None, split="train", name=No
         return enumerate(texts, 1), sum(counts.values()), " rows"
     if source in ("text", "stdlib", "jsonl", "csv"):
         def table(file, path):
-            rows = jsonl_rows(file, path) if source == "jsonl" else csv_rows(file, path, delimiter, account)
+            rows = (jsonl_rows(file, path) if source == "jsonl" else
+                    csv_rows(file, path, delimiter, account, no_quotes))
             return (text for _, text in columns.texts(rows, text_column, path, account, chat))
         tables = source in ("jsonl", "csv")
         found = each_file(files, table if tables else whole, account, encoding, strict=tables)

@@ -200,10 +200,11 @@ class ByteLevel(tiktoken.Encoding):
             raise ValueError(f"normalizer {steps['normalizer']!r}")
         self._cuts = [regex.compile(f"({pattern})").split for pattern in steps["splits"]]
         self._added = []  # for two passes, before and after normalising: {text: token}, what finds them
+        specials = self._special_tokens.keys() - {t["content"] for t in steps["added"] if t.get("normalized", True)}
         for late in (False, True):
             known = {self._normal(token["content"]) if late else token["content"]: token for token in steps["added"]
                      if token.get("normalized", True) is late}
-            every = sorted({*known, *(() if late else self._special_tokens)}, key=len, reverse=True)  # longest first
+            every = sorted({*known, *(() if late else specials)}, key=len, reverse=True)  # longest first
             self._added.append((known, regex.compile("|".join(map(regex.escape, every))).finditer))
 
     def _normal(self, text):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+from collections import Counter
 
 import pytest
 
@@ -27,9 +29,10 @@ def test_a_table_of_one_column_and_one_that_may_be_cut_in_two_ways(tmp_path):
     assert everything(run(tmp_path / "d", "csv", tmp_path / "one.csv")) == sorted(PROSE)  # commas are not quoted
     (table := tmp_path / "two.csv").write_text("n;id,text\n" + "".join(f"{i};5,words {i}\n" for i in range(20)))
     (tmp_path / "none.csv").write_text("\n".join(PROSE[:9]).replace(",", "") + "\n")  # without a line of names
-    refuse("is column 'Sentence 0 with a comma and a tail.' the text", tmp_path / "e", "csv", tmp_path / "none.csv")
-    (tmp_path / "space.csv").write_text("id, Text\n1,a b\n2,c d\n")
-    assert everything(run(tmp_path / "s", "csv", tmp_path / "space.csv")) == ["a b", "c d"]
+    refuse("is column 'Sentence 0 with a comma and a tail.' the text.*is a line with them missing here",
+           tmp_path / "e", "csv", tmp_path / "none.csv")
+    (tmp_path / "space.csv").write_text("id, Text\n1,a b c\n2,d e f\n")
+    assert everything(run(tmp_path / "s", "csv", tmp_path / "space.csv")) == ["a b c", "d e f"]
     refuse(r"may be ',' or ';': set --delimiter", tmp_path / "e", "csv", table)
     assert everything(run(tmp_path / "e", "csv", table, "--delimiter=,")) == sorted(f"words {i}" for i in range(20))
     (tmp_path / "tab.csv").write_text("n\ttext\n1\ta\n2\tb\n")
@@ -87,6 +90,10 @@ def test_no_table_is_guessed_wrongly(tmp_path, kind):
     ([f"https://a.org/{i}" for i in range(9)], "addresses"), (["me@a.org"], "addresses"),
     (["d41d8cd98f00b204e9800998ecf8427e"], "hashes"), (["123e4567-e89b-12d3-a456-426614174000"], "hashes"),
     (["a/b.txt", "c/d.txt"], "ids"), (["positive", "negative"] * 20, "labels"),
+    *(([value] * 15, "short words or dates") for value in (
+        "Mon, 05 Jan 2024 10:04:00 GMT", "January 4, 2024", "4 Jan 2024", "Monday, 4 March 2024 at 10:04 am", "SKU",
+        "positive", "2 hours ago", "Jane Doe", "lundi 5 février 2024", "正面", "положительный")),
+    (["The rest of May."], None), (["Das ist ein Satz.", "x"], None), (["ภาษาไทยเขียนติดกัน"], None),
     (PROSE, None), (["春眠不觉晓，处处闻啼鸟。", "夜来风雨声，花落知多少。"], None), (["x" * 10**6], None), ([], None)])
 def test_what_values_look_like(values, look):
     assert columns.looks_like(values) == look
@@ -106,9 +113,31 @@ def test_chats_are_refused_or_rendered_on_request(tmp_path, kind):
 
 def test_other_forms_of_chats():
     shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
-    assert columns.render(shared) == "human: Hi\n\ngpt: Yes"
-    for no_chat in ([], "text", [{"role": "user"}], [{"role": "user", "content": [{"type": "image"}]}], None):
-        assert columns.render(no_chat) is None
+    assert columns.render(shared, lost := Counter()) == "human: Hi\n\ngpt: Yes" and lost == {"messages": 2}
+    for no_chat in ("text", [{"role": "user"}], [{"role": "user", "content": {"a": 1}}], None):
+        assert columns.render(no_chat, Counter()) is None
+    parts = [{"type": "text", "text": "a "}, {"type": "image", "url": "x"}, {"type": "text", "text": "b"}]
+    call = {"role": "assistant", "tool_calls": [{}], "reasoning_content": "", "name": None}
+    chat = [{"role": "user", "content": parts}, {**call, "content": None}, {"role": "tool", "content": "2"}, call]
+    assert columns.render(chat, lost := Counter()) == "user: a b\n\nassistant: \n\ntool: 2\n\nassistant: "
+    assert lost == {"messages": 4, "messages without text": 2, "image parts left out": 1, "tool_calls left out": 2}
+    assert columns.render([], lost) == columns.render([call], lost) == ""
+
+
+def test_what_chats_hold_beside_texts_is_counted_and_much_of_it_refused(tmp_path):
+    chat = lambda i, said: {"messages": [{"role": "user", "content": f"What is {i}?", "weight": 0.5},
+                                         {"role": "assistant", "content": said, "reasoning_content": "Hm."}]}
+    rows = [chat(i, "A number.") for i in range(100)]
+    words = ["jsonl", lines(tmp_path / "a.jsonl", [*rows, chat(100, None), {"messages": []}]), "--chat"]
+    assert len(everything(run(tmp_path / "d", *words))) == 101
+    assert account(tmp_path / "d")["documents"]["empty ones dropped"] == 1
+    assert account(tmp_path / "d")["chats"] == {"messages": 202, "messages without text": 1, "weight left out": 101,
+                                                "reasoning_content left out": 101}
+    lines(tmp_path / "a.jsonl", [*rows, *(chat(i, None) for i in range(100, 103))])
+    refuse("3 of 206 messages hold no text.*reasoning_content left out.*make texts of the chats yourself",
+           tmp_path / "e", *words)
+    lines(tmp_path / "a.jsonl", [chat(0, None), *rows])
+    refuse("1 of 6 messages hold no text", tmp_path / "e", *words, "--limit=3")
 
 
 def test_mixed_rows_are_counted_or_refused(tmp_path, capsys):
@@ -164,3 +193,73 @@ def test_training_from_a_dataset_says_the_column_once(tmp_path, capsys):
         dataset, column = sources.open_hf(path)
         assert [text for _, text in sources.rows(dataset, column, path)] == PROSE
     assert capsys.readouterr().out == f"the text is column 'body', which begins {PROSE[0]!r}\n"
+
+
+# ---------------------------------------------------------------------- quotes and headers of csv
+
+@pytest.mark.parametrize("delimiter", ["\t", ",", ";"])
+@pytest.mark.parametrize("bad, line", [
+    ('"Never, he said', 3), ('"Hello" she said', 3), ('"a', 3), ('"closed"', None), ('say "x', None)])
+def test_quotes_that_are_not_those_of_csv_are_refused(tmp_path, delimiter, bad, line):
+    """An open quote swallows no row: not up to the end, nor up to a later cell that happens to end with one."""
+    texts = [f"words {i} of it" for i in range(40)]
+    texts[1] = bad.replace(",", "")
+    for end in ("last", 'last"'):
+        rows = ["id" + delimiter + "text", *(f"{i}{delimiter}{text}" for i, text in enumerate([*texts, end]))]
+        (table := tmp_path / "a.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        if line:
+            refuse(rf"a.tsv, line {line}: .*quotes.*--no_quotes", tmp_path / "e", "csv", table)
+        else:
+            assert len(everything(run(tmp_path / "d", "csv", table, "--overwrite"))) == 41
+        found = run(tmp_path / "d", "csv", table, "--no-quotes", "--overwrite")
+        assert everything(found) == sorted([*texts, end])
+
+
+def test_cells_of_several_lines_are_no_rows(tmp_path):
+    texts = [f"A line, with a comma\nAnother, {i}\n\nand \"more\", of it" for i in range(30)]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "text"], *enumerate(texts)])
+    assert everything(run(tmp_path / "d", "csv", tmp_path / "a.csv")) == sorted(texts)
+    with open(tmp_path / "a.csv", "a", encoding="utf-8") as file:  # one that looks odd among many is counted
+        file.write('30,"words\n31,more"\n' + "".join(f"{i},words {i}\n" for i in range(32, 300)))
+    run(tmp_path / "d", "csv", tmp_path / "a.csv", "--overwrite")
+    assert account(tmp_path / "d")["rows"] == {"read": 299, "without a text, left out": 1}
+
+
+def test_the_first_line_of_excel(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\nid;text\n" + "".join(f"{i};a, {i}\n" for i in range(9)))
+    assert everything(run(tmp_path / "d", "csv", tmp_path / "a.csv")) == [f"a, {i}" for i in range(9)]
+    assert account(tmp_path / "d")["delimiter"] == {"';'": 1}
+
+
+@needs_datasets
+def test_csv_is_not_read_by_datasets_which_drops_cells(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.csv").write_text("id,text\n" + "".join(f"{i},words {i}, and more\n" for i in range(30)))
+    for name in ("in/a.csv", "in"):
+        refuse("for the source csv:  python -m data.prepare csv", tmp_path / "e", "hf", tmp_path / name)
+        with pytest.raises(UserError, match="for the source csv"):
+            sources.open_hf(str(tmp_path / name))
+    (tmp_path / "in/a.csv").rename(tmp_path / "in/a.tsv")
+    refuse("for the source csv", tmp_path / "e", "hf", tmp_path / "in/a.tsv")
+
+
+def test_what_is_no_text_in_a_table_is_said(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"meta": {"a": 1}, "tags": ["x"], "body": "a\0b"}] * 9)
+    refuse("a.jsonl: 9 of 27 characters .* NULs or the like: take them out of the texts", tmp_path / "e",
+           "jsonl", path, "--text_column=body")
+    refuse(r"meta \(object, which is no text: .*tags \(list, which is no text", tmp_path / "e", "jsonl", path)
+    (tmp_path / "a.csv").write_text("".join(f"{i},{text}\n" for i, text in enumerate(["a b c d", *"efghij"])))
+    refuse("is a line with them missing here", tmp_path / "e", "csv", tmp_path / "a.csv")
+
+
+def test_files_that_changed_since_are_not_ready(tmp_path, capsys):
+    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in PROSE])
+    run(tmp_path / "d", "jsonl", path)
+    run(tmp_path / "d", "jsonl", path)
+    assert "is ready" in capsys.readouterr().out
+    lines(path, [{"text": text.upper()} for text in PROSE])
+    os.utime(path, ns=((tmp_path / "d/meta.json").stat().st_mtime_ns + 10**9,) * 2)
+    with pytest.raises(UserError, match="d is older than .*a.jsonl: add --overwrite"):
+        run(tmp_path / "d", "jsonl", path)
+    assert "COMMA" in everything(run(tmp_path / "d", "jsonl", path, "--overwrite"))[0]

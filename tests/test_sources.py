@@ -17,7 +17,7 @@ from data import files, prepare, sources
 from data.files import Account, list_files
 from data.shards import read_meta
 from errors import UserError
-from tests.test_prepare import everything, run
+from tests.test_prepare import everything, run, stored
 
 PROSE = [f"Sentence {i}, with a comma, and a tail." for i in range(30)]
 LONG = "Much more of it, all plain. " * 12
@@ -49,13 +49,15 @@ def archives(folder):
     noise = bytes(range(256)) * 20
     contents = {"a.pdf": b"%PDF-1.7\n", "a.png": b"\x89PNG\r\n\x1a\n\0\0", "a.jpg": b"\xff\xd8\xff\xe0\0",
                 "a.elf": b"\x7fELF\2", "a.gif": b"GIF89a\1\0", "a.mp4": b"\0\0\0\x20ftypisom", "a.bin": b"",
+                "a.bmp": b"BM\0\0" + b"\xff" * 500, "a.tif": b"II*\0" + b"\xff" * 500, "a.ppm": b"P6\n1 1\n255\n~~~",
                 "a.7z": b"7z\xbc\xaf\x27\x1c\0", "a.pkl": b"\x80\4\x95", "a.db": b"SQLite format 3\0",
                 "a.gz.gz": gzip.compress(gzip.compress(b"x"))}
     for name, start in contents.items():
-        (folder / name).write_bytes(start + (b"" if name.endswith("gz") else noise))
+        (folder / name).write_bytes(start + (b"" if name[-2:] in ("gz", "mp", "if", "pm") else noise))
     return {"a.docx": "zip archive", "a.tar.gz": "tar archive", "a.pdf": "PDF", "a.png": "picture", "a.jpg": "picture",
             "a.elf": "program", "a.gif": "picture", "a.mp4": "video", "a.7z": "7z archive", "a.pkl": "pickle",
-            "a.db": "SQLite database", "a.bin": "binary file", "a.gz.gz": "archive packed twice"}
+            "a.db": "SQLite database", "a.bin": "binary file", "a.gz.gz": "archive packed twice",
+            "a.bmp": "picture", "a.tif": "picture", "a.ppm": "netpbm picture"}
 
 
 def test_what_is_no_text_is_skipped_in_folders_and_refused_by_name(tmp_path):
@@ -113,6 +115,11 @@ def test_other_encodings_need_to_be_named(tmp_path):
     assert "".join(everything(run(tmp_path / "f", "text", tmp_path / "d.txt", "--encoding=UTF_32_LE"))) == french
     (tmp_path / "c.txt").write_bytes(LONG.encode() + b"\0" * 5)
     refuse(r"c.txt: 5 of 341 characters \(1%\) are NULs", tmp_path / "e", "text", tmp_path / "c.txt")
+    (tmp_path / "b.txt").write_text(french + "x" * 2**16 + "é", encoding="utf-8")  # UTF-8 stays what it is
+    assert account_of(tmp_path, "--encoding=latin-1")["encoding"] == {"latin-1": 1, "utf-8": 1}
+    assert "".join(everything(stored(tmp_path / "o"))).count("é") == 61
+    refuse("b.txt is no utf-16-le but UTF-8: leave --encoding out", tmp_path / "e", "text", tmp_path / "b.txt",
+           "--encoding=utf-16-le")
     for word, message in (("--encoding=hex", "no encoding 'hex'"), ("--encoding=undefined", "no encoding"),
                           ("--split_on=", "at least one character"), ("--delimiter=;", "no meaning for text")):
         refuse(message, tmp_path / "e", "text", path, word)
@@ -182,6 +189,8 @@ def test_separators_as_they_are_given(tmp_path):
         (tmp_path / "a.txt").write_bytes(separator.join(texts).encode())
         assert everything(run(tmp_path / "d", "text", tmp_path / "a.txt", f"--split_on={given_as}",
                               "--overwrite")) == texts
+    (tmp_path / "w.txt").write_text(LONG + "\0two", encoding="utf-16-le")  # known as such, with its NULs
+    assert everything(run(tmp_path / "w", "text", tmp_path / "w.txt", r"--split_on=\0")) == [LONG, "two"]
 
 
 def test_a_separator_that_is_nowhere_is_an_error(tmp_path):
@@ -240,6 +249,13 @@ def test_links_are_followed_and_circles_caught(tmp_path):
     assert list_files([corpus], "*.txt", found) == expected
     assert found.counts["files"] == {"broken links": 1, "not called *.txt, left out": 1, "reached twice, read once": 1,
                                      "linked folders that are read already": 3}
+    (corpus / "loop").symlink_to("pool")
+    (corpus / "pool").symlink_to("loop")
+    for names in ([corpus], [f"{corpus}/*"], [f"{corpus}/**"]):
+        assert len(list_files(names, "*.txt", found := Account())) in (2, 3)
+        assert found.counts["files"]["broken links"] in (3, 6)  # by another way too
+    with pytest.raises(UserError, match="no file or folder .*loop; .*1 broken links"):
+        list_files([corpus / "loop"], "*.txt")
     (corpus / ".hidden").mkdir()
     (corpus / ".hidden/x.txt").touch()
     assert list_files([corpus], ".hidden/*.txt") == [corpus / ".hidden/x.txt"]
