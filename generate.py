@@ -56,11 +56,12 @@ def load(path, device="auto", dtype="float32", which="latest"):
 
 def published_tokenizer(path, vocab_size):
     """The tokenizer of a Hugging Face directory; None, with a line, if it cannot be read or is of another model."""
-    ours = path / "tokenizer"  # of our own export
-    if not ours.is_dir() and tokenizers.find(path) is None:
+    if (path / "tokenizer").is_dir():  # of our own export
+        return tokenizers.load(path / "tokenizer")
+    if tokenizers.find(path) is None:
         return None
     try:
-        encoder = tokenizers.load(ours if ours.is_dir() else path)
+        encoder = tokenizers.load(path)
         if encoder.n_vocab > vocab_size:
             raise UserError(f"it has ids up to {encoder.n_vocab - 1}, the model only {vocab_size}")
         return encoder
