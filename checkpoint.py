@@ -21,7 +21,7 @@ import shutil
 import warnings
 import zlib
 from collections import ChainMap
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -114,7 +114,7 @@ def _together(part, group):
 
 class Saver:
     """Saves the checkpoints of a run in a thread of its own. In the background, start() costs a copy of the tensors
-    into host memory, and the writing goes on beside the training; else outcome() has to wait for it."""
+    into host memory, and the writing goes on beside the training; else start() waits for its end."""
 
     def __init__(self, folder, keep, best_loss, background):
         self.folder, self.keep, self.best_loss = folder, keep, best_loss
@@ -137,6 +137,8 @@ class Saver:
             self.best_loss = best_loss
             return path
         self.under_way = step, self.thread.submit(work)
+        if not self.background:  # its collectives may not mix with others
+            wait([self.under_way[1]])
 
     def outcome(self, wait):
         """(step, path or OSError) of a save that has ended since, None if there is none; `wait` for its end."""

@@ -64,7 +64,8 @@ def refuse_to_mix(run, source, config):
         raise UserError(f"--overwrite would delete {source}, which is to be continued: choose another --out_dir")
     if holds_run(run) and not is_within(source, run) and not config.overwrite and config.resume != "auto":
         raise UserError(f"{run} holds a run already: start anew with --overwrite, choose another --out_dir, or go on "
-                        f"with it:  {guard.command(run)}")
+                        f"with it:  {guard.command(run)}" + f"; {source} goes on in its own folder without the config "
+                        "file on the line" * (source is not None))
 
 
 def holds_run(folder):

@@ -78,8 +78,9 @@ def train(argv, watch):
     changed = runs.compare(config, encoder, stream, manifest, source) if source else []
     start = manifest.get("step", 0)
     if start >= config.max_steps:
+        more = [] if manifest["config"]["max_steps"] > start else [f"--max_steps={2 * start}"]
         print(f"step {start} is done already, of max_steps={config.max_steps}: raise --max_steps to go on"
-              + f", as in  {guard.command(run, f'--max_steps={2 * start}')}" * runs.is_within(source, run))
+              + f", as in  {guard.command(run, *more)}" * runs.is_within(source, run))
         return None
 
     # ------------------------------------------------------------------ model and optimizer

@@ -14,6 +14,7 @@ import collections
 import hashlib
 import itertools
 import os
+import shlex
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -328,6 +329,7 @@ def main(argv=None):
     seconds = time.time() - started
     print(f"wrote {out} in {seconds:.1f} s, {sum(s['tokens'] for s in writer.splits.values()) / seconds:,.0f} tokens/s")
     print(*account.lines(), sep="\n")
+    print(f"train on it with  --data={shlex.quote(str(out))} --vocab_size={writer.vocab_size}  or more ids")
     return out
 
 

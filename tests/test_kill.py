@@ -90,7 +90,7 @@ def test_an_io_error_of_the_reading_thread_ends_the_run_with_its_step(often_save
 @pytest.mark.slow
 def test_a_short_soak(tmp_path):
     """The bench of all disturbances, for as long as CI can spare."""
-    words = ["--minutes=4", "--runs=1", "--long_steps=30", f"--out={tmp_path}"]
+    words = ["--minutes=4", "--runs=1", "--long_steps=60", f"--out={tmp_path}"]
     done = run_script("-m", "bench.soak", *words, check=0)
     assert "lost or different: 0; left: {'processes': [], 'shared memory': []}; flat: True" in done.stdout
 
