@@ -329,7 +329,7 @@ def main(argv=None):
     seconds = time.time() - started
     print(f"wrote {out} in {seconds:.1f} s, {sum(s['tokens'] for s in writer.splits.values()) / seconds:,.0f} tokens/s")
     print(*account.lines(), sep="\n")
-    print(f"train on it with  --data={shlex.quote(str(out))} --vocab_size={writer.vocab_size}  or more ids")
+    print(f"to train on it:  --data={shlex.quote(str(out))} --vocab_size={writer.vocab_size}  (or more)")
     return out
 
 
