@@ -328,8 +328,8 @@ def main(argv=None):
               f"{info['bytes'] / info['tokens']:.2f} bytes/token")
     seconds = time.time() - started
     print(f"wrote {out} in {seconds:.1f} s, {sum(s['tokens'] for s in writer.splits.values()) / seconds:,.0f} tokens/s")
-    print(*account.lines(), sep="\n")
     print(f"to train on it:  --data={shlex.quote(str(out))} --vocab_size={writer.vocab_size}  (or more)")
+    print(*account.lines(), sep="\n")
     return out
 
 
