@@ -263,10 +263,11 @@ def read_beyond(run, step):
 
 def say_what_goes(run, step):
     """Say what metrics.RunLog will leave out of the records of a run that goes on from a step."""
-    path, beyond = run / "metrics.jsonl", len(read_beyond(run, step))
-    lines = sum(map(bool, path.read_bytes().split(b"\n"))) if path.exists() else 0
+    path = run / "metrics.jsonl"
+    records, lines = metrics.read_records(path), path.read_bytes().split(b"\n") if path.exists() else []
+    beyond, broken = sum(record["step"] > step for record in records), sum(map(bool, lines)) - len(records)
     for count, what in ((beyond, f"records, and the samples, beyond step {step}: these steps are done again"),
-                        (lines - len(metrics.read_records(path)), "lines that are no records, as a kill leaves them")):
+                        (broken, "lines that are no records, as a kill leaves them")):
         if count:
             print(f"metrics.jsonl: dropped {count} {what}")
 

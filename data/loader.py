@@ -69,7 +69,9 @@ class Windows:
             print(f"the tokenizer {encoder.name} does not have id {self.split.max_id} of val: no bits_per_byte")
             return None
         found = self._token_bytes(1, count + 1, encoder)
-        whole = self._token_bytes(0, self.split.tokens, encoder) if recorded else None
+        if recorded is None:
+            return found
+        whole = self._token_bytes(0, 1, encoder) + found + self._token_bytes(count + 1, self.split.tokens, encoder)
         return found * recorded / whole if whole else found
 
     def _token_bytes(self, start, end, encoder, block=2**22):
