@@ -35,7 +35,8 @@ def case(function):
 
 
 def products(B, M, K, dtype=torch.bfloat16):
-    from kernels.triton_newton_schulz import symmetric_product
+    from kernels.triton_newton_schulz import normalised, symmetric_product
+    normalised(meta(B, M, K, dtype=dtype), dtype, 1.0)
     gram = symmetric_product(meta(B, M, K, dtype=dtype))
     symmetric_product(meta(B, K, M, dtype=dtype).mT)
     symmetric_product(gram, gram, 2.0, -4.8, 3.4)

@@ -31,6 +31,7 @@ SAFETY = {"jordan": 1.0, "you": 1.02, "polar_express": 1.02}  # extra norm: thes
 # Below, a 128-wide tile is mostly padding. From here on what decides is traffic (up to a short side of about 512) and
 # then arithmetic, and Triton has less of both. By count, not measured: bench/newton_schulz.py shows both at every size.
 SMALLEST_M = 128
+LARGEST_OF_ONE_PROGRAM = 2**21  # elements that one program normalises: a few hundred microseconds
 
 # Graphs pay where a batch takes the GPU less time than Python needs to launch its 40 kernels: up to about owners.py's
 # bucket. Each holds its input and output (at most 8 bytes an element), and all share the memory of what is between.
@@ -84,6 +85,25 @@ def triton_pays(X_BMK):
     return backend.INTERPRETED or (X_BMK.dtype.itemsize == 2 and M >= SMALLEST_M and M % 16 == K % 16 == 0)
 
 
+def normalised_twin(G, dtype, safety):
+    """The slow twin of normalised."""
+    wide = torch.float64 if G.dtype == torch.float64 else torch.float32
+    tiny = torch.finfo(wide).tiny
+    peak = torch.linalg.vector_norm(G, float("inf"), dim=(-2, -1), keepdim=True, dtype=wide)
+    X = G / peak.clamp(min=tiny)  # in `wide`; or the squares of an idle expert underflow
+    norm = (safety * X.norm(dim=(-2, -1), keepdim=True)).clamp(min=tiny)
+    return torch.div(X, norm, out=torch.empty_like(X, dtype=dtype))  # rounds without another pass
+
+
+def normalised(G, dtype, safety):
+    """Every matrix over safety times its Frobenius norm, in dtype; a zero matrix stays zero. Triton reads twice and
+    writes once, a program a matrix; one that is too large for that has the twin."""
+    if backend.triton_runs(G) and 0 < G.shape[-2:].numel() <= LARGEST_OF_ONE_PROGRAM:
+        from kernels import triton_newton_schulz
+        return triton_newton_schulz.normalised(G.contiguous(), dtype, safety)
+    return normalised_twin(G, dtype, safety)
+
+
 def newton_schulz(G, steps=5, dtype=None, coefficients="jordan"):
     """Orthogonalise the last two dimensions of G; leading dimensions are a batch of independent matrices.
 
@@ -92,12 +112,7 @@ def newton_schulz(G, steps=5, dtype=None, coefficients="jordan"):
     repeats.
     """
     table = COEFFICIENTS[coefficients]
-    wide = torch.float64 if G.dtype == torch.float64 else torch.float32
-    tiny = torch.finfo(wide).tiny
-    peak = torch.linalg.vector_norm(G, float("inf"), dim=(-2, -1), keepdim=True, dtype=wide)
-    X = G / peak.clamp(min=tiny)  # in `wide`; or the squares of an idle expert underflow
-    norm = (SAFETY[coefficients] * X.norm(dim=(-2, -1), keepdim=True)).clamp(min=tiny)
-    X = torch.div(X, norm, out=torch.empty_like(X, dtype=dtype or G.dtype))  # rounds without another pass
+    X = normalised(G, dtype or G.dtype, SAFETY[coefficients])
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT  # the Gram matrix is then of the short side

@@ -93,3 +93,30 @@ def symmetric_product(X_BMK, A_BMM=None, alpha=1.0, beta=0.0, gamma=0.0):
             beta, gamma, blocks, BLOCK=block, BLOCK_K=block_k, GROUP=8, num_warps=warps, num_stages=stages,
             maxnreg=registers)
     return out_BMM
+
+
+# Grid: matrices. The sum of squares is of elements over the largest one so far: it neither under- nor overflows.
+@triton.jit
+def normalise_kernel(x, out, n, safety, TINY: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * n
+    i = tl.arange(0, BLOCK)
+    largest, total = TINY, 0.0
+    for done in range(0, n, BLOCK):
+        values = tl.load(x + first + done + i, mask=i < n - done, other=0).to(tl.float32)
+        now = tl.maximum(largest, tl.max(tl.abs(values), 0))
+        shrink = largest / now
+        scaled = values / now
+        total = total * (shrink * shrink) + tl.sum(scaled * scaled, 0)
+        largest = now
+    norm = tl.maximum(safety * tl.sqrt(total), TINY)
+    for done in range(0, n, BLOCK):
+        values = tl.load(x + first + done + i, mask=i < n - done, other=0).to(tl.float32)
+        tl.store(out + first + done + i, values / largest / norm, mask=i < n - done)
+
+
+def normalised(G, dtype, safety):
+    """Every matrix of G, which is contiguous, over safety times its Frobenius norm."""
+    out, n = torch.empty_like(G, dtype=dtype), G.shape[-2:].numel()
+    normalise_kernel[G.shape[:-2].numel(),](G, out, n, safety, torch.finfo(torch.float32).tiny,
+                                            2**14 if INTERPRETED else 4096, num_warps=8)
+    return out

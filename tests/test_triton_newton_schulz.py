@@ -216,3 +216,35 @@ def test_replayed_steps_of_muon_equal_plain_ones(monkeypatch):
         assert len(newton_schulz._graphs) == (4 if limit else 0)
     for name, p in results[0].items():
         torch.testing.assert_close(p, results[1][name], rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 500), st.sampled_from([1e-30, 1.0, 1e30]),
+       st.integers(0, 99))
+def test_normalised_is_exact_at_any_scale(B, M, K, scale, seed):
+    G = torch.randn(B, M, K, generator=torch.Generator().manual_seed(seed)).to(DEVICE) * scale
+    G[0, 0, 0] = 0
+    with backend.running(True), poisoned_memory():
+        ours = newton_schulz.normalised(G, torch.float32, 1.02)
+    norm = G.double().norm(dim=(-2, -1), keepdim=True)
+    expected = torch.where(norm > 0, G.double() / (1.02 * norm), 0.0)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(newton_schulz.normalised_twin(G, torch.float32, 1.02), ours, rtol=1e-5, atol=1e-7)
+
+
+def test_a_zero_matrix_stays_zero_and_a_bad_one_stays_bad():
+    G = torch.ones(3, 20, 30, device=DEVICE)
+    G[0], G[1, 3, 4] = 0, torch.nan
+    with backend.running(True):
+        ours = newton_schulz.normalised(G, torch.float32, 1.0)
+    assert not ours[0].any() and ours[1].isnan().any() and torch.allclose(ours[2], torch.tensor(600.0).rsqrt())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(7, 256, 768), (2, 768, 2048), (1, 2048, 7168)])
+def test_normalised_in_bf16(shape):
+    G = torch.randn(shape, device=DEVICE).bfloat16()
+    with backend.running(True):
+        ours = newton_schulz.normalised(G, torch.bfloat16, 1.0)
+    expected = G.double() / G.double().norm(dim=(-2, -1), keepdim=True)
+    assert (ours.double() - expected).norm() < 3e-3 * expected.norm()
