@@ -284,8 +284,9 @@ def with_lse(change=lambda lse: lse):
 @pytest.mark.parametrize("kernels_on", [False, True])
 def test_a_log_sum_exp_that_is_not_one_is_found(kernels_on, monkeypatch):
     monkeypatch.setattr(backend, "_on", kernels_on)
-    changes = {"right": lambda lse: lse, "a dimension more": lambda lse: lse.unsqueeze(3), "base 2": lambda lse: lse / math.log(2),
-               "unscaled": lambda lse: lse / 24**-0.5, "unset": torch.zeros_like, "negative": lambda lse: -lse}
+    changes = {"right": lambda lse: lse, "a dimension more": lambda lse: lse.unsqueeze(3), "unset": torch.zeros_like,
+               "base 2": lambda lse: lse / math.log(2), "unscaled": lambda lse: lse / 24**-0.5,
+               "negative": lambda lse: -lse}
     reasons = {}
     for name, change in changes.items():
         arm = with_lse(change)
