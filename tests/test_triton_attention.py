@@ -309,6 +309,21 @@ def test_qk_clip_acts_the_same_on_exact_maxima_and_on_bounds(triton_on, monkeypa
     assert torch.equal(*factors) and (ours >= exact).all()
 
 
+@pytest.mark.parametrize("kind", ["mla", "mha"])
+def test_a_model_makes_exact_maxima_where_it_was_asked_to(kind, monkeypatch):
+    model, x = tiny_model(num_hidden_layers=2, attention=kind), tokens(2, 21)
+    found = []
+    for arm, exact_above in (("math", -math.inf), ("library", -math.inf), ("library", 1e9), ("library", -math.inf)):
+        monkeypatch.setitem(attention.ARMS, "math", with_lse() if arm == "library" else attention.attention_math)
+        model.reset_statistics(exact_above)
+        model(x[:, :-1], x[:, 1:])
+        found.append(model.max_logits.clone())
+    exact, same, bounds, again = found
+    assert close(same, exact) and torch.equal(again, same)
+    assert not any("exact_above" in name for name in model.state_dict())
+    assert (bounds > exact).all() and (bounds <= exact + math.log(20)).all()
+
+
 @pytest.mark.parametrize("name", ["cudnn", "flash"])
 def test_an_arm_of_the_library_compiles_without_a_graph_break(name, monkeypatch):
     monkeypatch.setattr(backend, "_on", True)
