@@ -99,6 +99,7 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.R, 1e-6)
         self.kv_b_proj = Linear(self.R, self.H * (self.N + self.U))
         self.o_proj = Linear(self.H * self.U, c.hidden_size)
+        self.register_buffer("exact_above", torch.tensor(float("-inf")), persistent=False)  # causal_attention's
 
     def cache_width(self):
         return self.R + self.P
@@ -133,7 +134,7 @@ class MLA(nn.Module):
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope_BT1P.expand(-1, -1, self.H, -1)), dim=-1)
         heads = (x.transpose(1, 2) for x in (q, k, v))
-        output_BHTU, max_H = causal_attention(*heads, self.scale, first_BT)
+        output_BHTU, max_H = causal_attention(*heads, self.scale, first_BT, self.exact_above)
         return self.o_proj(output_BHTU.transpose(1, 2).flatten(-2)), max_H
 
     def qk_clip_rows(self, gamma_H):
@@ -154,6 +155,7 @@ class MHA(nn.Module):
         self.H, self.U = c.num_attention_heads, c.v_head_dim
         self.q_proj, self.k_proj, self.v_proj = (Linear(c.hidden_size, self.H * self.U) for _ in range(3))
         self.o_proj = Linear(self.H * self.U, c.hidden_size)
+        self.register_buffer("exact_above", torch.tensor(float("-inf")), persistent=False)  # causal_attention's
 
     def cache_width(self):
         return 2 * self.H * self.U
@@ -168,7 +170,7 @@ class MHA(nn.Module):
             weights = cached_attention(torch.einsum("bthu,bshu->bhts", q, k) * scale, start).to(x_BTD.dtype)
             return self.o_proj(torch.einsum("bhts,bshu->bthu", weights, v).flatten(-2)), None
         heads = (x.transpose(1, 2) for x in (q, k, v))
-        output_BHTU, max_H = causal_attention(*heads, scale, first_BT)
+        output_BHTU, max_H = causal_attention(*heads, scale, first_BT, self.exact_above)
         return self.o_proj(output_BHTU.transpose(1, 2).flatten(-2)), max_H
 
     def qk_clip_rows(self, gamma_H):

@@ -252,9 +252,12 @@ class K2(nn.Module):
         return angle.cos() * factor, angle.sin() * factor
 
     @torch.no_grad()
-    def reset_statistics(self):
+    def reset_statistics(self, exact_above=float("-inf")):
+        """exact_above: until the next reset, max_logits must be exact above it and may be bounds below."""
         self.expert_counts.zero_()
         self.max_logits.fill_(float("-inf"))
+        for layer in self.layers:
+            layer.self_attn.exact_above.fill_(exact_above)
 
     def update_router_biases(self, rate):
         """One balancing step of every router from the counts gathered since the last reset."""

@@ -171,7 +171,8 @@ def train(argv, watch):
 
         # Forward and backward: sums over micro-batches and ranks, divided by the global batch: how it is split changes
         # nothing.
-        model.reset_statistics()
+        logged = step % config.log_interval == 0 or step in (start + 1, config.max_steps)
+        model.reset_statistics(-math.inf if logged else config.qk_clip_tau)  # exact where it is told or acted on
         sums, scale = torch.zeros(3, device=device), torch.tensor(loss_scale, device=device)
         for micro in range(accumulation):
             wait_started = time.perf_counter()
@@ -228,14 +229,15 @@ def train(argv, watch):
 
         # Record, validate, sample, save. A signal leaves out what is not the save.
         last = step == config.max_steps
-        if step % config.log_interval == 0 or step == start + 1 or last or watch.agreed:
+        if logged or watch.agreed:
             speed = tokens_per_step * steps_timed / seconds
             routing = metrics.expert_statistics(model.expert_counts, model.router_biases())
             record = log.write(
                 "train", step, tokens=tokens, loss=loss, aux_loss=balance, lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm, tokens_per_second=speed, mfu=flops * speed / peak if peak else None,
                 step_ms=1000 * seconds / steps_timed, memory_gib=metrics.memory_gib(device),
-                max_attention_logit=model.max_logits.max().item(), qk_clipped_heads=int(clipped), **routing)
+                max_attention_logit=model.max_logits.max().item() if logged else None, qk_clipped_heads=int(clipped),
+                **routing)
             print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0 and not skipped)

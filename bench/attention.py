@@ -13,7 +13,7 @@ from kernels import attention, backend
 
 PEAK_FLOPS, PEAK_BYTES = 788e12, 4.3e12  # an H200, measured
 # (B, T, H, Q, V); the K2 slice has 8,192 tokens
-SIZES = {"small": (64, 1024, 12, 96, 64), "moonlight": (4, 4096, 16, 192, 128), "k2": (2, 4096, 64, 192, 128)}
+SIZES = {"small": (32, 1024, 6, 192, 128), "moonlight": (4, 4096, 16, 192, 128), "k2": (2, 4096, 64, 192, 128)}
 CPU_SIZES = {"tiny": (2, 256, 4, 24, 16), "narrow": (2, 512, 3, 96, 64)}
 DECODE = {"small": (8, 1024, 12, 256, 32), "moonlight": (16, 4096, 16, 512, 64), "k2": (16, 4096, 64, 512, 64)}
 CPU_DECODE = {"tiny": (2, 256, 4, 16, 4), "narrow": (2, 1024, 12, 256, 32)}  # (B, S, H, R, P)
@@ -83,9 +83,13 @@ def attend(name, shape, dtype, device, documents):
 def maximum(name, shape, dtype, device):
     B, T, H, Q, _ = shape
     (q, k, *_), _ = attention.sample(B, H, T, Q, Q, dtype, device, False)
+    lse = torch.arange(1, T + 1, device=device).log().expand(B, H, T).contiguous()  # as of logits 0: no head is peaked
+    limit = torch.tensor(100.0, device=device)
     arms = {"twin": lambda: attention.max_logit_math(q, k, Q**-0.5)}
     if backend.triton_runs(q):
         arms["triton"] = lambda: attention.max_logit(q, k, Q**-0.5)
+        arms["with an LSE"] = lambda: attention.max_logit(q, k, Q**-0.5, None, lse)
+        arms["above 100"] = lambda: attention.max_logit(q, k, Q**-0.5, None, lse, limit)  # a step that is not logged
     return report(name + " maximum", bench.interleaved(arms, rounds=5, warmup=2), B * H * T * (T + 1) * Q,
                   2 * B * H * T * Q * dtype.itemsize)
 

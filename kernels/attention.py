@@ -3,16 +3,18 @@ of single queries to MLA's latent cache for generation.
 
 `attention_math` and `latent_decode_math` are the twins: scores in full, maximum and softmax read off them. Triton's
 kernels are torch.library ops here; on CUDA the libraries' attention competes with them (choose_arm), with a second,
-gradient-free pass over the scores for the maximum. Next: triton_attention.py, or ../mla.py, which calls this.
+gradient-free pass over the scores for the maximum, which leaves out what the log-sum-exp rules out (skip_below).
+Next: triton_attention.py, or ../mla.py, which calls this.
 
 Shapes: B batch, H heads, T positions, Q query-key width, V value width (MLA has Q != V); S cached positions, W = R + P
 cache width: latent and RoPE key. first_BT (int32, contiguous) is where the document of position t starts: query t sees
 the keys first_BT[t]..t. It must not decrease along a row, and first_BT[t] <= t; neither is checked. None: one document.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import backend
 
@@ -20,8 +22,9 @@ QUERY_CHUNK = 128  # rows of scores made at once; keys beyond a chunk's last row
 
 # ----------------------------------------------------------------------------- twins
 
-def attention_math(q_BHTQ, k_BHTQ, v_BHTV, scale, first_BT=None):
-    """Plain attention in chunks of query rows, the same result as causal_attention on every device."""
+def attention_math(q_BHTQ, k_BHTQ, v_BHTV, scale, first_BT=None, exact_above=None):
+    """Plain attention in chunks of query rows, the same result as causal_attention on every device; its maximum is
+    always exact."""
     if q_BHTQ.numel() == 0:
         return q_BHTQ @ k_BHTQ.mT @ v_BHTV, _no_maximum(q_BHTQ)
     outputs, maxima = [], []
@@ -33,12 +36,18 @@ def attention_math(q_BHTQ, k_BHTQ, v_BHTV, scale, first_BT=None):
 
 
 @torch.no_grad()
-def max_logit_math(q_BHTQ, k_BHTQ, scale, first_BT=None):
-    """The twin of max_logit; scores exist one chunk of rows at a time."""
+def max_logit_math(q_BHTQ, k_BHTQ, scale, first_BT=None, lse_BHT=None, below_H=None):
+    """The twin of Triton's max_logits; scores exist one chunk of rows at a time, and none is left out."""
     if q_BHTQ.numel() == 0:
         return _no_maximum(q_BHTQ)
-    chunks = [_masked_scores(q_BHTQ, k_BHTQ, scale, start, first_BT)[0].amax(dim=(0, 2, 3))
-              for start in range(0, q_BHTQ.shape[2], QUERY_CHUNK)]
+    chunks = []
+    for start in range(0, q_BHTQ.shape[2], QUERY_CHUNK):
+        scores, end = _masked_scores(q_BHTQ, k_BHTQ, scale, start, first_BT)
+        maxima_BH = scores.amax(dim=(2, 3))
+        if lse_BHT is not None:
+            bounds_BH = lse_BHT[:, :, start:end].amax(2)
+            maxima_BH = torch.where(bounds_BH < below_H, bounds_BH, maxima_BH)
+        chunks.append(maxima_BH.amax(0))
     return torch.stack(chunks).amax(0)
 
 
@@ -110,14 +119,15 @@ _attention_op.register_autograd(_attention_backward, setup_context=_save)
 
 
 @torch.library.custom_op("nanok2::max_logits", mutates_args=(),
-                         schema="(Tensor q, Tensor k, float scale, Tensor? first) -> Tensor")
-def _max_logits_op(q, k, scale, first):
+                         schema="(Tensor q, Tensor k, float scale, Tensor? first, Tensor? lse=None, "
+                                "Tensor? below=None) -> Tensor")
+def _max_logits_op(q, k, scale, first, lse=None, below=None):
     from kernels import triton_attention
-    return triton_attention.max_logits(q, k, scale, first)
+    return triton_attention.max_logits(q, k, scale, first, lse, below)
 
 
 @_max_logits_op.register_fake
-def _(q, k, scale, first):
+def _(q, k, scale, first, lse=None, below=None):
     return q.new_empty(q.shape[1], dtype=torch.float32)
 
 
@@ -135,27 +145,28 @@ def _(q, cache, scale, value_width):
 
 # ----------------------------------------------------------------------------- arms: who computes attention
 
-def _triton(q, k, v, scale, first):
+def _triton(q, k, v, scale, first, exact_above=None):
     output, _, maximum = _attention_op(q, k, v, scale, first)
     return output, maximum.detach()
 
 
-def _sdpa(q, k, v, scale, first):
+def _sdpa(q, k, v, scale, first, exact_above=None):  # whichever PyTorch takes, which keeps the log-sum-exp to itself
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), max_logit(q, k, scale)
 
 
-def _cudnn(q, k, v, scale, first):
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _sdpa(q, k, v, scale, first)
+def _cudnn(q, k, v, scale, first, exact_above=None):
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, False, scale=scale)
+    return output, max_logit(q, k, scale, None, lse, exact_above)
 
 
-def _flash(q, k, v, scale, first):  # wants one width for all: values are padded with zeros
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        output, maximum = _sdpa(q, k, F.pad(v, (0, q.shape[3] - v.shape[3])), scale, first)
-    return output[..., :v.shape[3]], maximum
+def _flash(q, k, v, scale, first, exact_above=None):  # wants one width for all: values are padded with zeros
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, F.pad(v, (0, q.shape[3] - v.shape[3])), 0.0, True, False, scale=scale)
+    return output[..., :v.shape[3]], max_logit(q, k, scale, None, lse, exact_above)
 
 
-def _flex(q, k, v, scale, first):
+def _flex(q, k, v, scale, first, exact_above=None):
     from torch.nn.attention import flex_attention as flex
 
     def visible(b, h, query, key):
@@ -171,6 +182,7 @@ def _flex(q, k, v, scale, first):
 
 ARMS = {"triton": _triton, "cudnn": _cudnn, "flash": _flash, "flex": _flex, "sdpa": _sdpa, "math": attention_math}
 KNOW_DOCUMENTS = ("triton", "flex", "math")
+HAVE_LSE = (_cudnn, _flash)  # exact_above saves them work
 COMPILED_ALONE = ("flex",)  # slow unless compiled, as it is in the model
 ARM = {}      # arm_key(...) -> name of the arm that causal_attention takes; choose_arm fills it
 REASONS = {}  # arm_key(...) -> {arm: why it is no candidate}
@@ -188,19 +200,37 @@ def _default_arm(q_BHTQ, documents):
     return "sdpa" if q_BHTQ.is_cuda and not documents else "math"
 
 
-def causal_attention(q_BHTQ, k_BHTQ, v_BHTV, scale, first_BT=None):
+def causal_attention(q_BHTQ, k_BHTQ, v_BHTV, scale, first_BT=None, exact_above=None):
     """Returns (o_BHTV, max_logit_H): softmax(scale * q k^T, causal) v, and the largest scaled logit of every head
-    (fp32, signed, no gradient) over the batch and all unmasked pairs. scale > 0. first_BT: see the top of this file."""
+    (fp32, signed, no gradient) over the batch and all unmasked pairs. scale > 0. first_BT: see the top of this file.
+    exact_above, a tensor () in fp32: the maximum need be exact only where it lies above; where not, what is returned
+    lies between the maximum and exact_above, and may be an upper bound of at most the maximum + log T."""
     documents = first_BT is not None
     name = ARM.get(arm_key(q_BHTQ.shape, v_BHTV.shape[3], q_BHTQ.dtype, documents)) or _default_arm(q_BHTQ, documents)
-    return ARMS[name](q_BHTQ, k_BHTQ, v_BHTV, scale, first_BT)
+    return ARMS[name](q_BHTQ, k_BHTQ, v_BHTV, scale, first_BT, exact_above)
 
 
 @torch.no_grad()
-def max_logit(q_BHTQ, k_BHTQ, scale, first_BT=None):
-    """The largest scaled, unmasked logit of every head (H,), fp32."""
+def max_logit(q_BHTQ, k_BHTQ, scale, first_BT=None, lse=None, exact_above=None):
+    """The largest scaled, unmasked logit of every head (H,), fp32. lse: the queries' log-sum-exp, fp32, (B, H, T) or
+    (B, H, T, 1); with it most scores need not be computed, and exact_above counts (see causal_attention)."""
     function = _max_logits_op if backend.triton_runs(q_BHTQ) else max_logit_math
-    return function(q_BHTQ, k_BHTQ, scale, first_BT)
+    if lse is None or not lse.numel():
+        return function(q_BHTQ, k_BHTQ, scale, first_BT)
+    lse_BHT = lse.reshape(q_BHTQ.shape[:3])
+    return function(q_BHTQ, k_BHTQ, scale, first_BT, lse_BHT, skip_below(lse_BHT, first_BT, exact_above))
+
+
+def skip_below(lse_BHT, first_BT=None, exact_above=None):
+    """(H,): queries whose log-sum-exp lies below this cannot hold the maximum of their head, or hold one that is not
+    asked for. With n visible keys, LSE - log n <= the largest logit <= LSE. NaN, so nothing is skipped, where a
+    log-sum-exp of the head is NaN or infinite."""
+    last = torch.arange(lse_BHT.shape[2], device=lse_BHT.device)
+    visible = last + 1 if first_BT is None else (last + 1 - first_BT).unsqueeze(1)
+    below_H = (lse_BHT - visible.log()).amax((0, 2))
+    if exact_above is not None:
+        below_H = torch.maximum(below_H, exact_above)
+    return below_H - 1e-3 * (1 + below_H.abs())  # more than the rounding of the log-sum-exp and of the scores
 
 
 def latent_decode(q_BHW, cache_BSW, scale, value_width):
@@ -238,6 +268,23 @@ def wrong(arm, H, T, Q, V, dtype, device, documents):
         error, limit = (got - right).abs().max(), 2 * (usual - right).abs().max() + 1e-4 * right.abs().max()
         if not error <= limit:
             return f"{name} is off by {error:.2g}"
+    if arm in HAVE_LSE:
+        return _wrong_maximum(arm, *tensors[:3], Q**-0.5)
+
+
+@torch.no_grad()
+def _wrong_maximum(arm, q, k, v, scale):
+    """As wrong, of what is made of a log-sum-exp; later queries are peaked in half of the heads, so that the earlier
+    ones are left out where the maximum is sought."""
+    q, T = q.clone(), q.shape[2]
+    q[:, ::2, T // 2:] *= 8
+    right = max_logit_math(q.double(), k.double(), scale)
+    exact, bounds = (arm(q, k, v, scale, None, limit)[1] - right for limit in (None, right.new_tensor(1e9)))
+    slack = 1e-3 * right.abs().max()
+    if not exact.abs().max() <= slack:
+        return f"maximum is off by {exact.abs().max():.2g} where scores are left out"
+    if not (bounds.min() >= -slack and bounds.max() <= math.log(T) + slack):
+        return f"bounds lie {bounds.min():.2g} to {bounds.max():.2g} above the maximum"
 
 
 def choose_arm(q_shape, value_width, dtype, device, documents=False):

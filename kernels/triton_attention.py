@@ -138,15 +138,22 @@ def forward_kernel(q, k, v, o, lse, top, first, scale, q_b, q_h, q_t, k_b, k_h, 
     tl.store(top + tl.program_id(0), tl.max(tl.where(valid, m, float("-inf")), 0) * scale + broken)
 
 
-# The maximum alone, for attention computed elsewhere: the same loop with one product. 2 Q FLOPs per visible pair.
+# The maximum alone, for attention computed elsewhere: the same loop with one product. 2 Q FLOPs per visible pair, and
+# none in a program whose log-sum-exps all lie below the head's `below` (NaN is not below): their largest stands in.
 @triton.jit
-def maximum_kernel(q, k, top, first, scale, q_b, q_h, q_t, k_b, k_h, k_t, H, T, Q: tl.constexpr, Q0: tl.constexpr,
-                   Q1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, DOCUMENTS: tl.constexpr):
+def maximum_kernel(q, k, top, first, lse, below, scale, q_b, q_h, q_t, k_b, k_h, k_t, H, T, Q: tl.constexpr,
+                   Q0: tl.constexpr, Q1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+                   DOCUMENTS: tl.constexpr, SKIP: tl.constexpr):
     tiles = tl.cdiv(T, BM)
     head, m0 = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * BM
     q, k = head_base(q, head, H, q_b, q_h), head_base(k, head, H, k_b, k_h)
     rows, columns = m0 + tl.arange(0, BM), tl.arange(0, BN)
     valid = rows < T
+    if SKIP:
+        bound = tl.max(tl.load(lse + tl.cast(head, tl.int64) * T + rows, mask=valid, other=float("-inf")), 0)
+        if bound < tl.load(below + head % H):
+            tl.store(top + tl.program_id(0), bound)
+            return
     q0, q1 = load_parts(q, m0, q_t, T, Q, BM, Q0, Q1, EVEN)
     if DOCUMENTS:
         first += head // H * T
@@ -362,8 +369,9 @@ def backward(do_BHTV, q_BHTQ, k_BHTQ, v_BHTV, o_BHTV, lse_BHT, scale, first_BT=N
     return dq, dk, dv
 
 
-def max_logits(q_BHTQ, k_BHTQ, scale, first_BT=None):
-    """The largest scaled visible logit of every head (H,), fp32."""
+def max_logits(q_BHTQ, k_BHTQ, scale, first_BT=None, lse_BHT=None, below_H=None):
+    """The largest scaled visible logit of every head (H,), fp32. With lse_BHT and below_H (attention.skip_below), of
+    tiles of queries whose log-sum-exp lies below it the largest log-sum-exp, which is no smaller."""
     q, k = rows_of(q_BHTQ, k_BHTQ)
     B, H, T, Q = q.shape
     tile = blocks("maximum", T, Q, Q, q.dtype)
@@ -371,6 +379,7 @@ def max_logits(q_BHTQ, k_BHTQ, scale, first_BT=None):
     top = torch.empty(B, H, tiles, dtype=torch.float32, device=q.device)
     if top.numel():
         constants = {name: value for name, value in widths(q, k).items() if name[0] == "Q"}
-        maximum_kernel[(B * H * tiles,)](q, k, top, first_BT, scale, *q.stride()[:3], *k.stride()[:3], H, T,
-                                         **constants, DOCUMENTS=first_BT is not None, **tile)
+        maximum_kernel[(B * H * tiles,)](
+            q, k, top, first_BT, None if lse_BHT is None else lse_BHT.contiguous(), below_H, scale, *q.stride()[:3],
+            *k.stride()[:3], H, T, **constants, DOCUMENTS=first_BT is not None, SKIP=lse_BHT is not None, **tile)
     return per_head(top, B, H)

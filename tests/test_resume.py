@@ -193,8 +193,10 @@ def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
     original = Muon.step
     stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 3 else None
     monkeypatch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
-    run_stopped(config, "--eval_interval=5", "--sample_interval=5")
+    run_stopped(config, "--eval_interval=5", "--sample_interval=5", "--log_interval=4")
     assert losses(tmp_path / "run")[-1][0] == 5 and not records(tmp_path / "run", "val")
+    logits = {record["step"]: record["max_attention_logit"] for record in records(tmp_path / "run", "train")}
+    assert logits[4] > 0 and logits[5] is None  # nobody knew that step 5 would be logged, so no exact maximum was made
     assert checkpoint.find(tmp_path / "run").name == "step_00000005" and not (tmp_path / "run/samples.md").exists()
 
 
