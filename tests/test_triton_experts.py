@@ -23,10 +23,11 @@ def triton():
 
 
 @contextlib.contextmanager
-def small_blocks(elements, sizes):
+def small_blocks(elements, sizes, line=4):
     """Blocks of which even small inputs need several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_routing, "ELEMENTS", elements)
+        patch.setattr(triton_routing, "LINE", line)
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
         patch.setattr(triton_experts, "blocks", lambda *_: dict(zip(names, (*sizes, 4, 2))))
         yield
@@ -71,7 +72,8 @@ def test_route_equals_its_twin(data):
     bias = torch.randn(n_experts, generator=generator) * 0.1
     if data.draw(st.booleans()):  # few different values: ties everywhere
         logits, bias = logits.round(), torch.zeros(n_experts)
-    with poisoned_memory(), small_blocks(data.draw(st.sampled_from([256, 4096])), (16, 16, 16)):
+    elements, line = data.draw(st.sampled_from([(256, 2), (256, 64), (4096, 4)]))
+    with poisoned_memory(), small_blocks(elements, (16, 16, 16), line):
         ours, twins = route_both(logits.to(DEVICE), bias.to(DEVICE), batch, options, generator)
     assert torch.equal(ours[1], twins[1]) and torch.equal(ours[3], twins[3])
     assert all(close(a, b) for a, b in zip(ours, twins))
