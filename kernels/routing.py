@@ -7,9 +7,48 @@ Shapes: N tokens, E experts, K experts per token, G groups, B sequences.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import backend
+
+
+def router_logits(x_ND, weight_ED):
+    """The router's logits in fp32, of weights rounded to x's dtype like every other weight, so that they are the same
+    wherever they were gathered from. In bf16 on CUDA the products are exact and added up in fp32 without copies in
+    fp32; a difference of one rounding of the sums is all."""
+    if backend.triton_runs(x_ND) and _offers_wide_products(x_ND):
+        return _WideLogits.apply(x_ND, weight_ED)
+    return F.linear(x_ND.float(), weight_ED.to(x_ND.dtype).float())
+
+
+def _offers_wide_products(x_ND):
+    # Not for fp16: the two parts of a gradient would need more range than it has.
+    return x_ND.is_cuda and x_ND.dtype == torch.bfloat16
+
+
+def _wide_product(left, right):
+    """left @ right of bf16 matrices in fp32. PyTorch offers it on CUDA alone."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+class _WideLogits(torch.autograd.Function):
+    """x @ weight.T in fp32 out of bf16. The fp32 gradient goes back as the sum of two bf16 parts, which keep 16 of its
+    24 bits: rounded to bf16 alone it would have 8."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_ED):
+        ctx.save_for_backward(x_ND, weight_ED)
+        return _wide_product(x_ND, weight_ED.to(x_ND.dtype).T)
+
+    @staticmethod
+    def backward(ctx, grad_NE):
+        x_ND, weight_ED = ctx.saved_tensors
+        high_NE = grad_NE.to(x_ND.dtype)
+        parts_N2E = torch.cat((high_NE, (grad_NE - high_NE.float()).to(x_ND.dtype)), dim=1)
+        weight = weight_ED.to(x_ND.dtype)
+        high_ED, low_ED = _wide_product(parts_N2E.T, x_ND).chunk(2)
+        return parts_N2E @ torch.cat((weight, weight)), (high_ED + low_ED).to(weight_ED.dtype)
 
 
 def route(logits_NE, bias_E, batch_size, top_k, n_group=1, topk_group=1, normalise=True, scale=1.0):

@@ -95,6 +95,53 @@ def test_route_of_scores_that_all_underflow():
     assert all(torch.isfinite(t).all() for t in ours) and all(close(a, b) for a, b in zip(ours, twins))
 
 
+def router_errors(x, weight, grad):
+    """Relative errors of the router's logits, dx and dweight, from float64 of the same rounded operands."""
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    logits = routing.router_logits(*leaves)
+    ours = [logits.detach(), *torch.autograd.grad(logits, leaves, grad)]
+    exact_x, exact_weight, exact_grad = x.double(), weight.to(x.dtype).double(), grad.double()
+    expected = [exact_x @ exact_weight.T, exact_grad @ exact_weight, exact_grad.T @ exact_x]
+    assert [t.dtype for t in ours] == [torch.float32, x.dtype, torch.float32]
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, expected)], expected
+
+
+def check_router(device):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (512, 96), (24, 96), (512, 24)
+    x, weight, grad = (torch.randn(size, generator=generator).to(device) for size in sizes)
+    x = x.bfloat16()
+    (forward, dx, dweight), expected = router_errors(x, weight, grad)
+    rounding = ((expected[1].bfloat16().double() - expected[1]).norm() / expected[1].norm()).item()
+    assert forward < 3e-6 and dweight < 2e-5 and dx < 1.05 * rounding  # of bf16: the gradient was not rounded before
+
+
+def test_router_logits_lose_nothing_in_bf16(monkeypatch):
+    """With a stand-in for the product that CUDA alone has; compiled it is one graph and gives the same."""
+    calls = []
+    monkeypatch.setattr(routing, "_offers_wide_products", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(routing, "_wide_product", lambda a, b: (calls.append(1), a.float() @ b.float())[1])
+    check_router("cpu")
+    assert len(calls) == 2
+    monkeypatch.setattr(routing, "_wide_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(routing, "router_logits", torch.compile(
+        routing.router_logits, backend="aot_eager", fullgraph=True, dynamic=False))
+    check_router("cpu")
+
+
+def test_router_logits_in_fp32_and_without_triton_are_the_twins():
+    wide, weight = torch.randn(40, 12), torch.randn(6, 12)
+    for x, on in ((wide, True), (wide.bfloat16(), False)):
+        with backend.running(on):
+            logits = routing.router_logits(x, weight)
+        assert torch.equal(logits, F.linear(x.float(), weight.to(x.dtype).float())) and logits.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_router_logits_lose_nothing_on_a_gpu():
+    check_router("cuda")
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 150), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99), st.booleans(),
        st.sampled_from([1024, 4096]))
