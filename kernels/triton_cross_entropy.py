@@ -27,6 +27,7 @@ def pick_blocks(V):
 @triton.jit
 def cross_entropy_kernel(logits, targets, losses, lses, N, V, row_stride, z_loss, ignore: tl.constexpr,
                          WRITE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    WAITS: tl.constexpr = "evict_last" if WRITE else "evict_first"
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     there = rows < N
@@ -40,7 +41,8 @@ def cross_entropy_kernel(logits, targets, losses, lses, N, V, row_stride, z_loss
     total = tl.where(there, 0.0, 1.0)
     for start in range(0, V, BLOCK):
         inside = there[:, None] & (columns[None, :] < V - start)
-        x = tl.load(logits + start + columns[None, :], inside, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + start + columns[None, :], inside, other=float("-inf"), eviction_policy=WAITS)
+        x = x.to(tl.float32)
         new_top = tl.maximum(top, tl.max(x, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf minus -inf is no number
         total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), 1)
@@ -51,14 +53,16 @@ def cross_entropy_kernel(logits, targets, losses, lses, N, V, row_stride, z_loss
     tl.store(lses + rows, lse, there)
     if WRITE:
         factor = tl.where(valid, 1.0 + 2.0 * z_loss * lse, float("nan"))
-        for start in range(0, V, BLOCK):
+        n_blocks = tl.cdiv(V, BLOCK)
+        for i in range(n_blocks):
+            start = (n_blocks - 1 - i) * BLOCK
             inside = there[:, None] & (columns[None, :] < V - start)
             place = logits + start + columns[None, :]
-            x = tl.load(place, inside, other=float("-inf")).to(tl.float32)
+            x = tl.load(place, inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
             gradient = tl.exp(x - lse[:, None]) * factor[:, None]
             gradient -= tl.where(start + columns[None, :] == target[:, None], 1.0, 0.0)
             gradient = tl.where(keep[:, None], gradient, 0.0)
-            tl.store(place, gradient.to(logits.dtype.element_ty), inside)
+            tl.store(place, gradient.to(logits.dtype.element_ty), inside, eviction_policy="evict_first")
 
 
 def cross_entropy_(logits_NV, targets_N, z_loss, ignore, write):
