@@ -15,16 +15,10 @@ from kernels import backend
 
 def router_logits(x_ND, weight_ED):
     """The router's logits in fp32, of weights rounded to x's dtype like every other weight, so that they are the same
-    wherever they were gathered from. In bf16 on CUDA the products are exact and added up in fp32 without copies in
-    fp32; a difference of one rounding of the sums is all."""
-    if backend.triton_runs(x_ND) and _offers_wide_products(x_ND):
-        return _WideLogits.apply(x_ND, weight_ED)
+    wherever they were gathered from. In bf16 on CUDA without copies in fp32; fp16 has too little range for that."""
+    if backend.triton_runs(x_ND) and x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
+        return WideLogits.apply(x_ND, weight_ED)
     return F.linear(x_ND.float(), weight_ED.to(x_ND.dtype).float())
-
-
-def _offers_wide_products(x_ND):
-    # Not for fp16: the two parts of a gradient would need more range than it has.
-    return x_ND.is_cuda and x_ND.dtype == torch.bfloat16
 
 
 def _wide_product(left, right):
@@ -32,9 +26,8 @@ def _wide_product(left, right):
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-class _WideLogits(torch.autograd.Function):
-    """x @ weight.T in fp32 out of bf16. The fp32 gradient goes back as the sum of two bf16 parts, which keep 16 of its
-    24 bits: rounded to bf16 alone it would have 8."""
+class WideLogits(torch.autograd.Function):
+    """x_ND @ weight_ED.T in fp32 out of bf16. The fp32 gradient goes back as two bf16 parts, 16 of its 24 bits."""
 
     @staticmethod
     def forward(ctx, x_ND, weight_ED):

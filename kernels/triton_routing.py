@@ -140,11 +140,6 @@ def route_backward_kernel(logits, chosen, grad_weights, grad_balance, counts_BE,
     tl.store(grad_logits + token[:, None] * E + e[None, :], grad_score * score * (1 - score), mask=exists)
 
 
-def _fraction(T, E, top_k):
-    """The factor of choices x summed shares in a sequence's balance loss (routing.sequence_balance)."""
-    return E / (top_k * max(T, 1) ** 2)
-
-
 def route(logits_NE, bias_E, batch_size, top_k, n_group, topk_group, normalise, scale):
     """Returns weights_NK, experts_NK, the balance loss, counts_E (int64), and counts_BE (int32) of every sequence."""
     N, E = logits_NE.shape
@@ -162,7 +157,7 @@ def route(logits_NE, bias_E, batch_size, top_k, n_group, topk_group, normalise, 
     counts_BE, counts_E, balances_E = new(batch_size, E, dtype=torch.int32), new(E, dtype=torch.int64), new(E)
     width = min(triton.next_power_of_2(max(n_blocks, 1)), LINE)
     route_sums_kernel[E,](
-        counts, shares, counts_BE, counts_E, balances_E, batch_size, n_blocks, _fraction(T, E, top_k),
+        counts, shares, counts_BE, counts_E, balances_E, batch_size, n_blocks, E / (top_k * max(T, 1) ** 2),
         min(triton.next_power_of_2(batch_size), LINE // width), width)
     return weights_NK, experts_NK, balances_E.sum(), counts_E, counts_BE
 
@@ -176,7 +171,7 @@ def route_backward(logits_NE, experts_NK, grad_weights_NK, grad_balance, counts_
     if N:
         route_backward_kernel[batch_size, triton.cdiv(T, block)](
             logits_NE, experts_NK, grad_weights_NK.contiguous(), grad_balance, counts_BE, grad_NE, T, E, scale,
-            _fraction(T, E, top_k), top_k, normalise, E_pad, block, num_warps=8 if E_pad >= 256 else 4)
+            E / (top_k * T**2), top_k, normalise, E_pad, block, num_warps=8 if E_pad >= 256 else 4)
     return grad_NE
 
 

@@ -95,38 +95,29 @@ def test_route_of_scores_that_all_underflow():
     assert all(torch.isfinite(t).all() for t in ours) and all(close(a, b) for a, b in zip(ours, twins))
 
 
-def router_errors(x, weight, grad):
-    """Relative errors of the router's logits, dx and dweight, from float64 of the same rounded operands."""
-    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    logits = routing.router_logits(*leaves)
-    ours = [logits.detach(), *torch.autograd.grad(logits, leaves, grad)]
-    exact_x, exact_weight, exact_grad = x.double(), weight.to(x.dtype).double(), grad.double()
-    expected = [exact_x @ exact_weight.T, exact_grad @ exact_weight, exact_grad.T @ exact_x]
-    assert [t.dtype for t in ours] == [torch.float32, x.dtype, torch.float32]
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, expected)], expected
-
-
-def check_router(device):
+def check_router(function, device):
+    """The errors of the router's logits, dx and dweight, from float64 of the same rounded operands."""
     generator = torch.Generator().manual_seed(0)
     sizes = (512, 96), (24, 96), (512, 24)
     x, weight, grad = (torch.randn(size, generator=generator).to(device) for size in sizes)
-    x = x.bfloat16()
-    (forward, dx, dweight), expected = router_errors(x, weight, grad)
-    rounding = ((expected[1].bfloat16().double() - expected[1]).norm() / expected[1].norm()).item()
-    assert forward < 3e-6 and dweight < 2e-5 and dx < 1.05 * rounding  # of bf16: the gradient was not rounded before
+    leaves = [x.bfloat16().requires_grad_(), weight.requires_grad_()]
+    logits = function(*leaves)
+    ours = [logits.detach(), *torch.autograd.grad(logits, leaves, grad)]
+    x, weight, grad = leaves[0].double(), weight.bfloat16().double(), grad.double()
+    expected = [x @ weight.T, grad @ weight, grad.T @ x]
+    error = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
+    assert [t.dtype for t in ours] == [torch.float32, torch.bfloat16, torch.float32]
+    assert error(ours[0], expected[0]) < 3e-6 and error(ours[2], expected[2]) < 2e-5
+    # dx has the one rounding to bf16 that its dtype asks for; the gradient of the logits was not rounded before
+    assert error(ours[1], expected[1]) < 1.05 * error(expected[1].bfloat16(), expected[1])
 
 
-def test_router_logits_lose_nothing_in_bf16(monkeypatch):
-    """With a stand-in for the product that CUDA alone has; compiled it is one graph and gives the same."""
-    calls = []
-    monkeypatch.setattr(routing, "_offers_wide_products", lambda x: x.dtype == torch.bfloat16)
-    monkeypatch.setattr(routing, "_wide_product", lambda a, b: (calls.append(1), a.float() @ b.float())[1])
-    check_router("cpu")
-    assert len(calls) == 2
+@pytest.mark.parametrize("compiled", [False, True])
+def test_router_logits_lose_nothing_in_bf16(monkeypatch, compiled):
+    """With a stand-in for the product that CUDA alone has."""
     monkeypatch.setattr(routing, "_wide_product", lambda a, b: a.float() @ b.float())
-    monkeypatch.setattr(routing, "router_logits", torch.compile(
-        routing.router_logits, backend="aot_eager", fullgraph=True, dynamic=False))
-    check_router("cpu")
+    function = lambda x, weight: routing.WideLogits.apply(x, weight)
+    check_router(torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function, DEVICE)
 
 
 def test_router_logits_in_fp32_and_without_triton_are_the_twins():
@@ -139,7 +130,7 @@ def test_router_logits_in_fp32_and_without_triton_are_the_twins():
 
 @pytest.mark.gpu
 def test_router_logits_lose_nothing_on_a_gpu():
-    check_router("cuda")
+    check_router(routing.router_logits, "cuda")
 
 
 @settings(deadline=None, max_examples=100)
