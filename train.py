@@ -174,7 +174,7 @@ def train(argv, watch):
             inputs, targets, places = next(batches)
             waited += time.perf_counter() - wait_started
             parallel.last_micro_batch(model, micro == accumulation - 1)
-            loss_sum, balance_sum = model(inputs, targets, first_BT=stream.starts(inputs))
+            loss_sum, balance_sum = model(inputs, targets, first_BT=stream.starts(inputs), scale=1 / tokens_per_step)
             micro_loss, micro_balance = loss_sum / tokens_per_step, balance_sum / config.global_batch_size
             ((micro_loss + config.aux_loss_alpha * micro_balance) * loss_scale).backward()
             loss, balance = loss + micro_loss.detach(), balance + micro_balance.detach()

@@ -83,8 +83,8 @@ class Arm:
 
     def micro_batch(self):
         config = self.config
-        loss, balance = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
         n_tokens = config.global_batch_size * config.sequence_length
+        loss, balance = self.model(self.tokens[:, :-1], self.tokens[:, 1:], scale=1 / n_tokens)
         (loss / n_tokens + config.aux_loss_alpha * balance / config.global_batch_size).backward()
 
     def update(self):
