@@ -209,9 +209,10 @@ class K2(nn.Module):
     def layers(self):
         return self.model.layers
 
-    def forward(self, tokens_BT, targets_BT=None, cache=None, first_BT=None):
+    def forward(self, tokens_BT, targets_BT=None, cache=None, first_BT=None, scale=1.0):
         """Without targets: logits (B, T, V) in fp32. With targets: (cross-entropy summed over the targets, balance loss
-        summed over sequences and layers), both unweighted sums, so that micro-batches of any size add up exactly.
+        summed over sequences and layers), both unweighted sums, so that micro-batches of any size add up exactly. scale
+        is what the caller multiplies the first by before the backward: see linear_cross_entropy.
 
         cache, from new_cache(), holds the positions before these tokens and receives theirs. first_BT (int32), without
         a cache: where in its row the document of each position starts. Attention then stays within a document, and its
@@ -238,8 +239,8 @@ class K2(nn.Module):
                 self.max_logits.copy_(torch.maximum(self.max_logits, torch.stack(maxima)))
                 if counts:
                     self.expert_counts += torch.stack(counts)
-        z_loss = self.config.z_loss
-        loss_sum = linear_cross_entropy(x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), z_loss)
+        loss_sum = linear_cross_entropy(
+            x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.config.z_loss, scale)
         return loss_sum, sum(balances, torch.zeros_like(loss_sum))
 
     def rope(self, start, length, first_BT=0):

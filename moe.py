@@ -10,7 +10,6 @@ import functools
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from kernels import experts as expert_kernels
 from kernels import routing
@@ -39,8 +38,7 @@ class Router(nn.Module):
 
     def forward(self, x_ND, batch_size=1):
         """weights_NK, experts_NK, the balance loss summed over batch_size sequences, counts_E: see routing.route."""
-        # Rounded like every other weight, so that it is the same wherever it was gathered from; the rest is in fp32.
-        logits_NE = F.linear(x_ND.float(), self.weight.to(x_ND.dtype).float())
+        logits_NE = routing.router_logits(x_ND, self.weight)
         return routing.route(logits_NE, self.e_score_correction_bias, batch_size, *self.options)
 
     @torch.no_grad()

@@ -319,8 +319,9 @@ def wants_graph(config, layout, device):
 def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale):
     """One micro-batch: gradients of its share of the loss, times loss_scale. Returns (3,): its shares of the
     cross-entropy and of the balance loss of the step, and how many of its places are empty."""
-    loss_sum, balance_sum = model(inputs, targets, first_BT=first_BT)
-    loss = loss_sum / (config.global_batch_size * config.sequence_length)
+    n_tokens = config.global_batch_size * config.sequence_length
+    loss_sum, balance_sum = model(inputs, targets, first_BT=first_BT, scale=1 / n_tokens)
+    loss = loss_sum / n_tokens
     balance = balance_sum / config.global_batch_size
     ((loss + config.aux_loss_alpha * balance) * loss_scale).backward()
     return torch.stack((loss, balance, (targets == IGNORE).sum())).detach()

@@ -92,8 +92,8 @@ def route_and_sort(T, B, E, K, n_group=1, topk_group=1):
     logits = meta(B * T, E, dtype=torch.float32)
     triton_routing.route(logits, meta(E, dtype=torch.float32), B, K, n_group, topk_group, True, 2.5)
     chosen = meta(B * T, K, dtype=torch.int64)
-    triton_routing.route_backward(logits, chosen, meta(B * T, K, dtype=torch.float32), meta(B, E, dtype=torch.float32),
-                                  True, 2.5)
+    triton_routing.route_backward(logits, chosen, meta(B * T, K, dtype=torch.float32), meta(dtype=torch.float32),
+                                  meta(B, E, dtype=torch.int32), True, 2.5)
     triton_routing.sort_by_expert(chosen, E)
 
 

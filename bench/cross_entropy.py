@@ -97,7 +97,6 @@ def main():
             result[name]["kernel"] = {"seconds": spent, "bytes": least}
             print(f"{name:10} kernel alone, one chunk   {1e3 * spent:9.2f} ms {least / spent / 1e9:6.0f} GB/s, "
                   f"{least / spent / BANDWIDTH:4.0%} of the bandwidth if the second reading is L2's", flush=True)
-            result[name]["addmm in fp32"] = cross_entropy._sums_in_fp32(device, dtype)
             torch.cuda.empty_cache()
     for arm, reason in missing.items():
         print(f"not run: {arm}: {reason}")

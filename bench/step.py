@@ -26,7 +26,7 @@ from muon import Muon, qk_clip_, route_parameters
 # part of a kernel's or an operation's name -> kind; the first that fits counts, the rest is "elementwise and other"
 KINDS = {"experts": ("up_kernel", "down_kernel", "down_backward_kernel", "weight_gradient_kernel", "combine_kernel",
                      "grouped_mm", "GroupedGemm", "GroupProblemShape"),
-         "routing": ("route", "histogram_kernel", "place_kernel", "tile_map", "sort", "Sort"),
+         "routing": ("route", "histogram_kernel", "scan_kernel", "place_kernel", "tile_map", "sort", "Sort"),
          "attention": ("attention", "forward_kernel", "dq_kernel", "dkdv_kernel", "maximum_kernel", "flash", "fmha",
                        "cudnn", "sdpa"),
          "loss": ("cross_entropy", "log_softmax"),
@@ -83,8 +83,8 @@ class Arm:
 
     def micro_batch(self):
         config = self.config
-        loss, balance = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
         n_tokens = config.global_batch_size * config.sequence_length
+        loss, balance = self.model(self.tokens[:, :-1], self.tokens[:, 1:], scale=1 / n_tokens)
         (loss / n_tokens + config.aux_loss_alpha * balance / config.global_batch_size).backward()
 
     def update(self):

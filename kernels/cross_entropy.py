@@ -10,7 +10,6 @@ the logits near 0. It is in the gradient alone, so that logged losses stay compa
 Shapes: N tokens, D model width, V vocabulary. Next: triton_cross_entropy.py.
 """
 
-import functools
 import math
 
 import torch
@@ -37,13 +36,16 @@ def cross_entropy_twin(hidden_ND, weight_VD, targets_N, z_loss=0.0):
     return loss
 
 
-def linear_cross_entropy(hidden_ND, weight_VD, targets_N, z_loss=0.0):
+def linear_cross_entropy(hidden_ND, weight_VD, targets_N, z_loss=0.0, scale=1.0):
     """Same value and gradients as the twin: a scalar, the fp32 sum of the losses over the targets that are not IGNORE.
-    A target that is no row of the weight is an error in PyTorch; in Triton the loss and the row's gradient are NaN."""
-    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_loss)
+    A target that is no row of the weight is an error in PyTorch; in Triton the loss and the row's gradient are NaN.
+
+    scale: what the caller will multiply the sum by before the backward, where it is known. Triton's gradients are made
+    with that factor, and need no other pass then; with any other they are multiplied by what is missing."""
+    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_loss, scale)
 
 
-def _rows_torch(logits_NV, targets_N, z_loss, write):
+def _rows_torch(logits_NV, targets_N, z_loss, write, _):
     """(losses_N in fp32, gradient_NV of the logits in their dtype or None without `write`)."""
     logits = logits_NV.float()
     log_probs = torch.log_softmax(logits, dim=-1)
@@ -61,21 +63,28 @@ def _rows_torch(logits_NV, targets_N, z_loss, write):
 
 
 @torch.library.custom_op("nanok2::cross_entropy_rows_", mutates_args=("logits_NV",))
-def cross_entropy_rows_(logits_NV: torch.Tensor, targets_N: torch.Tensor, z_loss: float,
-                        write: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses_N, lse_N) in fp32 of a chunk; with `write` the logits become the gradient. In Triton."""
+def cross_entropy_rows_(logits_NV: torch.Tensor, targets_N: torch.Tensor, z_loss: float, write: bool,
+                        scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses_N, lse_N) in fp32 of a chunk; with `write` the logits become scale times the gradient. In Triton."""
     from kernels import triton_cross_entropy
-    return triton_cross_entropy.cross_entropy_(logits_NV, targets_N, z_loss, IGNORE, write)
+    return triton_cross_entropy.cross_entropy_(logits_NV, targets_N, z_loss, IGNORE, write, scale)
 
 
 @cross_entropy_rows_.register_fake
-def _(logits_NV, targets_N, z_loss, write):
+def _(logits_NV, targets_N, z_loss, write, scale=1.0):
     return tuple(logits_NV.new_empty(len(logits_NV), dtype=torch.float32) for _ in range(2))
 
 
-def _rows_triton(logits_NV, targets_N, z_loss, write):
-    losses_N, _ = cross_entropy_rows_(logits_NV, targets_N, z_loss, write)
+def _rows_triton(logits_NV, targets_N, z_loss, write, scale):
+    losses_N, _ = cross_entropy_rows_(logits_NV, targets_N, z_loss, write, scale)
     return losses_N, logits_NV if write else None
+
+
+@torch.library.custom_op("nanok2::rescale_", mutates_args=("gradient",))
+def rescale_(gradient: torch.Tensor, wanted: torch.Tensor, made: float) -> None:
+    """gradient *= wanted / made, by Triton; if they are equal, as only the device knows, it is not touched."""
+    from kernels import triton_cross_entropy
+    triton_cross_entropy.rescale_(gradient, wanted, made)
 
 
 def chunk_rows(N, V, itemsize, device_type):
@@ -87,23 +96,11 @@ def chunk_rows(N, V, itemsize, device_type):
     return math.ceil(rows / tile) * tile
 
 
-@functools.cache
-def _sums_in_fp32(device, dtype):
-    """Whether addmm adds the product of two 16-bit matrices to an fp32 one, in place and unrounded: cuBLAS can, PyTorch
-    offers it on CUDA alone and, for this mixture of types, in newer versions alone."""
-    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
-    try:
-        torch.addmm(total, ones, ones * 2**-14, out_dtype=torch.float32, out=total)
-    except RuntimeError:
-        return False
-    return bool((total == 1 + 2**-10).all())  # which has one bit more than bf16
-
-
 def _add_weight_gradient(total_VD, grad_NV, hidden_ND):
     """total + grad^T hidden in fp32, over the total; None is no total yet."""
     if grad_NV.dtype == torch.float32:
         return grad_NV.T @ hidden_ND if total_VD is None else total_VD.addmm_(grad_NV.T, hidden_ND)
-    if hidden_ND.is_cuda and _sums_in_fp32(hidden_ND.device, hidden_ND.dtype):
+    if hidden_ND.is_cuda:  # where 16-bit products add up in fp32, unrounded
         if total_VD is None:
             return torch.mm(grad_NV.T, hidden_ND, out_dtype=torch.float32)
         return torch.addmm(total_VD, grad_NV.T, hidden_ND, out_dtype=torch.float32, out=total_VD)
@@ -113,19 +110,20 @@ def _add_weight_gradient(total_VD, grad_NV, hidden_ND):
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, z_loss):
+    def forward(ctx, hidden_ND, weight_VD, targets_N, z_loss, scale):
         weight, N = weight_VD.to(hidden_ND.dtype), len(targets_N)
         on_triton = backend.triton_runs(hidden_ND)
         rows_of = _rows_triton if on_triton else _rows_torch
+        scale = scale if on_triton and hidden_ND.dtype != torch.float16 else 1.0  # float16 would underflow
         rows = chunk_rows(N, len(weight), hidden_ND.element_size() if on_triton else 4, hidden_ND.device.type)
         losses_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
-        grad_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        grad_hidden = hidden_ND.new_empty(hidden_ND.shape) if ctx.needs_input_grad[0] else None
         grad_weight = None
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             hidden = hidden_ND[part]
             logits = F.linear(hidden, weight)
-            losses_N[part], grad = rows_of(logits, targets_N[part], z_loss, any(ctx.needs_input_grad[:2]))
+            losses_N[part], grad = rows_of(logits, targets_N[part], z_loss, any(ctx.needs_input_grad[:2]), scale)
             if ctx.needs_input_grad[0]:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if ctx.needs_input_grad[1]:
@@ -134,6 +132,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1] and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.grad_hidden, ctx.grad_weight, ctx.spent = grad_hidden, grad_weight, False
+        ctx.scale, ctx.on_triton = scale, on_triton
         return losses_N.sum()
 
     @staticmethod
@@ -141,7 +140,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("linear_cross_entropy keeps its gradients for one backward only")
         ctx.spent = True
-        grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
+        gradients = ctx.grad_hidden, ctx.grad_weight
         ctx.grad_hidden = ctx.grad_weight = None
-        return (grad_hidden.mul_(grad_output.to(grad_hidden.dtype)) if grad_hidden is not None else None,
-                grad_weight.mul_(grad_output) if grad_weight is not None else None, None, None)
+        for gradient in gradients:
+            if gradient is not None and ctx.on_triton:
+                rescale_(gradient, grad_output, ctx.scale)
+            elif gradient is not None:
+                gradient.mul_(grad_output.to(gradient.dtype))
+        return *gradients, None, None, None

@@ -7,9 +7,41 @@ Shapes: N tokens, E experts, K experts per token, G groups, B sequences.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import backend
+
+
+def router_logits(x_ND, weight_ED):
+    """The router's logits in fp32, of weights rounded to x's dtype like every other weight, so that they are the same
+    wherever they were gathered from. In bf16 on CUDA without copies in fp32; fp16 has too little range for that."""
+    if backend.triton_runs(x_ND) and x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
+        return WideLogits.apply(x_ND, weight_ED)
+    return F.linear(x_ND.float(), weight_ED.to(x_ND.dtype).float())
+
+
+def _wide_product(left, right):
+    """left @ right of bf16 matrices in fp32. PyTorch offers it on CUDA alone."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+class WideLogits(torch.autograd.Function):
+    """x_ND @ weight_ED.T in fp32 out of bf16. The fp32 gradient goes back as two bf16 parts, 16 of its 24 bits."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_ED):
+        ctx.save_for_backward(x_ND, weight_ED)
+        return _wide_product(x_ND, weight_ED.to(x_ND.dtype).T)
+
+    @staticmethod
+    def backward(ctx, grad_NE):
+        x_ND, weight_ED = ctx.saved_tensors
+        high_NE = grad_NE.to(x_ND.dtype)
+        parts_N2E = torch.cat((high_NE, (grad_NE - high_NE.float()).to(x_ND.dtype)), dim=1)
+        weight = weight_ED.to(x_ND.dtype)
+        high_ED, low_ED = _wide_product(parts_N2E.T, x_ND).chunk(2)
+        return parts_N2E @ torch.cat((weight, weight)), (high_ED + low_ED).to(weight_ED.dtype)
 
 
 def route(logits_NE, bias_E, batch_size, top_k, n_group=1, topk_group=1, normalise=True, scale=1.0):
@@ -21,10 +53,7 @@ def route(logits_NE, bias_E, batch_size, top_k, n_group=1, topk_group=1, normali
         weights_NK, experts_NK, scores_NE = choose(logits_NE, bias_E, *options)
         balance = sequence_balance(scores_NE, experts_NK, batch_size)
         return weights_NK, experts_NK, balance, count_choices(experts_NK, logits_NE.shape[1])
-    weights_NK, experts_NK, counts_BE, shares_BE = _route(logits_NE.float(), bias_E, batch_size, *options)
-    E, T = logits_NE.shape[1], max(len(logits_NE) // batch_size, 1)
-    balance = (counts_BE * (E / (top_k * T)) * (shares_BE / T)).sum()
-    return weights_NK, experts_NK, balance, counts_BE.sum(0)
+    return _route(logits_NE.float(), bias_E, batch_size, *options)[:4]
 
 
 def choose(logits_NE, bias_E, top_k, n_group=1, topk_group=1, normalise=True, scale=1.0):
@@ -102,7 +131,7 @@ def sequence_balance(scores_NE, experts_NK, batch_size):
 
 @torch.library.custom_op("nanok2::route", mutates_args=())
 def _route(logits_NE: Tensor, bias_E: Tensor, batch_size: int, top_k: int, n_group: int, topk_group: int,
-           normalise: bool, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+           normalise: bool, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from kernels import triton_routing
     return triton_routing.route(logits_NE.contiguous(), bias_E, batch_size, top_k, n_group, topk_group, normalise,
                                 scale)
@@ -111,30 +140,31 @@ def _route(logits_NE: Tensor, bias_E: Tensor, batch_size: int, top_k: int, n_gro
 @_route.register_fake
 def _(logits_NE, bias_E, batch_size, top_k, n_group, topk_group, normalise, scale):
     N, E = logits_NE.shape
-    return (logits_NE.new_empty(N, top_k), logits_NE.new_empty(N, top_k, dtype=torch.int64),
-            logits_NE.new_empty(batch_size, E, dtype=torch.int64), logits_NE.new_empty(batch_size, E))
+    return (logits_NE.new_empty(N, top_k), logits_NE.new_empty(N, top_k, dtype=torch.int64), logits_NE.new_empty(()),
+            logits_NE.new_empty(E, dtype=torch.int64), logits_NE.new_empty(batch_size, E, dtype=torch.int32))
 
 
 @torch.library.custom_op("nanok2::route_backward", mutates_args=())
-def _route_backward(logits_NE: Tensor, experts_NK: Tensor, grad_weights_NK: Tensor, grad_shares_BE: Tensor,
-                    normalise: bool, scale: float) -> Tensor:
+def _route_backward(logits_NE: Tensor, experts_NK: Tensor, grad_weights_NK: Tensor, grad_balance: Tensor,
+                    counts_BE: Tensor, normalise: bool, scale: float) -> Tensor:
     from kernels import triton_routing
-    return triton_routing.route_backward(logits_NE.contiguous(), experts_NK, grad_weights_NK, grad_shares_BE, normalise,
-                                         scale)
+    return triton_routing.route_backward(logits_NE.contiguous(), experts_NK, grad_weights_NK, grad_balance, counts_BE,
+                                         normalise, scale)
 
 
 @_route_backward.register_fake
-def _(logits_NE, experts_NK, grad_weights_NK, grad_shares_BE, normalise, scale):
+def _(logits_NE, experts_NK, grad_weights_NK, grad_balance, counts_BE, normalise, scale):
     return torch.empty_like(logits_NE, memory_format=torch.contiguous_format)
 
 
 def _keep_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], output[1])
+    ctx.save_for_backward(inputs[0], output[1], output[4])
     ctx.options = inputs[-2:]
 
 
-def _backward(ctx, grad_weights_NK, _, __, grad_shares_BE):
-    return _route_backward(*ctx.saved_tensors, grad_weights_NK, grad_shares_BE, *ctx.options), *[None] * 7
+def _backward(ctx, grad_weights_NK, _, grad_balance, *__):
+    logits_NE, experts_NK, counts_BE = ctx.saved_tensors
+    return _route_backward(logits_NE, experts_NK, grad_weights_NK, grad_balance, counts_BE, *ctx.options), *[None] * 7
 
 
 _route.register_autograd(_backward, setup_context=_keep_for_backward)

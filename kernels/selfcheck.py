@@ -78,6 +78,11 @@ def _routing(device, dtype, generator):
     return _with_gradients(lambda l: routing.route(l, bias, 3, 4, 4, 2), logits)
 
 
+def _router(device, dtype, generator):
+    x, weight = (torch.randn(*shape, generator=generator).to(device) for shape in ((200, 64), (24, 64)))
+    return _with_gradients(lambda x, weight: [routing.router_logits(x, weight)], x.to(dtype), weight)
+
+
 def _experts(device, dtype, generator):
     x, gate_up, down = (torch.randn(*shape, generator=generator).to(device, dtype) / 4
                         for shape in ((300, 64), (8, 96, 64), (8, 64, 48)))
@@ -121,5 +126,6 @@ def _newton_schulz(device, dtype, generator):
     return lambda: [newton_schulz.newton_schulz(G)]
 
 
-CASES = {"routing": _routing, "experts": _experts, "sum of rows": _sum_of_rows, "attention": _attention,
-         "decoding": _decoding, "cross-entropy": _cross_entropy, "Newton-Schulz": _newton_schulz}
+CASES = {"router": _router, "routing": _routing, "experts": _experts, "sum of rows": _sum_of_rows,
+         "attention": _attention, "decoding": _decoding, "cross-entropy": _cross_entropy,
+         "Newton-Schulz": _newton_schulz}

@@ -21,12 +21,14 @@ def pick_blocks(V):
 
 
 # loss = lse - logit[target] and lse = log sum exp(logits) of every row, fp32; with WRITE then, over the logits,
-# gradient = softmax * (1 + 2 z_loss lse) - onehot. A row whose target is `ignore` gets loss and gradient 0, one whose
-# target is no row of the vocabulary NaN in both. Traffic: the logits read twice, the second time from L2 at best, and
-# written once. Grid: blocks of ROWS rows.
+# gradient = scale * (softmax * (1 + 2 z_loss lse) - onehot). A row whose target is `ignore` gets loss and gradient 0,
+# one whose target is no row of the vocabulary NaN in both. Traffic: the logits read twice, the second time from L2 at
+# best, and written once. So that L2 keeps them until then, what is done with is marked to go first, and the second pass
+# begins where the first has ended. Grid: blocks of ROWS rows.
 @triton.jit
-def cross_entropy_kernel(logits, targets, losses, lses, N, V, row_stride, z_loss, ignore: tl.constexpr,
+def cross_entropy_kernel(logits, targets, losses, lses, N, V, row_stride, z_loss, scale, ignore: tl.constexpr,
                          WRITE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    WAITS: tl.constexpr = "evict_last" if WRITE else "evict_first"
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     there = rows < N
@@ -40,7 +42,8 @@ def cross_entropy_kernel(logits, targets, losses, lses, N, V, row_stride, z_loss
     total = tl.where(there, 0.0, 1.0)
     for start in range(0, V, BLOCK):
         inside = there[:, None] & (columns[None, :] < V - start)
-        x = tl.load(logits + start + columns[None, :], inside, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + start + columns[None, :], inside, other=float("-inf"), eviction_policy=WAITS)
+        x = x.to(tl.float32)
         new_top = tl.maximum(top, tl.max(x, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf minus -inf is no number
         total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), 1)
@@ -51,18 +54,38 @@ def cross_entropy_kernel(logits, targets, losses, lses, N, V, row_stride, z_loss
     tl.store(lses + rows, lse, there)
     if WRITE:
         factor = tl.where(valid, 1.0 + 2.0 * z_loss * lse, float("nan"))
-        for start in range(0, V, BLOCK):
+        n_blocks = tl.cdiv(V, BLOCK)
+        for i in range(n_blocks):
+            start = (n_blocks - 1 - i) * BLOCK
             inside = there[:, None] & (columns[None, :] < V - start)
             place = logits + start + columns[None, :]
-            x = tl.load(place, inside, other=float("-inf")).to(tl.float32)
+            x = tl.load(place, inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
             gradient = tl.exp(x - lse[:, None]) * factor[:, None]
             gradient -= tl.where(start + columns[None, :] == target[:, None], 1.0, 0.0)
-            gradient = tl.where(keep[:, None], gradient, 0.0)
-            tl.store(place, gradient.to(logits.dtype.element_ty), inside)
+            gradient = tl.where(keep[:, None], scale * gradient, 0.0)
+            tl.store(place, gradient.to(logits.dtype.element_ty), inside, eviction_policy="evict_first")
 
 
-def cross_entropy_(logits_NV, targets_N, z_loss, ignore, write):
-    """(losses_N, lse_N) in fp32; with `write` the logits become their gradients. Rows may lie at any stride."""
+@triton.jit
+def rescale_kernel(x, wanted, made, n, BLOCK: tl.constexpr):
+    # x *= wanted / made, unless that is 1. Grid: blocks of x.
+    factor = tl.load(wanted)
+    if factor != made:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        there = place < n
+        tl.store(x + place, (tl.load(x + place, there).to(tl.float32) * (factor / made)).to(x.dtype.element_ty), there)
+
+
+def rescale_(gradient, wanted, made):
+    """gradient *= wanted / made, in place. gradient is contiguous; wanted a scalar on its device, made a number."""
+    assert gradient.is_contiguous()
+    if n := gradient.numel():
+        rescale_kernel[(triton.cdiv(n, 8192),)](gradient, wanted.float(), made, n, BLOCK=8192, num_warps=8)
+
+
+def cross_entropy_(logits_NV, targets_N, z_loss, ignore, write, scale=1.0):
+    """(losses_N, lse_N) in fp32; with `write` the logits become scale times their gradients. Rows may lie at any
+    stride."""
     (N, V), stride = logits_NV.shape, logits_NV.stride()
     assert stride[1] == 1 or V == 1
     targets_N = targets_N.contiguous()
@@ -70,6 +93,6 @@ def cross_entropy_(logits_NV, targets_N, z_loss, ignore, write):
     if N:
         rows, columns, warps = pick_blocks(V)
         cross_entropy_kernel[(triton.cdiv(N, rows),)](
-            logits_NV, targets_N, losses_N, lse_N, N, V, stride[0], z_loss, ignore=ignore, WRITE=write, ROWS=rows,
-            BLOCK=columns, num_warps=warps)
+            logits_NV, targets_N, losses_N, lse_N, N, V, stride[0], z_loss, scale, ignore=ignore, WRITE=write,
+            ROWS=rows, BLOCK=columns, num_warps=warps)
     return losses_N, lse_N

@@ -145,6 +145,38 @@ def test_without_gradients_and_with_one_of_them():
             leaf.requires_grad_(False)
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 60), st.integers(1, 200), st.sampled_from([1.0, 0.7, 2.0**-19, 1 / 3000]),
+       st.sampled_from([1.0, 0.7, 1 / 3000]), st.sampled_from(KINDS), st.integers(0, 99))
+def test_gradients_are_right_whatever_scale_was_announced(N, V, announced, factor, on, seed):
+    hidden, weight, targets = problem(N, 5, V, 0.1, seed)
+    function = lambda *inputs: linear_cross_entropy(*inputs, announced)
+    ours = run(function, hidden, weight, targets, 0.1, factor, on)
+    expected = run(cross_entropy_twin, hidden.double(), weight.double(), targets, 0.1, factor)
+    assert close(ours[0], expected[0])
+    assert all(close(a / factor, b / factor) for a, b in zip(ours[1:], expected[1:]))
+
+
+def test_gradients_made_with_the_right_scale_are_not_touched_again(monkeypatch):
+    written = []
+    rescale = triton_cross_entropy.rescale_
+
+    def watched(gradient, *scales):
+        before = gradient.clone()
+        rescale(gradient, *scales)
+        written.append(not torch.equal(gradient, before))
+
+    monkeypatch.setattr(triton_cross_entropy, "rescale_", watched)
+    hidden, weight, targets = problem(30, 5, 70, 0.2, 3)
+    for announced, factor in ((0.7, 0.7), (1 / 3000, 1 / 3000), (1.0, 0.7)):
+        run(lambda *inputs, scale=announced: linear_cross_entropy(*inputs, scale), hidden, weight, targets, 0.0, factor,
+            on=True)
+    assert written == [False] * 4 + [True] * 2
+    tensor = torch.ones(5, device=DEVICE)
+    rescale(tensor, torch.tensor(math.nan, device=DEVICE), 1.0)
+    assert tensor.isnan().all()
+
+
 def test_chunks_are_equal_whole_tiles_and_within_bounds():
     assert cross_entropy.chunk_rows(8192, 163840, 2, "cuda") == 2816  # three of them, not 3,200 twice and a rest
     for N in (0, 1, 127, 5000, 65536):
@@ -180,14 +212,10 @@ def test_16_bit_loss_is_as_accurate_as_the_twin(N, D, V, dtype, z_loss):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weight_gradients_add_up_in_fp32(monkeypatch, dtype):
-    """Through addmm with an fp32 result where PyTorch has it (and then exactly), through 16-bit products elsewhere."""
+def test_weight_gradients_add_up_in_fp32(dtype):
     grad, hidden = (torch.randn(size, device="cuda", dtype=dtype) for size in ((512, 300), (512, 200)))
     total = torch.randn(300, 200, device="cuda")
-    expected = total.double() + grad.T.double() @ hidden.double()
-    print("addmm adds 16-bit products in fp32:", cross_entropy._sums_in_fp32(hidden.device, dtype))
-    for exact in (cross_entropy._sums_in_fp32(hidden.device, dtype), False):
-        monkeypatch.setattr(cross_entropy, "_sums_in_fp32", lambda *_, exact=exact: exact)
-        ours = cross_entropy._add_weight_gradient(total.clone(), grad, hidden)
-        assert ours.dtype == torch.float32 and (ours - expected).norm() / expected.norm() < (1e-5 if exact else 1e-2)
-        assert cross_entropy._add_weight_gradient(None, grad, hidden).dtype == torch.float32
+    product = grad.T.double() @ hidden.double()
+    for before, expected in ((total, total.double() + product), (None, product)):
+        ours = cross_entropy._add_weight_gradient(None if before is None else before.clone(), grad, hidden)
+        assert ours.dtype == torch.float32 and (ours - expected).norm() / expected.norm() < 1e-5

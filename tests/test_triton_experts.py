@@ -23,10 +23,11 @@ def triton():
 
 
 @contextlib.contextmanager
-def small_blocks(elements, sizes):
+def small_blocks(elements, sizes, line=4):
     """Blocks of which even small inputs need several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_routing, "ELEMENTS", elements)
+        patch.setattr(triton_routing, "LINE", line)
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
         patch.setattr(triton_experts, "blocks", lambda *_: dict(zip(names, (*sizes, 4, 2))))
         yield
@@ -71,7 +72,8 @@ def test_route_equals_its_twin(data):
     bias = torch.randn(n_experts, generator=generator) * 0.1
     if data.draw(st.booleans()):  # few different values: ties everywhere
         logits, bias = logits.round(), torch.zeros(n_experts)
-    with poisoned_memory(), small_blocks(data.draw(st.sampled_from([256, 4096])), (16, 16, 16)):
+    elements, line = data.draw(st.sampled_from([(256, 2), (256, 64), (4096, 4)]))
+    with poisoned_memory(), small_blocks(elements, (16, 16, 16), line):
         ours, twins = route_both(logits.to(DEVICE), bias.to(DEVICE), batch, options, generator)
     assert torch.equal(ours[1], twins[1]) and torch.equal(ours[3], twins[3])
     assert all(close(a, b) for a, b in zip(ours, twins))
@@ -91,6 +93,44 @@ def test_route_of_scores_that_all_underflow():
     logits = torch.full((5, 8), -200.0, device=DEVICE)
     ours, twins = route_both(logits, torch.zeros(8, device=DEVICE), 1, (2, 1, 1, True, 1.0), torch.Generator())
     assert all(torch.isfinite(t).all() for t in ours) and all(close(a, b) for a, b in zip(ours, twins))
+
+
+def check_router(function, device):
+    """The errors of the router's logits, dx and dweight, from float64 of the same rounded operands."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (512, 96), (24, 96), (512, 24)
+    x, weight, grad = (torch.randn(size, generator=generator).to(device) for size in sizes)
+    leaves = [x.bfloat16().requires_grad_(), weight.requires_grad_()]
+    logits = function(*leaves)
+    ours = [logits.detach(), *torch.autograd.grad(logits, leaves, grad)]
+    x, weight, grad = leaves[0].double(), weight.bfloat16().double(), grad.double()
+    expected = [x @ weight.T, grad @ weight, grad.T @ x]
+    error = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
+    assert [t.dtype for t in ours] == [torch.float32, torch.bfloat16, torch.float32]
+    assert error(ours[0], expected[0]) < 3e-6 and error(ours[2], expected[2]) < 2e-5
+    # dx has the one rounding to bf16 that its dtype asks for; the gradient of the logits was not rounded before
+    assert error(ours[1], expected[1]) < 1.05 * error(expected[1].bfloat16(), expected[1])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_router_logits_lose_nothing_in_bf16(monkeypatch, compiled):
+    """With a stand-in for the product that CUDA alone has."""
+    monkeypatch.setattr(routing, "_wide_product", lambda a, b: a.float() @ b.float())
+    function = lambda x, weight: routing.WideLogits.apply(x, weight)
+    check_router(torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function, DEVICE)
+
+
+def test_router_logits_in_fp32_and_without_triton_are_the_twins():
+    wide, weight = torch.randn(40, 12), torch.randn(6, 12)
+    for x, on in ((wide, True), (wide.bfloat16(), False)):
+        with backend.running(on):
+            logits = routing.router_logits(x, weight)
+        assert torch.equal(logits, F.linear(x.float(), weight.to(x.dtype).float())) and logits.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_router_logits_lose_nothing_on_a_gpu():
+    check_router(routing.router_logits, "cuda")
 
 
 @settings(deadline=None, max_examples=100)
