@@ -180,10 +180,12 @@ class Transformers(Arm):
                                       experts_implementation="grouped_mm")
         with torch.device(device):
             self.model = AutoModelForCausalLM.from_config(theirs, dtype=getattr(torch, config.dtype))
+        if (found := self.model.config._experts_implementation) != "grouped_mm":
+            raise RuntimeError(f"this transformers computes experts by {found!r}, which is not what it is fastest with")
         _fill(self.model, config.initializer_range)
         self.model.train()
         for layer in self.model.model.layers if compiled else ():
-            layer.compile(dynamic=False)
+            layer.forward = torch.compile(layer.forward, dynamic=False)
         self.loss = torch.compile(_cross_entropy, dynamic=False) if compiled else _cross_entropy
         self.optimizer = torch.optim.AdamW(self.model.parameters(), RATE, (0.9, 0.95), weight_decay=0.1, fused=True)
 

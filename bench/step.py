@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import os
 import statistics
 import subprocess
 import sys
@@ -137,9 +138,10 @@ def arm_makers(config, device, compiled, names, layers):
 def compile_beside(names, argv):
     """Start a process for every arm that compiles its blocks into the caches on disk. Returns a function that waits for
     them; what one of them failed to do is done again when the arm's turn comes, and there an error counts."""
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ}  # each; it is not part of what caches ask for
     processes = {name: subprocess.Popen(
         [sys.executable, "-m", "bench.step", *argv, f"--arms={name}", "--rounds=0"], cwd=Path(__file__).parent.parent,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8") for name in names}
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8") for name in names}
 
     def wait():
         for name, process in processes.items():
