@@ -70,6 +70,8 @@ class Config(ModelConfig):
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", "compute type; parameters stay float32", "machine")
     compile: bool | None = setting(None, "torch.compile every block; None: on CUDA only", "machine")
+    cuda_graph: bool | None = setting(
+        None, "replay micro-batches as CUDA graphs; None: on CUDA without torchrun", "machine")
     kernels: Literal["auto", "triton", "torch"] = setting(
         "auto", "auto: Triton on CUDA if it passes a short check, else torch; triton on a CPU: interpreted", "machine")
     activation_checkpointing: Literal["none", "selective", "full"] = setting(

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from errors import UserError
+from kernels import momentum
 from kernels.newton_schulz import newton_schulz, newton_schulz_replayed
 from owners import BUCKET_ELEMENTS, Stack, make_plan
 
@@ -115,8 +116,7 @@ class Muon(torch.optim.Optimizer):
     weight_decay: decoupled, p *= 1 - lr * weight_decay, for every parameter. ns_dtype: compute type of Newton-Schulz,
     None for fp32. routes: from route_parameters, None for its defaults. exchange: "owners", or its slow twin
     "all_gather", in which every rank orthogonalises everything. A parameter without a gradient is treated as having a
-    zero one, and so is a matrix with nothing but rounding noise (its gradient is then set to zero). State is made here,
-    not in the first step.
+    zero one, and so is a matrix with nothing but rounding noise. State is made here, not in the first step.
     """
 
     def __init__(self, named_parameters, lr=2e-3, adamw_lr=None, momentum=0.95, nesterov=True, weight_decay=0.1,
@@ -165,7 +165,7 @@ class Muon(torch.optim.Optimizer):
         self.jobs = [job for turn in turns for job in turn if job is not None]
 
     def _number_matrices(self, held, everyone, device):
-        """For _drop_noise: which logical matrices of all stacks have rows here, how many, and on how many ranks."""
+        """For _noise: which logical matrices of all stacks have rows here, how many, and on how many ranks."""
         starts = list(itertools.accumulate((stack.count for stack in self.stacks), initial=0))
         pieces = []
         for stack, start, (low, high), others in zip(self.stacks, starts, held, zip(*everyone)):
@@ -187,21 +187,18 @@ class Muon(torch.optim.Optimizer):
             params = [local_rows(p)[0] for p in group["params"]]
             grads = [torch.zeros_like(part).float() if p.grad is None else local_rows(p.grad)[0].float()
                      for p, part in zip(group["params"], params)]
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             (self._muon if group["kind"] == "muon" else self._adamw)(group, params, grads)
         return loss
 
     def _muon(self, group, params, grads):
-        self._drop_noise(grads)
         momenta = [local_rows(self.state[p]["momentum"])[0] for p in group["params"]]
-        torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
-        directions = [(torch.lerp(grad, momentum, self.momentum) if self.nesterov else momentum).to(self.wire_dtype)
-                      .view(-1, grad.shape[-1]) for grad, momentum in zip(grads, momenta)]
+        directions = momentum.directions(momenta, grads, self._noise(grads), self.momentum, self.nesterov,
+                                         self.wire_dtype)
         params = [p.view(-1, p.shape[-1]) for p in params]
         (self._by_owners if self.exchange == "owners" else self._by_all)(group, params, directions)
 
-    def _drop_noise(self, grads):
-        """Set the gradients of those matrices to zero that have no gradient but rounding noise (NOISE). P pieces of
+    def _noise(self, grads):
+        """Per gradient the rows (bool) of matrices that have no gradient but rounding noise (NOISE). P pieces of
         matrices are here, of M in all; a piece that is on several ranks counts once."""
         squares = torch.cat([torch.linalg.vector_norm(grad, dim=-1).flatten().square() for grad in grads])
         sums_M = torch.zeros_like(self.sizes_M)
@@ -210,13 +207,13 @@ class Muon(torch.optim.Optimizer):
             dist.all_reduce(sums_M)
         noise_M = sums_M < NOISE**2 * self.sizes_M * (sums_M.sum() / self.sizes_M.sum())
         noise = noise_M[self.matrix_P].repeat_interleave(self.rows_P, output_size=len(squares))
-        for grad, rows in zip(grads, noise.split([grad.shape[:-1].numel() for grad in grads])):
-            grad.masked_fill_(rows.view(*grad.shape[:-1], 1), 0.0)
+        return noise.split([grad.shape[:-1].numel() for grad in grads])
 
     def _update(self, group, params, stack, low, high, rows):
-        """Move rows low..high of a parameter along `rows`, their part of the orthogonal direction."""
+        """Decay rows low..high of a parameter and move them along `rows`, their part of the orthogonal direction."""
         first, scale = self.first_rows[stack], 0.2 * math.sqrt(max(self.stacks[stack].shape))
-        params[stack][low - first:high - first].add_(rows, alpha=-group["lr"] * scale)
+        momentum.update_(params[stack][low - first:high - first], rows, 1 - group["lr"] * group["weight_decay"],
+                         group["lr"] * scale)
 
     def _by_all(self, group, params, directions):
         """The slow twin: every rank gathers and orthogonalises everything, parameter by parameter."""
@@ -281,6 +278,7 @@ class Muon(torch.optim.Optimizer):
         return arrive
 
     def _adamw(self, group, params, grads):
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         beta1, beta2 = self.betas
         averages, squares = ([local_rows(self.state[p][key])[0] for p in group["params"]]
                              for key in ("exp_avg", "exp_avg_sq"))

@@ -9,6 +9,7 @@ runs.py, metrics.py.
 """
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -29,6 +30,7 @@ from data.loader import TrainStream, ValidationSet, prefetch
 from data.shards import read_meta
 from errors import UserError
 from generate import encode_prompt, stream_text
+from kernels import graphs
 from kernels.cross_entropy import IGNORE
 from model import build, count_parameters, flops_per_token, pick_device
 from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, schedule_factor
@@ -152,6 +154,8 @@ def train(argv, watch):
     peak = (metrics.peak_flops(device) or 0) * parallel.ranks()
     parameters = list(model.parameters())
     model.train()
+    micro_batch = graphs.MicroBatch(functools.partial(forward_and_backward, model, config), model,
+                                    wants_graph(config, layout, device), accumulation > 1)
     record, skipped = None, 0
     batches = prefetch(stream, device, range(start + 1, config.max_steps + 1), sequences, config.global_batch_size,
                        micro_batch_size, parallel.rank(), parallel.ranks(), timeout=0.8 * config.step_timeout)
@@ -168,24 +172,21 @@ def train(argv, watch):
         # Forward and backward: sums over micro-batches and ranks, divided by the global batch: how it is split changes
         # nothing.
         model.reset_statistics()
-        loss = balance = empty = torch.zeros((), device=device)
+        sums, scale = torch.zeros(3, device=device), torch.tensor(loss_scale, device=device)
         for micro in range(accumulation):
             wait_started = time.perf_counter()
             inputs, targets, places = next(batches)
             waited += time.perf_counter() - wait_started
             parallel.last_micro_batch(model, micro == accumulation - 1)
-            loss_sum, balance_sum = model(inputs, targets, first_BT=stream.starts(inputs))
-            micro_loss, micro_balance = loss_sum / tokens_per_step, balance_sum / config.global_batch_size
-            ((micro_loss + config.aux_loss_alpha * micro_balance) * loss_scale).backward()
-            loss, balance = loss + micro_loss.detach(), balance + micro_balance.detach()
-            empty = empty + (targets == IGNORE).sum()
+            sums = sums + micro_batch(micro == 0, inputs, targets, stream.starts(inputs), scale)
 
         # What the ranks must agree on, in one small reduction a kind; the only wait for the device in a step.
         squared_norm = parallel.squared_norm(parameters, layout)
-        agreed = parallel.add_up(torch.stack((loss, balance, squared_norm, loss.new_tensor(bool(watch.signal)), empty)))
+        signal = sums.new_tensor(bool(watch.signal))
+        agreed = parallel.add_up(torch.cat((sums, torch.stack((squared_norm, signal)))))
         parallel.largest(model.max_logits)
         parallel.add_up(model.expert_counts)
-        loss, balance, squared_norm, watch.agreed, empty = agreed.tolist()
+        loss, balance, empty, squared_norm, watch.agreed = agreed.tolist()
         fill = tokens_per_step / max(tokens_per_step - empty, 1)  # 1, but where packing left places empty
         loss, norm = loss * fill, math.sqrt(squared_norm) / loss_scale * fill
 
@@ -302,6 +303,25 @@ def open_tokenizer(config):
     for line in tokenizer.notes(encoder):
         print(line)
     return encoder
+
+
+def wants_graph(config, layout, device):
+    """Whether micro-batches are to be replayed as CUDA graphs."""
+    possible = device.type == "cuda" and layout.dense is None
+    if config.cuda_graph and not possible:
+        raise UserError("cuda_graph=True needs a CUDA device and one process without torchrun, because sharding and "
+                        "dispatch ask the host: leave it out")
+    return possible if config.cuda_graph is None else config.cuda_graph
+
+
+def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale):
+    """One micro-batch: gradients of its share of the loss, times loss_scale. Returns (3,): its shares of the
+    cross-entropy and of the balance loss of the step, and how many of its places are empty."""
+    loss_sum, balance_sum = model(inputs, targets, first_BT=first_BT)
+    loss = loss_sum / (config.global_batch_size * config.sequence_length)
+    balance = balance_sum / config.global_batch_size
+    ((loss + config.aux_loss_alpha * balance) * loss_scale).backward()
+    return torch.stack((loss, balance, (targets == IGNORE).sum())).detach()
 
 
 @torch.no_grad()

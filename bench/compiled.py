@@ -63,6 +63,13 @@ def loss_of_chunk(N, V, dtype=torch.bfloat16):
 
 
 @case
+def momentum_small():
+    from kernels.triton_momentum import direction, update_
+    moving, noise = meta(64, 512, 768, dtype=torch.float32), meta(64 * 512, dtype=torch.bool)
+    update_(moving.view(-1, 768), direction(moving, moving, noise, 0.95, True, torch.bfloat16), 0.98, 0.1)
+
+
+@case
 def cross_entropy_small():
     loss_of_chunk(9472, 50304)
 

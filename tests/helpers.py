@@ -226,6 +226,8 @@ def poisoned_memory():
     def poisoned(make):
         def filled(*args, **options):
             tensor = make(*args, **options)
+            if tensor.dtype == torch.bool:
+                return tensor.fill_(True)
             return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2)
         return filled
 

@@ -1,0 +1,128 @@
+"""CUDA graphs: work that needs nothing of the host is captured once and replayed, one launch instead of thousands.
+
+`MicroBatch` does so with forward and backward of a micro-batch, newton_schulz.py with its small batches. Captured work
+reads and writes the same memory in every replay; what changes from call to call is copied into the tensors that the
+capture read. Next: ../train.py, which makes one MicroBatch a run.
+"""
+
+import math
+
+import torch
+
+LOSS, NORM = 1e-3, 3e-2  # how far a first replay may be off, relatively: attention's backward is not deterministic
+_side = None  # the stream of captures, and of what has to have run on it before
+
+
+def capture(function, pool=None):
+    """(graph, result of function): what function() launches, as a graph; nothing of it has run yet. Graphs of one pool
+    share the memory of what is between, so their replays must stand on one stream."""
+    graph = torch.cuda.CUDAGraph()
+    # "thread_local": other threads (prefetch, a save, NCCL's watchdog) may go on with what they do
+    with torch.cuda.graph(graph, pool=pool, stream=side_stream(), capture_error_mode="thread_local"):
+        result = function()
+    return graph, result
+
+
+def aside(function):
+    """function() on the stream of captures: libraries get ready outside of a capture, and autograd's nodes, which keep
+    to the stream that they first ran on, keep to this one."""
+    side_stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream()):
+        result = function()
+    torch.cuda.current_stream().wait_stream(side_stream())
+    return result
+
+
+def side_stream():
+    global _side
+    _side = _side or torch.cuda.Stream()
+    return _side
+
+
+class MicroBatch:
+    """compute(*inputs), a function of tensors (or None) that runs the model forward and backward and returns one tensor
+    of results, as a CUDA graph from the second step on.
+
+    model: gradients of its parameters are added up over a step; its expert_counts and max_logits too. replay=False:
+    compute is called as it is. adds: whether a step has more than one micro-batch. tell(line): what became of it.
+
+    Two graphs: one whose gradients begin anew, one that adds to them. They are trusted after a trial: the loss (the
+    first of the results) and the gradient norm of the replays against those of the call itself. If a capture or the
+    trial fails, or memory does not suffice, the run goes on without.
+    """
+
+    def __init__(self, compute, model, replay, adds=True, tell=print):
+        self.compute, self.model, self.adds, self.tell = compute, model, adds, tell
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.replay, self.steps, self.graphs = replay, 0, {}
+
+    def __call__(self, first, *inputs):
+        """The results for these inputs. first: the micro-batch is the first of a step."""
+        self.steps += first
+        if self.replay and not self.graphs and first and self.steps > 1:
+            return self._trial(inputs)
+        if not self.graphs:
+            return self.compute(*inputs)
+        self._fill(inputs)
+        return self._run(first)
+
+    def _run(self, first):
+        graph, result = self.graphs[first]
+        for parameter, grad in zip(self.parameters, self.grads):  # the optimizer may have let go of them
+            parameter.grad = grad
+        graph.replay()
+        return result
+
+    def _fill(self, inputs):
+        for held, given in zip(self.inputs, inputs):
+            if held is not None:
+                held.copy_(given, non_blocking=True)
+
+    def _trial(self, inputs):
+        """One micro-batch called, captured and replayed; what it left is then as after one call."""
+        before = [statistic.clone() for statistic in self._statistics()]
+        called = aside(lambda: self.compute(*inputs))
+        loss, norms = self._loss_and_norms(called)
+        if not math.isfinite(loss) or not norms.isfinite().all():  # nothing to compare with: in the next step, then
+            return called
+        self.inputs = [given if given is None else given.clone() for given in inputs]
+        try:
+            self._begin_anew(before)
+            self._capture(True, loss, norms)
+            if self.adds:
+                self._capture(False, loss, 2 * norms)
+        except RuntimeError as error:  # whatever a driver says, or a lack of memory
+            self.replay, self.graphs, self.grads = False, {}, []
+            self._begin_anew(before)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.tell(f"CUDA graph: not used, the run goes on without it: {reason:.200}")
+            return self.compute(*inputs)
+        self._begin_anew(before)
+        self.tell("CUDA graph: a micro-batch is one launch from here on (--no-cuda_graph turns that off)")
+        return self._run(True)
+
+    def _capture(self, first, loss, norms):
+        """Make one of the two graphs and see whether a replay gives this loss and gradients of these norms."""
+        pool = None if first else self.graphs[True][0].pool()
+        self.graphs[first] = capture(lambda: self.compute(*self.inputs), pool)
+        if first:
+            self.grads = [parameter.grad for parameter in self.parameters]
+        found, found_norms = self._loss_and_norms(self._run(first))
+        off = (found_norms - norms).abs() / (norms + 1e-2 * norms.mean())
+        if not abs(found - loss) <= LOSS * abs(loss) or not off.max() <= NORM:
+            raise RuntimeError(f"its replay gives a loss of {found:.6g}, the micro-batch itself {loss:.6g}, and the "
+                               f"norm of a gradient is off by {100 * off.max():.3g} %")
+
+    def _begin_anew(self, statistics):
+        """The state before the micro-batch: no gradients, these statistics."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        for statistic, value in zip(self._statistics(), statistics):
+            statistic.copy_(value)
+
+    def _statistics(self):
+        return self.model.expert_counts, self.model.max_logits
+
+    def _loss_and_norms(self, results):
+        norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
+        return results.flatten()[0].item(), torch.stack(norms).cpu()

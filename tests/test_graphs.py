@@ -1,0 +1,156 @@
+"""CUDA graphs of micro-batches, on a pretend device: what is captured is a closure, and its replay runs it on the same
+inputs into the same gradients. What only a real device can show is in test_gpu.py."""
+
+import pytest
+import torch
+
+import train
+from errors import UserError
+from kernels import graphs
+from tests.helpers import losses, make_config, run_train, tiny_model, tokens
+
+
+class Recorded:
+    """What torch.cuda.CUDAGraph is to graphs.py; spoil(gradients) comes after every replay."""
+
+    def __init__(self, model, function, spoil):
+        self.model, self.function, self.spoil = model, function, spoil
+        self.anew = all(p.grad is None for p in model.parameters())
+        statistics = [s.clone() for s in (model.expert_counts, model.max_logits)]
+        gradients = None if self.anew else [p.grad.clone() for p in model.parameters()]
+        self.result = function()
+        for statistic, value in zip((model.expert_counts, model.max_logits), statistics):
+            statistic.copy_(value)  # a capture runs nothing
+        self.gradients = [p.grad for p in model.parameters()]
+        for held, value in zip(self.gradients, gradients or [torch.full_like(g, torch.nan) for g in self.gradients]):
+            held.copy_(value)
+        self.result.fill_(torch.nan)
+
+    def pool(self):
+        return 0
+
+    def replay(self):
+        with torch.no_grad():
+            if self.anew:
+                for held in self.gradients:
+                    held.zero_()
+        for parameter, held in zip(self.model.parameters(), self.gradients):
+            assert parameter.grad is held, "a replay writes where its capture wrote"
+        self.result.copy_(self.function())
+        self.spoil(self.gradients)
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """The captures made on a device whose captures are Recorded, and faults to set: `capture`, called with the number
+    of a capture before it, and `spoil`, called with the gradients after every replay."""
+    device = {"made": [], "capture": lambda number: None, "spoil": lambda gradients: None}
+    init = graphs.MicroBatch.__init__
+
+    def remember_model(self, compute, model, *rest):
+        device["model"] = model
+        init(self, compute, model, *rest)
+
+    def capture(function, pool=None):
+        device["capture"](len(device["made"]))
+        assert (pool is None) == (len(device["made"]) == 0), "both graphs share their memory"
+        device["made"].append(Recorded(device["model"], function, device["spoil"]))
+        return device["made"][-1], device["made"][-1].result
+    monkeypatch.setattr(graphs.MicroBatch, "__init__", remember_model)
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "aside", lambda function: function())
+    return device
+
+
+def steps(replay, accumulation=2, n_steps=4, poisoned=None):
+    """([what every step leaves: results, gradients, statistics], lines told) of a model that a plain descent moves."""
+    model, told, left = tiny_model(), [], []
+
+    def compute(x, y, scale):
+        loss, balance = model(x, y)
+        ((loss + balance) * scale).backward()
+        return (torch.stack((loss, balance)) * scale).detach()
+    micro_batch = graphs.MicroBatch(compute, model, replay, accumulation > 1, told.append)
+    for step in range(n_steps):
+        model.reset_statistics()
+        sums, scale = torch.zeros(2), torch.tensor(float("nan") if step == poisoned else 1.0 + step)
+        for micro in range(accumulation):
+            x = tokens(2, 17, seed=step * accumulation + micro)
+            sums = sums + micro_batch(micro == 0, x[:, :-1], x[:, 1:], scale)
+        left.append([sums, model.expert_counts.clone(), model.max_logits.clone(),
+                     *(p.grad.clone() for p in model.parameters())])
+        with torch.no_grad():
+            for p in model.parameters():
+                if step != poisoned:
+                    p -= 1e-3 * p.grad
+                p.grad = None  # as the optimizer's zero_grad does; a replay knows better
+    return left, told
+
+
+def assert_same(ours, expected):
+    for step, (one, other) in enumerate(zip(ours, expected, strict=True)):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9)), step
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_replays_leave_what_calls_leave(pretend, accumulation):
+    left, told = steps(True, accumulation)
+    assert len(pretend["made"]) == 1 + (accumulation > 1) and len(told) == 1 and "one launch" in told[0]
+    assert_same(left, steps(False, accumulation)[0])
+
+
+def test_a_step_that_is_not_finite_puts_the_trial_off(pretend):
+    left, told = steps(True, poisoned=1)
+    assert len(pretend["made"]) == 2 and len(told) == 1
+    assert_same(left, steps(False, poisoned=1)[0])
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_capture_that_fails_is_told_and_the_run_goes_on(pretend, fails):
+    def fail(number):
+        if number == fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+    pretend["capture"] = fail
+    left, told = steps(True)
+    assert told == ["CUDA graph: not used, the run goes on without it: CUDA out of memory. Tried"]
+    assert len(pretend["made"]) == fails
+    assert_same(left, steps(False)[0])
+
+
+@pytest.mark.parametrize("wrong", [lambda gradients: gradients[3].mul_(1.1),
+                                   lambda gradients: gradients[0].fill_(torch.nan),
+                                   lambda gradients: [gradient.zero_() for gradient in gradients]])
+def test_a_replay_that_differs_is_not_trusted(pretend, wrong):
+    pretend["spoil"] = wrong
+    left, told = steps(True)
+    assert len(told) == 1 and "its replay gives a loss of" in told[0] and "of a gradient is off by" in told[0]
+    assert_same(left, steps(False)[0])
+
+
+def test_an_error_of_the_micro_batch_itself_is_not_swallowed(pretend):
+    micro_batch = graphs.MicroBatch(lambda x: 1 / 0, tiny_model(), True, False)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            micro_batch(True, tokens(1, 2))
+
+
+def test_a_run_with_graphs_is_the_run_without(pretend, tmp_path, data, monkeypatch):
+    """With validation, samples, resuming and document starts between the replays."""
+    config = make_config(tmp_path / "c.py", data=str(data), micro_batch_size=2, eval_interval=3, max_steps=6,
+                         sample_interval=4, document_mask=True)
+    run_train(config, f"--out_dir={tmp_path / 'plain'}")
+    assert not pretend["made"]
+    monkeypatch.setattr(train, "wants_graph", lambda *_: True)
+    run_train(config, f"--out_dir={tmp_path / 'replayed'}", "--max_steps=3")
+    assert len(pretend["made"]) == 2
+    pretend["made"].clear()
+    run_train(config, f"--out_dir={tmp_path / 'replayed'}", "--resume", "--max_steps=6", "--decay_steps=1")
+    assert len(pretend["made"]) == 2
+    assert losses(tmp_path / "replayed") == losses(tmp_path / "plain")
+
+
+def test_graphs_are_refused_where_the_host_is_asked(tmp_path, data):
+    config = make_config(tmp_path / "c.py", data=str(data), out_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="cuda_graph=True needs a CUDA device and one process"):
+        run_train(config, "--cuda_graph")
