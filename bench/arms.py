@@ -6,6 +6,7 @@ nothing but the MLPs, the second is a plain transformer with AdamW (configs/gpt.
 
 import contextlib
 import dataclasses
+import functools
 import time
 
 import torch
@@ -15,9 +16,10 @@ import bench
 import hf
 import owners
 import parallel
-from kernels import attention, backend, experts, newton_schulz
+from kernels import attention, backend, experts, graphs, newton_schulz
 from model import build, count_parameters, flops_per_token
 from muon import Muon, qk_clip_, route_parameters
+from train import forward_and_backward, wants_graph
 
 RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is
 
@@ -67,8 +69,11 @@ def replaced(module, name, value):
 
 
 class Arm:
-    """One way to train, and what a round of it took: micro_batch() is forward and backward of one micro-batch, update()
-    clips and steps, after() is what MuonClip does besides."""
+    """One way to train, and what a round of it took: micro_batch(first) is forward and backward of one micro-batch,
+    the first of a step or one that adds to its gradients; update() clips and steps, after() is what MuonClip does
+    besides. replayed: whether a micro-batch is a CUDA graph by now."""
+
+    replayed = False
 
     def __init__(self, config, device):
         self.config, self.device = config, device
@@ -93,7 +98,7 @@ class Arm:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with self.switched():
-            calls = (self.micro_batch, self.micro_batch, self.update, self.after)
+            calls = (lambda: self.micro_batch(True), lambda: self.micro_batch(False), self.update, self.after)
             for part, call in zip(self.seconds, calls):
                 bench.synchronize()
                 started = time.perf_counter()
@@ -129,21 +134,25 @@ class Nanok2(Arm):
             parallel.compile_blocks(self.model)
         self.parameters = list(self.model.parameters())
         self.model.train()
-        self.micro_batch = self.forward_and_backward
+        compute = functools.partial(forward_and_backward, self.model, config)
+        self.compute = graphs.MicroBatch(compute, self.model, graph and wants_graph(config, parallel.Layout(), device))
+        self.scale, self.small_batches = torch.ones((), device=device), {}
+
+    @property
+    def replayed(self):
+        return bool(self.compute.graphs)
 
     @contextlib.contextmanager
     def switched(self):
         grouped = (lambda *_: False) if self.loops else experts._grouped_is_best
         replay = 0 if self.loops else newton_schulz.REPLAY_ELEMENTS
         with backend.running(self.triton), replaced(attention, "ARM", self.attention_arms), \
-                replaced(experts, "_grouped_is_best", grouped), replaced(newton_schulz, "REPLAY_ELEMENTS", replay):
+                replaced(experts, "_grouped_is_best", grouped), replaced(newton_schulz, "REPLAY_ELEMENTS", replay), \
+                replaced(newton_schulz, "_graphs", self.small_batches):  # or one arm would use up the room of others
             yield
 
-    def forward_and_backward(self):
-        config = self.config
-        loss, balance = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
-        n_tokens = config.global_batch_size * config.sequence_length
-        (loss / n_tokens + config.aux_loss_alpha * balance / config.global_batch_size).backward()
+    def micro_batch(self, first):
+        self.compute(first, self.tokens[:, :-1], self.tokens[:, 1:], None, self.scale)
 
     def update(self):
         norm = parallel.squared_norm(self.parameters, parallel.Layout()).sqrt().item()
@@ -189,7 +198,7 @@ class Transformers(Arm):
         self.loss = torch.compile(_cross_entropy, dynamic=False) if compiled else _cross_entropy
         self.optimizer = torch.optim.AdamW(self.model.parameters(), RATE, (0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def micro_batch(self):
+    def micro_batch(self, first):
         hidden = self.model.model(input_ids=self.tokens[:, :-1], use_cache=False).last_hidden_state
         loss = self.loss(hidden.flatten(0, 1), self.model.lm_head.weight, self.tokens[:, 1:].flatten())
         (loss / (self.config.global_batch_size * self.config.sequence_length)).backward()

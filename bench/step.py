@@ -56,7 +56,7 @@ def shares(arm):
     """Share of the time of one micro-batch by kind, and its twelve largest kernels."""
     on_gpu = arm.device.type == "cuda"
     with arm.switched(), profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as recorded:
-        arm.micro_batch()
+        arm.micro_batch(True)
         bench.synchronize()
     arm.optimizer.zero_grad()
     spent = {}
@@ -158,7 +158,7 @@ def summed_up(config, arm, rounds):
     seconds = {part: statistics.median(spent[-rounds:]) for part, spent in arm.seconds.items()}
     speed, gradients = speeds(config, seconds)
     return {"tokens_per_second": speed, "forward_and_backward_tokens_per_second": gradients, "seconds": seconds,
-            "peak_gib": arm.peak_bytes / 2**30}
+            "peak_gib": arm.peak_bytes / 2**30, "replayed": arm.replayed}
 
 
 def speeds(config, seconds, n=MICRO_BATCHES):
@@ -170,7 +170,8 @@ def speeds(config, seconds, n=MICRO_BATCHES):
 
 def tell(label, row):
     parts = ", ".join(f"{part} {1000 * spent:.1f}" for part, spent in row["seconds"].items())
-    print(f"{label}: {row['tokens_per_second']:,.0f} tokens/s, {row['peak_gib']:.1f} GiB; ms: {parts}", flush=True)
+    print(f"{label}: {row['tokens_per_second']:,.0f} tokens/s, {row['peak_gib']:.1f} GiB; ms: {parts}"
+          + "; replayed" * row["replayed"], flush=True)
 
 
 def over(stem, name, ours, theirs):
