@@ -4,7 +4,7 @@ Medians of the parts, tokens/s at 16 micro-batches a step from them, memory, and
 
     python -m bench.step configs/small.py [--arms=dense,transformers] [--rounds=5] [--key=value ...]
 
---arms: some of nograph dense gpt transformers pytorch loops (eager PyTorch with a loop over experts, Muon matrix by
+--arms: some of dense transformers nograph gpt pytorch loops (eager PyTorch with a loop over experts, Muon matrix by
 matrix; only on request). --rounds=0: only compile them.
 """
 
@@ -32,8 +32,8 @@ from kernels import attention, backend
 from model import flops_per_token, pick_device
 
 WARMUP, MICRO_BATCHES = 2, 16  # rounds that do not count; micro-batches of the step whose tokens/s are given
-WORDS = {"nograph": "nanok2 without graphs", "dense": "dense twin", "gpt": "gpt, AdamW", "loops": "eager loops",
-         "transformers": "transformers", "pytorch": "compiled PyTorch"}
+WORDS = {"dense": "dense twin", "transformers": "transformers", "nograph": "nanok2 without graphs", "gpt": "gpt, AdamW",
+         "pytorch": "compiled PyTorch", "loops": "eager loops"}
 
 # part of a kernel's or an operation's name -> kind; the first that fits counts, the rest is "elementwise and other"
 KINDS = {"experts": ("up_kernel", "down_kernel", "down_backward_kernel", "weight_gradient_kernel", "combine_kernel",
@@ -153,10 +153,10 @@ def compile_beside(names, argv):
 
 # ----------------------------------------------------------------------------- the table
 
-def summed_up(config, arm, rounds):
+def summed_up(arm, rounds):
     """What the last rounds of an arm say."""
     seconds = {part: statistics.median(spent[-rounds:]) for part, spent in arm.seconds.items()}
-    speed, gradients = speeds(config, seconds)
+    speed, gradients = speeds(arm.config, seconds)
     return {"tokens_per_second": speed, "forward_and_backward_tokens_per_second": gradients, "seconds": seconds,
             "peak_gib": arm.peak_bytes / 2**30, "replayed": arm.replayed}
 
@@ -233,33 +233,19 @@ def main(argv):
     ours.step()
     wait()
     peak, tokens = matmul_peak(device, getattr(torch, config.dtype)), config.micro_batch_size * config.sequence_length
+    print(f"{path}: {tokens:,} tokens a micro-batch, {MICRO_BATCHES} of them a step, {kernels} kernels, "
+          f"{config.dtype}, {device}, matmul {peak / 1e12:.2f} TFLOP/s\nnanok2: {described(config)}")
     result = {"command": argv, "kernels": kernels, "tokens": tokens, "matmul_flops": peak, "ratios": {}, "arms": {},
               "failed": {}}
     save = lambda: bench.save(f"step-{stem}-{config.dtype}-{device.type}", result)
-    print(f"{path}: {tokens:,} tokens a micro-batch, {MICRO_BATCHES} of them a step, {kernels} kernels, "
-          f"{config.dtype}, {device}, matmul {peak / 1e12:.2f} TFLOP/s\nnanok2: {described(config)}")
     for name in names:
-        try:
-            arm = makers[name]()
-            print(f"{WORDS[name]}: {described(arm.config)}")
-            for _ in range(WARMUP + rounds):
-                ours.step()
-                arm.step()
-        except Exception as error:  # a library's, or of too little memory: told at the end, too; the others have a turn
-            result["failed"][name] = f"{type(error).__name__}: {said(error)}"
-            print(f"{name}: not measured: {result['failed'][name]}")
-        else:
-            row, result["arms"][name] = summed_up(config, ours, rounds), summed_up(config, arm, rounds)
-            tell("    nanok2", row)
-            tell(f"    {WORDS[name]}", result["arms"][name])
-            result["ratios"] |= over(stem, name, row, result["arms"][name])
-            save()
-        arm = None
+        against(name, makers[name], ours, rounds, stem, result)
+        save()  # now, in case there is no time for all
         gc.collect()
         torch.cuda.empty_cache()
     for _ in range(0 if names else WARMUP + rounds):
         ours.step()
-    result["arms"]["nanok2"] = row = summed_up(config, ours, max(len(names) - len(result["failed"]), 1) * rounds)
+    result["arms"]["nanok2"] = row = summed_up(ours, len(ours.seconds["host"]) - WARMUP - 1)
     tell("nanok2", row)
     result["ratios"] |= shares_of_a_step(stem, config, row, peak)
     result["ratios"] |= {f"{stem}: ms of Python a micro-batch, {name}": 1000 * result["arms"][name]["seconds"]["host"]
@@ -273,6 +259,25 @@ def main(argv):
     print(*(f"{ratio:8.3f}  {what}" for what, ratio in result["ratios"].items()), sep="\n")
     save()
     return bool(result["failed"])
+
+
+def against(name, make, ours, rounds, stem, result):
+    """Make an arm, let it take turns with nanok2 and add what that says, or why it says nothing, to the result."""
+    try:
+        arm = make()
+        print(f"{WORDS[name]}: {described(arm.config)}")
+        for _ in range(WARMUP + rounds):
+            ours.step()
+            arm.step()
+    except Exception as error:  # a library's, or of too little memory: the table says so, and the others have their turn
+        result["failed"][name] = f"{type(error).__name__}: {said(error)}"
+        print(f"{name}: not measured: {result['failed'][name]}")
+        return
+    rows = result["arms"] | {"nanok2": summed_up(ours, rounds), name: summed_up(arm, rounds)}
+    for label in ("nanok2", name):
+        tell(f"    {label}", rows[label])
+    result["arms"] = rows
+    result["ratios"] |= over(stem, name, rows["nanok2"], rows[name])
 
 
 if __name__ == "__main__":

@@ -80,11 +80,9 @@ def run(words, stem, folder):
     found = sorted(bench.results().glob(f"*-step-{stem}-*.json"))
     if not found:
         raise UserError(f"{bench.results()} has no result to compare with:  python -m bench.step {words[0]}")
-    parts = json.loads(found[-1].read_text(encoding="utf-8"))["arms"].get("nanok2")
-    if parts is None:
-        raise UserError(f"{found[-1]} is of a command that did not end:  python -m bench.step {words[0]}")
+    parts = json.loads(found[-1].read_text(encoding="utf-8"))["arms"]["nanok2"]["seconds"]
     config, _ = settings.load(words)
-    expected, _ = speeds(config, parts["seconds"], config.global_batch_size // config.micro_batch_size)
+    expected, _ = speeds(config, parts, config.global_batch_size // config.micro_batch_size)
     _, records = train_until(STEPS, [*words, f"--max_steps={STEPS + 1}"], folder)
     speed = statistics.median(record["tokens_per_second"] for record in records if record["step"] > EARLY)
     print(f"train.py {speed:,.0f} tokens/s, bench.step {expected:,.0f}")

@@ -1,5 +1,7 @@
 """What only a CUDA device can show; skipped everywhere else. bench/gpu.sh runs this file first."""
 
+import socket
+
 import pytest
 import torch
 
@@ -92,7 +94,10 @@ def test_one_rank_over_nccl_equals_the_plain_run(tmp_path, data):
 @pytest.mark.parametrize("triton", [True, False])
 def test_dispatch_over_nccl_equals_local_dispatch_with_one_sync(monkeypatch, triton):
     monkeypatch.setattr(backend, "_on", triton)
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29517}
+    with socket.socket() as free:  # other processes run this test at the same time
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
     parallel.start()
