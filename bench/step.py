@@ -269,7 +269,7 @@ def against(name, make, ours, rounds, stem, result):
         for _ in range(WARMUP + rounds):
             ours.step()
             arm.step()
-    except Exception as error:  # a library's, or of too little memory: the table says so, and the others have their turn
+    except Exception as error:  # a library's, or of too little memory: told, and the others have their turn
         result["failed"][name] = f"{type(error).__name__}: {said(error)}"
         print(f"{name}: not measured: {result['failed'][name]}")
         return
