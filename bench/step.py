@@ -1,12 +1,21 @@
-"""Whole training steps of a config on random tokens, in arms that take turns: nanok2 as it runs here, compiled PyTorch
-(F.grouped_mm, the fastest library attention) and eager PyTorch with a loop over experts and Muon matrix by matrix.
-Tokens/s, the step's parts, and the share of time by kernel.
+"""One optimizer step of a config on random tokens, in arms that take turns with nanok2: its dense twin and a plain
+transformer of equal FLOPs, itself without CUDA graphs, compiled PyTorch, transformers where it is installed.
+Medians of the parts, tokens/s at 16 micro-batches a step from them, memory, and what a micro-batch's time is spent on.
 
-    python -m bench.step configs/small.py [--rounds=6] [--key=value ...]
+    python -m bench.step configs/small.py [--arms=dense,transformers] [--rounds=5] [--key=value ...]
+
+--arms: some of dense transformers nograph gpt pytorch loops (eager PyTorch with a loop over experts, Muon matrix by
+matrix; only on request). --rounds=0: only compile them.
 """
 
-import contextlib
-import re
+import dataclasses
+import functools
+import gc
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,12 +25,15 @@ from torch.profiler import ProfilerActivity, profile
 import bench
 import config as settings
 import errors
-import metrics
-import owners
 import parallel
-from kernels import attention, backend, experts, newton_schulz
-from model import build, flops_per_token, pick_device
-from muon import Muon, qk_clip_, route_parameters
+from bench.arms import Nanok2, Transformers, dense_twin, described, gpt_twin, replaced
+from errors import said
+from kernels import attention, backend
+from model import flops_per_token, pick_device
+
+WARMUP, MICRO_BATCHES = 2, 16  # rounds that do not count; micro-batches of the step whose tokens/s are given
+WORDS = {"dense": "dense twin", "transformers": "transformers", "nograph": "nanok2 without graphs", "gpt": "gpt, AdamW",
+         "pytorch": "compiled PyTorch", "loops": "eager loops"}
 
 # part of a kernel's or an operation's name -> kind; the first that fits counts, the rest is "elementwise and other"
 KINDS = {"experts": ("up_kernel", "down_kernel", "down_backward_kernel", "weight_gradient_kernel", "combine_kernel",
@@ -40,96 +52,57 @@ def kind_of(operation):
                 "elementwise and other")
 
 
-class Arm:
-    """One way to train: its own model and optimizer, and what is switched while they run."""
-
-    def __init__(self, config, device, triton, compiled, attention_arms, loops=False):
-        self.config, self.triton, self.loops, self.attention_arms = config, triton, loops, attention_arms
-        self.model = build(config, device).init_weights(0)
-        self.model.compute_dtype = getattr(torch, config.dtype)
-        routes = route_parameters(self.model.named_parameters(), config.optimizer)
-        with replaced(owners, "BATCH_ELEMENTS", 1 if loops else owners.BATCH_ELEMENTS):  # 1: matrix by matrix
-            self.optimizer = Muon(self.model.named_parameters(), config.muon_lr, routes=routes,
-                                  ns_dtype=self.model.compute_dtype)
-        if compiled:
-            parallel.compile_blocks(self.model)
-        self.parameters = list(self.model.parameters())
-        self.model.train()
-        shape = (config.micro_batch_size, config.sequence_length + 1)
-        self.tokens = torch.randint(0, config.vocab_size, shape, device=device)
-        self.parts = {"forward and backward": [], "optimizer": [], "QK-clip and router bias": []}
-
-    @contextlib.contextmanager
-    def switched(self):
-        grouped = (lambda *_: False) if self.loops else experts._grouped_is_best
-        replay = 0 if self.loops else newton_schulz.REPLAY_ELEMENTS
-        with backend.running(self.triton), replaced(attention, "ARM", self.attention_arms), \
-                replaced(experts, "_grouped_is_best", grouped), replaced(newton_schulz, "REPLAY_ELEMENTS", replay):
-            yield
-
-    def step(self):
-        with self.switched():
-            for part, function in zip(self.parts, (self.gradients, self.update, self.after)):
-                bench.synchronize()
-                started = time.perf_counter()
-                function()
-                bench.synchronize()
-                self.parts[part].append(time.perf_counter() - started)
-
-    def gradients(self):
-        self.model.reset_statistics()
-        for _ in range(self.config.global_batch_size // self.config.micro_batch_size):
-            self.micro_batch()
-
-    def micro_batch(self):
-        config = self.config
-        n_tokens = config.global_batch_size * config.sequence_length
-        loss, balance = self.model(self.tokens[:, :-1], self.tokens[:, 1:], scale=1 / n_tokens)
-        (loss / n_tokens + config.aux_loss_alpha * balance / config.global_batch_size).backward()
-
-    def update(self):
-        norm = parallel.squared_norm(self.parameters, parallel.Layout()).sqrt().item()
-        parallel.scale_gradients(self.parameters, min(1.0, self.config.grad_clip / (norm + 1e-6)))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def after(self):
-        qk_clip_(self.model.layers, self.model.max_logits, self.config.qk_clip_tau)
-        self.model.update_router_biases(self.config.bias_update_rate)
-
-    def medians(self, warmup):
-        return {part: sorted(seconds[warmup:])[len(seconds[warmup:]) // 2] for part, seconds in self.parts.items()}
-
-    def profile(self, device):
-        """Share of the time of one micro-batch by kind, and its twelve largest kernels."""
-        with self.switched(), profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]
-                                      * (device.type == "cuda")) as recorded:
-            self.micro_batch()
-            bench.synchronize()
-        self.optimizer.zero_grad()
-        spent = {}
-        for event in recorded.key_averages():
-            on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
-            micros = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-            if micros and on_gpu == (device.type == "cuda"):
-                spent[event.key] = micros
-        whole, shares = sum(spent.values()), {}
-        for name, micros in spent.items():
-            shares[kind_of(name)] = shares.get(kind_of(name), 0) + micros / whole
-        largest = sorted(spent, key=spent.get, reverse=True)[:12]
-        return (dict(sorted(shares.items(), key=lambda item: -item[1])),
-                {name[:80]: spent[name] / whole for name in largest})
+def shares(arm):
+    """Share of the time of one micro-batch by kind, and its twelve largest kernels."""
+    on_gpu = arm.device.type == "cuda"
+    with arm.switched(), profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as recorded:
+        arm.micro_batch(True)
+        bench.synchronize()
+    arm.optimizer.zero_grad()
+    spent = {}
+    for event in recorded.key_averages():
+        micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if micros and on_gpu == (event.device_type == torch.autograd.DeviceType.CUDA):
+            spent[event.key] = micros
+    whole, by_kind = sum(spent.values()), {}
+    for name, micros in spent.items():
+        by_kind[kind_of(name)] = by_kind.get(kind_of(name), 0) + micros / whole
+    largest = sorted(spent, key=spent.get, reverse=True)[:12]
+    return (dict(sorted(by_kind.items(), key=lambda item: -item[1])),
+            {name[:80]: spent[name] / whole for name in largest})
 
 
-@contextlib.contextmanager
-def replaced(module, name, value):
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+# ----------------------------------------------------------------------------- what is measured beside the arms
 
+def matmul_peak(device, dtype):
+    """FLOP/s of a large matmul, the most that anything here could reach."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / (backend.milliseconds(lambda: a @ b) / 1000)
+
+
+@torch.library.custom_op("nanok2_bench::nothing", mutates_args=())
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_nothing.register_autograd(lambda context, grad: grad)
+
+
+def dispatch_micros(device, calls=1000):
+    """What a torch.library operator with a gradient costs over its function: microseconds of a call."""
+    x = torch.zeros(1, device=device, requires_grad=True)
+
+    def spent(function):
+        started = time.perf_counter()
+        for _ in range(calls):
+            function(x)
+        return time.perf_counter() - started
+    spent(_nothing), spent(torch.empty_like)
+    return 1e6 * (spent(_nothing) - spent(torch.empty_like)) / calls
+
+
+# ----------------------------------------------------------------------------- arms
 
 def library_attention(config, device):
     """The fastest of what is not ours, as attention.ARM wants it."""
@@ -140,53 +113,171 @@ def library_attention(config, device):
         return attention.ARM
 
 
+def arm_makers(config, device, compiled, names, layers):
+    """({name: function that makes the arm}, which kernels run): "nanok2" and those named, with so many layers. What
+    they choose among is measured here, while the GPU does nothing else."""
+    of = {"nanok2": config, "dense": dense_twin(config), "gpt": gpt_twin(config)}  # everything else is as nanok2
+    of = {name: dataclasses.replace(of.get(name, config), num_hidden_layers=layers) for name in ["nanok2", *names]}
+    chosen, makers = {}, {}
+    for name in [name for name in ("dense", "gpt", "nanok2") if name in of]:
+        kernels = parallel.choose_kernels(of[name], device)
+        chosen |= attention.ARM
+    for name, config in of.items():
+        if name == "transformers":
+            makers[name] = functools.partial(Transformers, config, device, compiled)
+        elif name == "pytorch":
+            makers[name] = functools.partial(Nanok2, config, device, False, compiled, library_attention(config, device))
+        elif name == "loops":
+            makers[name] = functools.partial(Nanok2, config, device, False, False, {}, loops=True)
+        else:
+            makers[name] = functools.partial(Nanok2, config, device, kernels.startswith("Triton"), compiled, chosen,
+                                             graph=name != "nograph")
+    return makers, kernels
+
+
+def compile_beside(names, argv):
+    """Start a process for every arm that compiles its blocks into the caches on disk. Returns a function that waits for
+    them; what one of them failed to do is done again when the arm's turn comes, and there an error counts."""
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ}  # each; it is not part of what caches ask for
+    processes = {name: subprocess.Popen(
+        [sys.executable, "-m", "bench.step", *argv, f"--arms={name}", "--rounds=0"], cwd=Path(__file__).parent.parent,
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8") for name in names}
+
+    def wait():
+        for name, process in processes.items():
+            stderr = process.communicate()[1]
+            if process.returncode:
+                print(f"{name}: was not compiled beforehand: {(stderr.strip().splitlines() or ['?'])[-1]:.200}")
+    return wait
+
+
+# ----------------------------------------------------------------------------- the table
+
+def summed_up(arm, rounds):
+    """What the last rounds of an arm say."""
+    seconds = {part: statistics.median(spent[-rounds:]) for part, spent in arm.seconds.items()}
+    speed, gradients = speeds(arm.config, seconds)
+    return {"tokens_per_second": speed, "forward_and_backward_tokens_per_second": gradients, "seconds": seconds,
+            "peak_gib": arm.peak_bytes / 2**30, "replayed": arm.replayed}
+
+
+def speeds(config, seconds, n=MICRO_BATCHES):
+    """tokens/s of a step of n micro-batches, and of its forward and backward alone, from the seconds of the parts."""
+    tokens = n * config.micro_batch_size * config.sequence_length
+    gradients = seconds["first micro-batch"] + (n - 1) * seconds["another micro-batch"]
+    return tokens / (gradients + seconds["optimizer"] + seconds["QK-clip and bias"]), tokens / gradients
+
+
+def tell(label, row):
+    parts = ", ".join(f"{part} {1000 * spent:.1f}" for part, spent in row["seconds"].items())
+    print(f"{label}: {row['tokens_per_second']:,.0f} tokens/s, {row['peak_gib']:.1f} GiB; ms: {parts}"
+          + "; replayed" * row["replayed"], flush=True)
+
+
+def over(stem, name, ours, theirs):
+    """{row of the table: how much faster nanok2 is than another arm in the same rounds}"""
+    label = f"{stem}: {'MoE' if name == 'dense' else 'nanok2'} over {WORDS[name]}"
+    keys = {"tokens/s": "tokens_per_second", "forward and backward": "forward_and_backward_tokens_per_second"}
+    return {f"{label}, {what}": ours[key] / theirs[key] for what, key in keys.items()}
+
+
+def shares_of_a_step(stem, config, row, peak):
+    """{row of the table: how nanok2's step divides, and how near it is to the device's matmuls}"""
+    seconds = row["seconds"]
+    step = MICRO_BATCHES * config.micro_batch_size * config.sequence_length / row["tokens_per_second"]
+    flops = flops_per_token(config, config.sequence_length) * row["forward_and_backward_tokens_per_second"]
+    return {f"{stem}: share of the measured matmul peak, forward and backward": flops / peak,
+            f"{stem}: optimizer's share of the step": seconds["optimizer"] / step,
+            f"{stem}: QK-clip's and the bias's share of the step": seconds["QK-clip and bias"] / step}
+
+
+def given(argv):
+    """(names of arms or None, rounds, the other words)"""
+    words, rest = {"--arms": None, "--rounds": "5"}, []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name in words and equals:
+            words[name] = value
+        else:
+            rest.append(word)
+    if not words["--rounds"].isdecimal():
+        raise errors.UserError(f"--rounds={words['--rounds']} must be a number, 0 or more")
+    names = words["--arms"] and [name for name in words["--arms"].split(",") if name != "nanok2"]
+    if unknown := set(names or ()) - set(WORDS):
+        raise errors.UserError(f"no arm is called {min(unknown)!r}; there are nanok2, {', '.join(WORDS)}")
+    return names, int(words["--rounds"]), rest
+
+
+def default_arms():
+    installed = importlib.util.find_spec("transformers") is not None
+    if not installed:
+        print("transformers is not installed: left out")
+    return [name for name in WORDS if name != "loops" and (name != "transformers" or installed)]
+
+
 def main(argv):
-    given = [word for word in argv if word.startswith("--rounds=")]
-    if not all(re.fullmatch(r"--rounds=[1-9]\d*", word) for word in given):
-        raise errors.UserError(f"{given[-1]} must be a number, at least 1")
-    rounds = int(given[-1][9:]) if given else 6
-    config, path = settings.load([word for word in argv if word not in given])
-    device, warmup, name = pick_device(config.device), 2, Path(path).stem
-    kernels = parallel.choose_kernels(config, device)
-    on, compiled = kernels.startswith("Triton"), device.type == "cuda" and config.compile is not False
-    arms = {"nanok2": Arm(config, device, on, compiled, dict(attention.ARM))}
-    if compiled:
-        arms["compiled PyTorch"] = Arm(config, device, False, True, library_attention(config, device))
-    arms["eager PyTorch, loops"] = Arm(config, device, False, False, {}, loops=True)
-    for turn in range(warmup + rounds):
-        for label, arm in arms.items():
-            if label != "eager PyTorch, loops" or turn < warmup + 2:  # which takes long, and little noise matters
-                arm.step()
-    flops = flops_per_token(config, config.sequence_length)
-    peak, n_tokens = metrics.peak_flops(device), config.global_batch_size * config.sequence_length
-    result, ratios, totals = {}, {}, {}
-    print(f"{path}: {n_tokens:,} tokens a step, {kernels} kernels, {config.dtype}, {device}")
-    for label, arm in arms.items():
-        medians = arm.medians(warmup)
-        totals[label] = total = sum(medians.values())
-        speed = n_tokens / total
-        mfu = flops * speed / peak if peak else None
-        result[label] = {"tokens_per_second": speed, "gflops": flops * speed / 1e9, "seconds": medians, "mfu": mfu}
-        print(f"{label}: {speed:,.0f} tokens/s, {flops * speed / 1e9:,.0f} GFLOP/s{f', MFU {mfu:.1%}' if mfu else ''}")
-        print("   " + ", ".join(f"{part} {1000 * s:.1f} ms ({s / total:.1%})" for part, s in medians.items()))
-    ours = result["nanok2"]
-    ratios[f"{name}: optimizer's share of the step"] = ours["seconds"]["optimizer"] / totals["nanok2"]
-    ratios[f"{name}: QK-clip's and the bias's share"] = ours["seconds"]["QK-clip and router bias"] / totals["nanok2"]
-    if peak:
-        ratios[f"{name}: MFU"] = ours["mfu"]
-    for label in list(arms)[1:]:
-        ratios[f"{name}: {label} / nanok2, time of a step"] = totals[label] / totals["nanok2"]
-    print(*(f"{ratio:8.3f}  {what}" for what, ratio in ratios.items()), sep="\n")
-    print(f"memory, all arms together: {metrics.memory_gib(device):.1f} GiB")
-    saved = {"command": argv, "kernels": kernels, "ratios": ratios, "arms": result}
-    bench.save(f"step-{name}-{config.dtype}-{device.type}", saved)  # now, in case the profiler is not done in time
-    for label, arm in arms.items():
-        if label != "eager PyTorch, loops":
-            result[label]["shares"], result[label]["kernels"] = arm.profile(device)
-            print(f"{label}: " + ", ".join(f"{kind} {share:.1%}" for kind, share in result[label]["shares"].items()))
-            for kernel, share in result[label]["kernels"].items():
-                print(f"     {share:6.1%}  {kernel}")
-    bench.save(f"step-{name}-{config.dtype}-{device.type}", saved)
+    names, rounds, rest = given(argv)
+    names = default_arms() if names is None else names
+    config, path = settings.load(rest)
+    device, stem = pick_device(config.device), Path(path).stem
+    compiled = config.compile or config.compile is None and device.type == "cuda"
+    torch._dynamo.config.recompile_limit = 64  # all arms compile the same blocks
+    few = min(config.first_k_dense_replace + 1, config.num_hidden_layers)  # a block of each kind is all to compile
+    makers, kernels = arm_makers(config, device, compiled, names, config.num_hidden_layers if rounds else few)
+    if rounds == 0:
+        for name in names or ["nanok2"]:
+            makers[name]().step()
+        return 0
+    wait = compile_beside([name for name in names if name not in ("nograph", "loops")] if compiled else [], rest)
+    ours = makers["nanok2"]()
+    ours.step()
+    wait()
+    peak, tokens = matmul_peak(device, getattr(torch, config.dtype)), config.micro_batch_size * config.sequence_length
+    print(f"{path}: {tokens:,} tokens a micro-batch, {MICRO_BATCHES} of them a step, {kernels} kernels, "
+          f"{config.dtype}, {device}, matmul {peak / 1e12:.2f} TFLOP/s\nnanok2: {described(config)}")
+    result = {"command": argv, "kernels": kernels, "tokens": tokens, "matmul_flops": peak, "ratios": {}, "arms": {},
+              "failed": {}}
+    save = lambda: bench.save(f"step-{stem}-{config.dtype}-{device.type}", result)
+    for name in names:
+        against(name, makers[name], ours, rounds, stem, result)
+        save()  # now, in case there is no time for all
+        gc.collect()
+        torch.cuda.empty_cache()
+    for _ in range(0 if names else WARMUP + rounds):
+        ours.step()
+    result["arms"]["nanok2"] = row = summed_up(ours, len(ours.seconds["host"]) - WARMUP - 1)
+    tell("nanok2", row)
+    result["ratios"] |= shares_of_a_step(stem, config, row, peak)
+    result["ratios"] |= {f"{stem}: ms of Python a micro-batch, {name}": 1000 * result["arms"][name]["seconds"]["host"]
+                         for name in ("nanok2", "nograph") if name in result["arms"]}
+    result["ratios"][f"{stem}: microseconds to dispatch an operator of ours"] = dispatch_micros(device)
+    if device.type == "cuda":
+        result["ratios"] |= {f"{stem}: GiB at most, {name}": row["peak_gib"] for name, row in result["arms"].items()}
+    result["shares"], result["largest"] = shares(ours)
+    print("nanok2: " + ", ".join(f"{kind} {share:.1%}" for kind, share in result["shares"].items()))
+    print(*(f"     {share:6.1%}  {kernel}" for kernel, share in result["largest"].items()), sep="\n")
+    print(*(f"{ratio:8.3f}  {what}" for what, ratio in result["ratios"].items()), sep="\n")
+    save()
+    return bool(result["failed"])
+
+
+def against(name, make, ours, rounds, stem, result):
+    """Make an arm, let it take turns with nanok2 and add what that says, or why it says nothing, to the result."""
+    try:
+        arm = make()
+        print(f"{WORDS[name]}: {described(arm.config)}")
+        for _ in range(WARMUP + rounds):
+            ours.step()
+            arm.step()
+    except Exception as error:  # a library's, or of too little memory: told, and the others have their turn
+        result["failed"][name] = f"{type(error).__name__}: {said(error)}"
+        print(f"{name}: not measured: {result['failed'][name]}")
+        return
+    rows = result["arms"] | {"nanok2": summed_up(ours, rounds), name: summed_up(arm, rounds)}
+    for label in ("nanok2", name):
+        tell(f"    {label}", rows[label])
+    result["arms"] = rows
+    result["ratios"] |= over(stem, name, rows["nanok2"], rows[name])
 
 
 if __name__ == "__main__":

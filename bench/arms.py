@@ -1,0 +1,213 @@
+"""The ways to train that bench.step compares: nanok2 and its twins, compiled PyTorch, and transformers.
+
+dense_twin and gpt_twin make, of a config with experts, dense models of equal FLOPs a token: the first differs in
+nothing but the MLPs, the second is a plain transformer with AdamW (configs/gpt.py, if the config is configs/small.py).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+
+import torch
+import torch.nn.functional as F
+
+import bench
+import hf
+import owners
+import parallel
+from kernels import attention, backend, experts, graphs, newton_schulz
+from model import build, count_parameters, flops_per_token
+from muon import Muon, qk_clip_, route_parameters
+from train import forward_and_backward, wants_graph
+
+RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is
+
+# ----------------------------------------------------------------------------- twins
+
+def dense_twin(config):
+    """The Config of the dense model with the same attention, optimizer, batch and FLOPs a token (up to rounding
+    intermediate_size to a multiple of 64)."""
+    return _equal_flops(config, n_routed_experts=0)
+
+
+def gpt_twin(config):
+    """The Config of a plain transformer of the same width, depth and FLOPs a token: attention in heads of 64, one
+    matrix for embedding and head, AdamW."""
+    heads = max(1, config.hidden_size // 64)
+    return _equal_flops(config, n_routed_experts=0, attention="mha", num_attention_heads=heads, v_head_dim=64,
+                        tie_word_embeddings=True, optimizer="adamw")
+
+
+def _equal_flops(config, **changes):
+    def flops(width):
+        return flops_per_token(dataclasses.replace(config, **changes, intermediate_size=width), config.sequence_length)
+
+    narrow, wide = flops(64), flops(128)  # linear in between and beyond
+    width = 64 + 64 * (flops_per_token(config, config.sequence_length) - narrow) / (wide - narrow)
+    return dataclasses.replace(config, **changes, intermediate_size=max(64, 64 * round(width / 64)))
+
+
+def described(config):
+    """A config's size in words."""
+    total, active = count_parameters(config)
+    flops = flops_per_token(config, config.sequence_length)
+    return (f"{flops / 1e6:,.1f} MFLOPs a token, {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, "
+            f"intermediate_size {config.intermediate_size}, {config.optimizer}")
+
+
+# ----------------------------------------------------------------------------- arms
+
+@contextlib.contextmanager
+def replaced(module, name, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+class Arm:
+    """One way to train, and what a round of it took: micro_batch(first) is forward and backward of one micro-batch,
+    the first of a step or one that adds to its gradients; update() clips and steps, after() is what MuonClip does
+    besides. replayed: whether a micro-batch is a CUDA graph by now."""
+
+    replayed = False
+
+    def __init__(self, config, device):
+        self.config, self.device = config, device
+        self.seconds = {"first micro-batch": [], "another micro-batch": [], "optimizer": [], "QK-clip and bias": [],
+                        "host": []}
+        shape = (config.micro_batch_size, config.sequence_length + 1)
+        self.tokens = torch.randint(0, config.vocab_size, shape, device=device)
+        self.peak_bytes, self.own_bytes, self.before = 0, 0, _allocated()
+
+    @contextlib.contextmanager
+    def switched(self):
+        """What has to be switched while this arm runs."""
+        yield
+
+    def after(self):
+        """Nothing, for an optimizer that is just one."""
+
+    def step(self):
+        """A round: a micro-batch that makes the gradients, one that adds to them, and the update; each waited for.
+        host: how long the second kept Python; where a GPU cannot be told more than it has to do, no less than that."""
+        others = _allocated() - self.own_bytes if self.own_bytes else self.before
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with self.switched():
+            calls = (lambda: self.micro_batch(True), lambda: self.micro_batch(False), self.update, self.after)
+            for part, call in zip(self.seconds, calls):
+                bench.synchronize()
+                started = time.perf_counter()
+                call()
+                returned = time.perf_counter()
+                bench.synchronize()
+                self.seconds[part].append(time.perf_counter() - started)
+                if part == "another micro-batch":
+                    self.seconds["host"].append(returned - started)
+        if self.device.type == "cuda":
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - others)
+        self.own_bytes = _allocated() - others
+
+
+def _allocated():
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+class Nanok2(Arm):
+    """Our model, loss and optimizer. triton: our kernels, or PyTorch's operations; attention_arms: attention.ARM while
+    it runs; graph: the micro-batch as a CUDA graph; loops: a loop over experts, and Muon matrix by matrix."""
+
+    def __init__(self, config, device, triton, compiled, attention_arms, graph=False, loops=False):
+        super().__init__(config, device)
+        self.triton, self.loops, self.attention_arms, self.graph = triton, loops, attention_arms, graph
+        self.model = build(config, device)
+        self.model.compute_dtype = getattr(torch, config.dtype)
+        _fill(self.model, config.initializer_range)
+        routes = route_parameters(self.model.named_parameters(), config.optimizer)
+        with replaced(owners, "BATCH_ELEMENTS", 1 if loops else owners.BATCH_ELEMENTS):  # 1: matrix by matrix
+            self.optimizer = Muon(self.model.named_parameters(), RATE, routes=routes, ns_dtype=self.model.compute_dtype)
+        if compiled:
+            parallel.compile_blocks(self.model)
+        self.parameters = list(self.model.parameters())
+        self.model.train()
+        compute = functools.partial(forward_and_backward, self.model, config)
+        self.compute = graphs.MicroBatch(compute, self.model, graph and wants_graph(config, parallel.Layout(), device))
+        self.scale, self.small_batches = torch.ones((), device=device), {}
+
+    @property
+    def replayed(self):
+        return bool(self.compute.graphs)
+
+    @contextlib.contextmanager
+    def switched(self):
+        grouped = (lambda *_: False) if self.loops else experts._grouped_is_best
+        replay = 0 if self.loops else newton_schulz.REPLAY_ELEMENTS
+        with backend.running(self.triton), replaced(attention, "ARM", self.attention_arms), \
+                replaced(experts, "_grouped_is_best", grouped), replaced(newton_schulz, "REPLAY_ELEMENTS", replay), \
+                replaced(newton_schulz, "_graphs", self.small_batches):  # or one arm would use up the room of others
+            yield
+
+    def micro_batch(self, first):
+        self.compute(first, self.tokens[:, :-1], self.tokens[:, 1:], None, self.scale)
+
+    def update(self):
+        norm = parallel.squared_norm(self.parameters, parallel.Layout()).sqrt().item()
+        parallel.scale_gradients(self.parameters, min(1.0, self.config.grad_clip / (norm + 1e-6)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def after(self):
+        if self.config.optimizer == "muonclip":
+            qk_clip_(self.model.layers, self.model.max_logits, self.config.qk_clip_tau)
+        self.model.update_router_biases(self.config.bias_update_rate)
+        self.model.reset_statistics()
+
+
+def _fill(model, scale):
+    """init_weights in the device's own random numbers, which take no seconds."""
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.zero_()
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, scale)
+
+
+class Transformers(Arm):
+    """Hugging Face's DeepseekV3ForCausalLM as somebody would train it who wants it fast: parameters in the compute
+    dtype, experts by F.grouped_mm, layers and loss compiled, fused AdamW, no balance loss."""
+
+    def __init__(self, config, device, compiled):
+        from transformers import AutoConfig, AutoModelForCausalLM
+        super().__init__(dataclasses.replace(config, optimizer="adamw"), device)
+        fields = hf.to_hf_config(config, None, config.dtype)
+        theirs = AutoConfig.for_model(fields.pop("model_type"), **fields, attn_implementation="sdpa",
+                                      experts_implementation="grouped_mm")
+        with torch.device(device):
+            self.model = AutoModelForCausalLM.from_config(theirs, dtype=getattr(torch, config.dtype))
+        if (found := self.model.config._experts_implementation) != "grouped_mm":
+            raise RuntimeError(f"this transformers computes experts by {found!r}, which is not what it is fastest with")
+        _fill(self.model, config.initializer_range)
+        self.model.train()
+        for layer in self.model.model.layers if compiled else ():
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        self.loss = torch.compile(_cross_entropy, dynamic=False) if compiled else _cross_entropy
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), RATE, (0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def micro_batch(self, first):
+        hidden = self.model.model(input_ids=self.tokens[:, :-1], use_cache=False).last_hidden_state
+        loss = self.loss(hidden.flatten(0, 1), self.model.lm_head.weight, self.tokens[:, 1:].flatten())
+        (loss / (self.config.global_batch_size * self.config.sequence_length)).backward()
+
+    def update(self):
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _cross_entropy(hidden_ND, weight_VD, targets_N):
+    return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N, reduction="sum")
