@@ -164,7 +164,7 @@ class Nanok2(Arm):
         if self.config.optimizer == "muonclip":
             qk_clip_(self.model.layers, self.model.max_logits, self.config.qk_clip_tau)
         self.model.update_router_biases(self.config.bias_update_rate)
-        self.model.reset_statistics()
+        self.model.reset_statistics(self.config.qk_clip_tau)  # as in steps that are not logged
 
 
 def _fill(model, scale):
