@@ -72,6 +72,9 @@ class Config(ModelConfig):
     compile: bool | None = setting(None, "torch.compile every block; None: on CUDA only", "machine")
     cuda_graph: bool | None = setting(
         None, "replay micro-batches as CUDA graphs; None: on CUDA without torchrun", "machine")
+    weight_copies: bool | None = setting(
+        None, "keep the blocks' matrices in dtype too, 2 bytes a parameter, to round them once a step instead of in "
+        "every forward; None: on CUDA without torchrun, unless activation_checkpointing=full saves memory", "machine")
     kernels: Literal["auto", "triton", "torch"] = setting(
         "auto", "auto: Triton on CUDA if it passes a short check, else torch; triton on a CPU: interpreted", "machine")
     activation_checkpointing: Literal["none", "selective", "full"] = setting(

@@ -84,6 +84,16 @@ def cgroup_bytes(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
 
 # ----------------------------------------------------------------------------- what is needed
 
+def keeps_copies(config, layout, device):
+    """Whether the model keeps rounded copies of its weights. A UserError where they are asked for and cannot be."""
+    whole, rounded = layout.dense is None, config.dtype != "float32"
+    if config.weight_copies and not (whole and rounded):
+        why = "a float32 run rounds no weights" if whole else "under torchrun FSDP2 makes them in every forward"
+        raise UserError(f"weight_copies: {why}: leave weight_copies=None")
+    wanted = device.type == "cuda" and config.activation_checkpointing != "full"
+    return whole and rounded and (wanted if config.weight_copies is None else config.weight_copies)
+
+
 def needed(config, model, routes, layout, device, size, forwards):
     """Bytes that a step of `forwards` forwards of `size` sequences will still take at its peak."""
     dtype = getattr(torch, config.dtype)
@@ -92,16 +102,18 @@ def needed(config, model, routes, layout, device, size, forwards):
     total, wire = sum(local.values()), 4 if "float32" in (config.ns_dtype, config.dtype) else 2
     state = 4 * (2 * total - muon)
     parameters = 0 if device.type == "cuda" else 4 * total  # there they are allocated already, here not yet touched
-    updating = 4 * total + max(muon and wire * (muon + 4 * min(muon, 2**27)), 4 * (total - muon))
+    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    copies = dtype.itemsize * sum(blocks) * keeps_copies(config, layout, device)
+    updating = copies + 4 * total + max(muon and wire * (muon + 4 * min(muon, 2**27)), 4 * (total - muon))
     head = config.vocab_size * config.hidden_size  # the loss makes its gradient in the forward, from chunks of logits
     kept = size * activations(config, dtype, device) * (PIECES if device.type == "cpu" else 1)
     computing = int(kept) + 4 * head + (4 * total if forwards > 1 else 0)
     computing += 4 * 4 * CHUNK_ELEMENTS["cpu"] if device.type == "cpu" else 2 * DEFAULT_CHUNK_BYTES
-    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
     if layout.dense is not None:  # gathered: a block, the next one, and the gradients of one; both ends all the time
         computing += (2 * dtype.itemsize + 4) * max(blocks) // layout.ep + 2 * dtype.itemsize * head
     elif dtype.itemsize < 4:  # rounded weights are kept for the backward
-        computing += dtype.itemsize * (max(blocks) if config.activation_checkpointing == "full" else sum(blocks))
+        once = config.activation_checkpointing == "full"  # one block's at a time
+        computing += copies or dtype.itemsize * (max(blocks) if once else sum(blocks))
     copy = parameters + state if config.async_save and device.type == "cpu" else 0
     return parameters + state + max(updating, computing) + copy + PYTORCH
 

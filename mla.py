@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention and what it is made of: Linear, RMSNorm, RoPE with YaRN, and plain MHA as the baseline.
+"""Multi-head Latent Attention, RoPE with YaRN, and plain MHA as the baseline.
 
 Parameters carry Hugging Face's DeepSeek-V3 names (self_attn.kv_b_proj.weight, ...). The training path ends in
 kernels/attention.py; the cached path, used by generation, is here. model.py puts one of these in every block.
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.attention import causal_attention, latent_decode
+from layers import Linear, RMSNorm, linear
 
 # ----------------------------------------------------------------------------- position
 
@@ -50,26 +51,29 @@ def apply_rope(x_BTHP, rope):
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BTHP.dtype)
 
 
-# ----------------------------------------------------------------------------- layers
+class RotateTail(torch.autograd.Function):
+    """x_BTHQ with apply_rope on the columns from `start` on. torch.compile writes these in place, forward and backward,
+    where a cat would copy all of x."""
 
-class Linear(nn.Linear):
-    """No bias; the fp32 weight is cast to the activations' dtype, so that the residual stream decides the precision."""
+    @staticmethod
+    def forward(ctx, x_BTHQ, start, cos, sin):
+        ctx.start = start
+        ctx.save_for_backward(cos, sin)
+        return rotate_tail(x_BTHQ, start, (cos, sin))
 
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
+    @staticmethod
+    def backward(ctx, grad_BTHQ):
+        cos, sin = ctx.saved_tensors
+        return rotate_tail(grad_BTHQ, ctx.start, (cos, -sin)), None, None, None
 
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+
+def rotate_tail(x_BTHQ, start, rope):
+    x_BTHQ = x_BTHQ.contiguous()
+    tail = x_BTHQ[..., start:]  # by strides, the one scatter that Inductor never makes a copy of all
+    return torch.as_strided_scatter(x_BTHQ, apply_rope(tail, rope), tail.size(), tail.stride(), start)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(dim)), eps
-
-    def forward(self, x):  # normalised in fp32, scaled in x's dtype: Hugging Face's order
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
-
+# ----------------------------------------------------------------------------- attention
 
 def cached_attention(scores_BHTS, start):
     """Softmax in fp32 over the cached keys, with query t standing at position start + t."""
@@ -111,11 +115,11 @@ class MLA(nn.Module):
         into the latent space, so the heads' keys and values are never made. first_BT: causal_attention's.
         """
         q = self.q_proj(x_BTD) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
-        q_nope, q_rope = q.unflatten(-1, (self.H, -1)).split((self.N, self.P), dim=-1)
-        q_rope = apply_rope(q_rope, rope)
+        q = q.unflatten(-1, (self.H, -1))
         latent_BTR, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((self.R, self.P), dim=-1)
         latent_BTR, k_rope_BT1P = self.kv_a_layernorm(latent_BTR), apply_rope(k_rope.unsqueeze(2), rope)
         if cache_BSW is not None:
+            q_nope, q_rope = rotate_tail(q, self.N, rope).split((self.N, self.P), dim=-1)
             end = start + x_BTD.shape[1]
             cache_BSW[:, start:end] = torch.cat((latent_BTR, k_rope_BT1P.squeeze(2)), dim=-1)
             latent_BSR, k_rope_BSP = cache_BSW[:, :end].split((self.R, self.P), dim=-1)
@@ -130,12 +134,25 @@ class MLA(nn.Module):
             weights = cached_attention(scores, start).to(x_BTD.dtype)
             output_BTHU = torch.einsum("bhts,bsr,hur->bthu", weights, latent_BSR, value_HUR)
             return self.o_proj(output_BTHU.flatten(-2)), None
-        k_nope, v = self.kv_b_proj(latent_BTR).unflatten(-1, (self.H, -1)).split((self.N, self.U), dim=-1)
-        q = torch.cat((q_nope, q_rope), dim=-1)
-        k = torch.cat((k_nope, k_rope_BT1P.expand(-1, -1, self.H, -1)), dim=-1)
+        q, (k, v) = RotateTail.apply(q, self.N, *rope), self.keys_and_values(latent_BTR, k_rope_BT1P)
         heads = (x.transpose(1, 2) for x in (q, k, v))
         output_BHTU, max_H = causal_attention(*heads, self.scale, first_BT, self.exact_above)
         return self.o_proj(output_BHTU.transpose(1, 2).flatten(-2)), max_H
+
+    def keys_and_values(self, latent_BTR, k_rope_BT1P):
+        """k (B, T, H, Q), the RoPE key in every head, and v (B, T, H, U)."""
+        if latent_BTR.dtype == torch.float32:
+            k_nope, v = self.kv_b_proj(latent_BTR).unflatten(-1, (self.H, -1)).split((self.N, self.U), dim=-1)
+            return torch.cat((k_nope, k_rope_BT1P.expand(-1, -1, self.H, -1)), dim=-1), v
+        # The matmul spreads the RoPE key over the heads: [latent | key] times [W 0; 0 1], exact since 0 and 1 are. So k
+        # and v are written once, nothing is put together, and the backward's matmul sums the key's gradient.
+        up_HNR, value_HUR = self.kv_b_proj.weight.unflatten(0, (self.H, -1)).split((self.N, self.U), dim=1)
+        one = torch.eye(self.P, dtype=up_HNR.dtype, device=up_HNR.device).expand(self.H, -1, -1)
+        key_HQW = torch.cat((F.pad(up_HNR, (0, self.P)), F.pad(one, (self.R, 0))), dim=1)
+        both_BTW = torch.cat((latent_BTR, k_rope_BT1P.squeeze(2)), dim=-1)
+        k = linear(both_BTW, [key_HQW.flatten(0, 1)])
+        v = linear(both_BTW[..., :self.R], [value_HUR.flatten(0, 1)])
+        return k.unflatten(-1, (self.H, -1)), v.unflatten(-1, (self.H, -1))
 
     def qk_clip_rows(self, gamma_H):
         """(weight, factor per row) pairs that scale every head's logits by gamma: sqrt on the two position-free parts,

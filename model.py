@@ -1,8 +1,8 @@
 """The model: ModelConfig, the block, and K2, the transformer that joins the blocks; sizes and FLOPs of any config.
 
 It knows one device and nothing of ranks. Fields and parameters carry the names of Kimi-K2's and DeepSeek-V3's
-config.json and checkpoints, so that export is a dump. Attention is in mla.py, the experts in moe.py, the arithmetic in
-kernels/.
+config.json and checkpoints, so that export is a dump. Linear, norm and MLP are in layers.py, attention in mla.py, the
+experts in moe.py, the arithmetic in kernels/.
 
 Shapes: B batch, T positions, D hidden_size, H heads, V vocabulary, E routed experts, S cached positions.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils import checkpoint
 
 from errors import UserError
 from kernels.cross_entropy import linear_cross_entropy
-from mla import MHA, MLA, Linear, RMSNorm, rope_frequencies
+from layers import MLP, Linear, RMSNorm, WeightCopies
+from mla import MHA, MLA, rope_frequencies
 from moe import Experts, MoE, Router, default_scaling_factor
 from sampling import next_token
 
@@ -115,20 +115,7 @@ class ModelConfig:
         return self.n_routed_experts > 0 and index >= self.first_k_dense_replace
 
 
-# ----------------------------------------------------------------------------- layers
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
-
-    def __init__(self, hidden_size, intermediate_size):
-        super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size)
-        self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
+# ----------------------------------------------------------------------------- the block
 
 KEPT = ("nanok2::", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_grouped_mm", "aten::_scaled_",
         "aten::_flash_attention", "aten::_efficient_attention", "flex_attention", "aten::sort", "aten::topk")
@@ -192,7 +179,7 @@ class K2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.compute_dtype = config, torch.float32
+        self.config, self.compute_dtype, self.copies = config, torch.float32, None
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers)),
@@ -218,6 +205,7 @@ class K2(nn.Module):
         a cache: where in its row the document of each position starts. Attention then stays within a document, and its
         positions count from there.
         """
+        self.refresh_copies()
         start = cache.length if cache is not None else 0
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         rope = self.rope(start, tokens_BT.shape[1], 0 if first_BT is None else first_BT)
@@ -242,6 +230,21 @@ class K2(nn.Module):
         loss_sum = linear_cross_entropy(
             x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.config.z_loss, scale)
         return loss_sum, sum(balances, torch.zeros_like(loss_sum))
+
+    def make_copies(self):
+        """Keep the blocks' matrices in compute_dtype too, from the next forward on: it saves every later micro-batch of
+        a step the rounding. For parameters that are whole on this device."""
+        taken, matrices = set(), []
+        for module in self.layers.modules():  # an MLP comes before the layers whose weights it stacks
+            copied = module.copied() if isinstance(module, (MLP, Linear, Experts)) else {}
+            matrices += [(module, name, weights) for name, weights in copied.items() if not taken & set(weights)]
+            taken.update(*copied.values())
+        self.copies = WeightCopies(matrices, self.compute_dtype)
+
+    def refresh_copies(self, always=False):
+        """WeightCopies.refresh, which forward calls; none without make_copies()."""
+        if self.copies is not None:
+            self.copies.refresh(always)
 
     def rope(self, start, length, first_BT=0):
         """cos and sin, each (T, P/2) or (B, T, P/2), for positions start..start+length, less first_BT."""

@@ -58,6 +58,11 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(n_routed_experts, 2 * moe_intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(n_routed_experts, hidden_size, moe_intermediate_size))
         self.held = lambda weight: weight  # expert parallelism: this rank's experts of the stack
+        self.gate_up_copy = self.down_copy = None  # both in the compute dtype, where they are made once a step
+
+    def copied(self):
+        """{attribute for a rounded copy: the parameters that it stacks}."""
+        return {"gate_up_copy": [self.gate_up_proj], "down_copy": [self.down_proj]}
 
     def forward(self, x_ND, weights_NK, experts_NK, n_choices=None):
         """The weighted sum of every row's experts. n_choices: how many of the choices are experts held here, if not

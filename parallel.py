@@ -364,8 +364,9 @@ def _prefetch(layers):
 
 
 def compile_blocks(model):
-    """torch.compile every block, inside of what shards it. How many rows come from other ranks changes with every step,
-    so what lies between sending and collecting them stays out, but for the shared expert."""
+    """torch.compile every block and the last norm, inside of what shards them. How many rows come from other ranks
+    changes with every step: what lies between sending and collecting them stays out, but for the shared expert."""
+    model.model.norm.forward = torch.compile(model.model.norm.forward, dynamic=False)
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
         if isinstance(layer.mlp, MoE) and isinstance(layer.mlp.dispatch, ExpertParallel):

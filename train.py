@@ -95,6 +95,8 @@ def train(argv, watch):
     heads = config.num_attention_heads if config.muon_per_head else 0
     routes = route_parameters(model.named_parameters(), config.optimizer, heads)
     memory.require(config, model, routes, layout, device)
+    if memory.keeps_copies(config, layout, device):
+        model.make_copies()
     ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
     optimizer = Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
                      config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients,

@@ -63,6 +63,7 @@ class MicroBatch:
             return self._trial(inputs)
         if not self.graphs:
             return self.compute(*inputs)
+        self.model.refresh_copies()  # which a replay does not look after
         self._fill(inputs)
         return self._run(first)
 

@@ -42,3 +42,4 @@ def update_(part_RC, rows_RC, decay, rate):
         return update_twin_(part_RC, rows_RC, decay, rate)
     from kernels import triton_momentum
     triton_momentum.update_(part_RC, rows_RC.contiguous(), decay, rate)
+    torch.autograd.graph.increment_version(part_RC)  # which PyTorch does for operations of its own

@@ -48,8 +48,10 @@ def test_update_is_the_twins(dtype):
     part = torch.randn(300, 77, device=DEVICE)
     rows, expected = torch.randn(77, 300, device=DEVICE).to(dtype).mT, part.clone()
     momentum.update_twin_(expected, rows, 0.98, 0.3)
+    version = part._version
     with backend.running(True):
-        momentum.update_(part, rows, 0.98, 0.3)
+        momentum.update_(part[:], rows, 0.98, 0.3)
+    assert part._version > version, "or copies of the weights would not be made again"
     torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-6)
     assert not torch.equal(part, torch.zeros_like(part))
 
