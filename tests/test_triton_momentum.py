@@ -30,7 +30,7 @@ def check_directions(shapes, nesterov, dtype, seed):
         torch.testing.assert_close(direction.double().view_as(ahead), ahead, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=3), min_size=1, max_size=3), st.booleans(),
        st.integers(0, 99))
 def test_directions_are_the_momentum_ahead(shapes, nesterov, seed):
