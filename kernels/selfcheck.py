@@ -3,9 +3,13 @@ values and gradients. Which is the fastest where libraries compete with them: at
 Next: backend.py, ../tests/test_triton_*.py.
 """
 
+from importlib.util import find_spec
+
 import torch
 
-from kernels import attention, backend, cross_entropy, experts, newton_schulz, routing
+from kernels import ahead, attention, backend, cross_entropy, expert_tiles, experts, newton_schulz, routing, tuning
+
+PATIENCE = 120  # seconds for processes that compile
 
 
 def failures(device, dtype):
@@ -28,32 +32,86 @@ def failures(device, dtype):
     return found
 
 
+def sizes(config, rows):
+    """What choose_arm wants to know of a micro-batch of `rows` sequences; what choose_products does, None without
+    experts."""
+    dtype, width = getattr(torch, config.dtype), config.v_head_dim
+    if config.attention == "mla":
+        width = config.qk_nope_head_dim + config.qk_rope_head_dim
+    routed = (rows * config.sequence_length, config.num_experts_per_tok, config.n_routed_experts // config.ep,
+              config.hidden_size, config.moe_intermediate_size, dtype) if config.n_routed_experts else None
+    return ((rows, config.num_attention_heads, config.sequence_length, width), config.v_head_dim, dtype), routed
+
+
+def _name(config, rows, on):
+    """Of the choices for these sizes, in what tuning.py remembers."""
+    attending, routed = sizes(config, rows)
+    return f"choices {attending} {routed}{' documents' * config.document_mask}{' without Triton' * (not on)}" + (
+        " default tiles" * (config.kernels_tuning == "off"))
+
+
+def compile_ahead(config, rows, device, wait=False):
+    """Let other processes compile what the check, the search for tiles and a run of these sizes will launch, unless
+    what would be measured is remembered: it was compiled then. wait: until they have, those of an earlier call too."""
+    if device.type != "cuda" or config.kernels == "torch" or not find_spec("triton") or backend.INTERPRETED:
+        return
+    ((_, H, T, Q), V, dtype), routed = sizes(config, rows)
+    how, N, vocab = config.kernels_tuning, rows * T, config.vocab_size
+    known = f"checked {dtype}", _name(config, rows, True)
+    if how == "full" or not all(tuning.recall(device, name) for name in known):
+        chunk = cross_entropy.chunk_rows(N, vocab, dtype.itemsize, "cuda")
+        calls = [["attend", rows, T, H, Q, V, config.document_mask], ["loss_of_chunk", chunk, vocab]]
+        if routed:
+            _, K, E, D, F, _ = routed
+            calls += [["experts", N, D, F, E, K],
+                      ["route_and_sort", T, rows, config.n_routed_experts, K, config.n_group, config.topk_group]]
+        ahead.start("kernels", CHECKED + calls, dtype, device)
+        if routed and how != "off":
+            tiles = tuning.tiles_to_try(routed, how)
+            turns = [{kernel: tried[i] for kernel, tried in tiles.items() if i < len(tried)}
+                     for i in range(1, max(map(len, tiles.values())))]
+            ahead.start("tiles", [["with_tiles", turn, N, D, F, E, K] for turn in turns], dtype, device)
+    if wait:
+        ahead.finish("kernels", PATIENCE)
+    elif config.compile is not False:
+        ahead.wake_inductor()
+
+
 def fastest(config, rows, device):
-    """Measure, at the sizes of one micro-batch of `rows` sequences, what computes attention and the experts' matmuls
-    fastest. Returns lines to print and the choices, which every rank then has to `adopt`."""
-    dtype, heads, T = getattr(torch, config.dtype), config.num_attention_heads, config.sequence_length
-    mla = config.attention == "mla"
-    width = config.qk_nope_head_dim + config.qk_rope_head_dim if mla else config.v_head_dim
-    lines, library = [attention.choose_arm((rows, heads, T, width), config.v_head_dim, dtype, device,
-                                           config.document_mask)], set()
-    if config.n_routed_experts and backend.triton_runs(torch.empty(0, dtype=dtype, device=device)):
+    """What computes attention and the experts' matmuls fastest at the sizes of one micro-batch of `rows` sequences, and
+    with which tiles: as remembered, or measured now. Returns lines to print and the choices in plain values, which
+    every rank then has to `adopt`."""
+    attending, routed = sizes(config, rows)
+    on, cuda = backend.triton_runs(torch.empty(0, dtype=attending[2], device=device)), device.type == "cuda"
+    name = _name(config, rows, on)
+    if cuda and config.kernels_tuning != "full" and (choices := tuning.recall(device, name)):
+        return [], choices
+    lines, library = [attention.choose_arm(*attending, device, config.document_mask)], set()
+    expert_tiles.TILES.clear()
+    if routed and on:
         from kernels import triton_experts
-        lines.append(triton_experts.choose_products(
-            rows * T, config.num_experts_per_tok, config.n_routed_experts // config.ep, config.hidden_size,
-            config.moe_intermediate_size, dtype, device))
+        if cuda and config.kernels_tuning != "off":
+            ahead.finish("tiles", tuning.SECONDS[config.kernels_tuning] / 2)
+            lines.append(tuning.choose_tiles(routed, device, config.kernels_tuning))
+        lines.append(triton_experts.choose_products(*routed, device))
         library = triton_experts.LIBRARY
-    if device.type == "cuda":  # what a run says of its memory should not include this
+    choices = {"attention": list(attention.ARM.items()), "tiles": list(expert_tiles.TILES.items()),
+               "library": sorted(library)}
+    if cuda:  # what a run says of its memory should not include this
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return lines, (dict(attention.ARM), set(library))
+        tuning.remember(device, {name: choices})
+    return lines, choices
 
 
 def adopt(choices):
-    """Take the choices that `fastest` made, perhaps on another rank."""
-    attention.ARM, library = choices
-    if library:
+    """Take the choices that `fastest` made, perhaps on another rank or another day."""
+    attention.ARM = {tuple(key): name for key, name in choices["attention"]}
+    expert_tiles.TILES.clear()
+    expert_tiles.TILES.update({tuple(key): tuple(tile) for key, tile in choices["tiles"]})
+    if choices["library"]:
         from kernels import triton_experts
-        triton_experts.LIBRARY = library
+        triton_experts.LIBRARY = set(choices["library"])
 
 
 def _error(ours, expected):
@@ -123,3 +181,8 @@ def _newton_schulz(device, dtype, generator):
 
 CASES = {"routing": _routing, "experts": _experts, "sum of rows": _sum_of_rows, "attention": _attention,
          "decoding": _decoding, "cross-entropy": _cross_entropy, "Newton-Schulz": _newton_schulz}
+
+# What the cases launch, as ahead.py lists it.
+CHECKED = [["route_and_sort", 100, 3, 24, 4, 4, 2], ["route_and_sort", 300, 1, 8, 3], ["experts", 300, 64, 48, 8, 3],
+           ["attend", 2, 200, 3, 96, 64], ["attend", 2, 200, 3, 96, 64, True], ["decode", 2, 4, 100, 64, 16],
+           ["loss_of_chunk", 100, 777], ["products", 2, 256, 320]]

@@ -1,0 +1,59 @@
+"""Compile Triton's kernels before they are needed, in other processes, while the run reads its data. Nothing depends on
+it: what no worker has done, the run compiles itself. Next: triton_ahead.py (a worker), selfcheck.py (the orders).
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+WORKERS = 8  # of one kind, at most; each may hold a CUDA context
+_running, _threads = {}, []  # {name: processes}, of wake_inductor
+
+
+def start(what, calls, dtype, device):
+    """Start workers that compile these calls' launches for a CUDA device, if there are none yet of that name."""
+    if what in _running:
+        return
+    count = max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 1 - sum(map(len, _running.values()))))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    root = str(Path(__file__).resolve().parents[1])
+    code = f"import sys; sys.path.insert(0, {root!r}); from kernels import triton_ahead; triton_ahead.work()"
+    _running[what] = [subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps([calls, str(dtype).removeprefix("torch."), index, part, count])],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) for part in range(count)]
+
+
+def finish(what, patience):
+    """Wait for the workers of that name, at most so many seconds for all of them."""
+    deadline, late = time.monotonic() + patience, 0
+    while _threads:
+        _threads.pop().join()
+    for process in _running.pop(what, ()):
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            late += 1
+        process.stdin.close()
+    if late:
+        print(f"kernels: {late} processes were not done after {patience:.0f} s; what is missing is compiled here")
+
+
+def wake_inductor():
+    """Import torch.compile's back end and let it start its own processes before it is needed; `finish` waits for the
+    thread: two must not import the same."""
+    def wake():
+        importlib.import_module("torch._inductor.compile_fx")
+        from torch._inductor.async_compile import AsyncCompile
+        AsyncCompile.warm_pool()
+        AsyncCompile.wakeup()
+    _threads.append(threading.Thread(target=wake, daemon=True))
+    _threads[-1].start()
