@@ -17,17 +17,30 @@ WORKERS = 8  # of one kind, at most; each may hold a CUDA context
 _running, _threads = {}, []  # {name: processes}, of wake_inductor
 
 
-def start(what, calls, dtype, device):
-    """Start workers that compile these calls' launches for a CUDA device, if there are none yet of that name."""
+def shares(calls, dtype):
+    """Orders for triton_ahead.compile_share: one for every core but one that is free yet, WORKERS at most."""
+    count = max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 1 - sum(map(len, _running.values()))))
+    return [[calls, str(dtype).removeprefix("torch."), part, count] for part in range(count)]
+
+
+def start(what, function, orders, device):
+    """Start a process for each of the orders, unless there are some of that name: it calls function, "module:name",
+    with them as arguments, which has the CUDA device then."""
     if what in _running:
         return
-    count = max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 1 - sum(map(len, _running.values()))))
+    root, (module, name) = str(Path(__file__).resolve().parents[1]), function.split(":")
     index = torch.cuda.current_device() if device.index is None else device.index
-    root = str(Path(__file__).resolve().parents[1])
-    code = f"import sys; sys.path.insert(0, {root!r}); from kernels import triton_ahead; triton_ahead.work()"
-    _running[what] = [subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps([calls, str(dtype).removeprefix("torch."), index, part, count])],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) for part in range(count)]
+    code = (f"import sys; sys.path.insert(0, {root!r}); from kernels import ahead; from {module} import {name}; "
+            f"ahead.serve({name}, {index})")
+    _running[what] = [subprocess.Popen([sys.executable, "-c", code, json.dumps(order)], stdin=subprocess.PIPE,
+                                       stdout=subprocess.DEVNULL) for order in orders]
+
+
+def serve(function, index):
+    """What such a process does. It ends with the one that started it."""
+    threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+    torch.cuda.set_device(index)
+    function(*json.loads(sys.argv[-1]))
 
 
 def finish(what, patience):

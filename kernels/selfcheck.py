@@ -3,6 +3,7 @@ values and gradients. Which is the fastest where libraries compete with them: at
 Next: backend.py, ../tests/test_triton_*.py.
 """
 
+import dataclasses
 from importlib.util import find_spec
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from kernels import ahead, attention, backend, cross_entropy, expert_tiles, experts, newton_schulz, routing, tuning
 
 PATIENCE = 120  # seconds for processes that compile
+SHARE = "kernels.triton_ahead:compile_share"
 
 
 def failures(device, dtype):
@@ -50,9 +52,11 @@ def _name(config, rows, on):
         " default tiles" * (config.kernels_tuning == "off"))
 
 
-def compile_ahead(config, rows, device, wait=False):
+def compile_ahead(config, rows, device, wait=False, rehearse=None):
     """Let other processes compile what the check, the search for tiles and a run of these sizes will launch, unless
-    what would be measured is remembered: it was compiled then. wait: until they have, those of an earlier call too."""
+    what would be measured is remembered: it was compiled then. wait: until they have, those of an earlier call too.
+    rehearse: "module:name" of a function that lets torch.compile fill its cache, of a config and whether its block is
+    dense."""
     if device.type != "cuda" or config.kernels == "torch" or not find_spec("triton") or backend.INTERPRETED:
         return
     ((_, H, T, Q), V, dtype), routed = sizes(config, rows)
@@ -65,14 +69,19 @@ def compile_ahead(config, rows, device, wait=False):
             _, K, E, D, F, _ = routed
             calls += [["experts", N, D, F, E, K],
                       ["route_and_sort", T, rows, config.n_routed_experts, K, config.n_group, config.topk_group]]
-        ahead.start("kernels", CHECKED + calls, dtype, device)
+        if rehearse and config.compile is not False:
+            kinds = {index < config.first_k_dense_replace or not routed for index in range(config.num_hidden_layers)}
+            ahead.start("blocks", rehearse, [[dataclasses.asdict(config), dense] for dense in kinds], device)
+        ahead.start("kernels", SHARE, ahead.shares(CHECKED + calls, dtype), device)
         if routed and how != "off":
             tiles = tuning.tiles_to_try(routed, how)
             turns = [{kernel: tried[i] for kernel, tried in tiles.items() if i < len(tried)}
                      for i in range(1, max(map(len, tiles.values())))]
-            ahead.start("tiles", [["with_tiles", turn, N, D, F, E, K] for turn in turns], dtype, device)
+            calls = [["with_tiles", turn, N, D, F, E, K] for turn in turns]
+            ahead.start("tiles", SHARE, ahead.shares(calls, dtype), device)
     if wait:
         ahead.finish("kernels", PATIENCE)
+        ahead.finish("blocks", PATIENCE / 2)  # which use the device: it is free when speeds are measured
     elif config.compile is not False:
         ahead.wake_inductor()
 
@@ -86,17 +95,17 @@ def fastest(config, rows, device):
     name = _name(config, rows, on)
     if cuda and config.kernels_tuning != "full" and (choices := tuning.recall(device, name)):
         return [], choices
-    lines, library = [attention.choose_arm(*attending, device, config.document_mask)], set()
+    lines, library = [attention.choose_arm(*attending, device, config.document_mask)], None
     expert_tiles.TILES.clear()
     if routed and on:
         from kernels import triton_experts
+        triton_experts.LIBRARY.clear()
         if cuda and config.kernels_tuning != "off":
             ahead.finish("tiles", tuning.SECONDS[config.kernels_tuning] / 2)
             lines.append(tuning.choose_tiles(routed, device, config.kernels_tuning))
         lines.append(triton_experts.choose_products(*routed, device))
-        library = triton_experts.LIBRARY
-    choices = {"attention": list(attention.ARM.items()), "tiles": list(expert_tiles.TILES.items()),
-               "library": sorted(library)}
+        library = sorted(triton_experts.LIBRARY)
+    choices = {"attention": list(attention.ARM.items()), "tiles": list(expert_tiles.TILES.items()), "library": library}
     if cuda:  # what a run says of its memory should not include this
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -109,7 +118,7 @@ def adopt(choices):
     attention.ARM = {tuple(key): name for key, name in choices["attention"]}
     expert_tiles.TILES.clear()
     expert_tiles.TILES.update({tuple(key): tuple(tile) for key, tile in choices["tiles"]})
-    if choices["library"]:
+    if choices["library"] is not None:
         from kernels import triton_experts
         triton_experts.LIBRARY = set(choices["library"])
 

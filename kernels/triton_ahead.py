@@ -5,10 +5,7 @@ each compiles its share of that list, and Triton's cache on disk hands it over. 
 what is compiled.
 """
 
-import json
-import os
 import sys
-import threading
 
 import torch
 from triton.runtime import driver
@@ -108,7 +105,7 @@ def _kind(value, constant):
 
 def compile_share(calls, dtype, part, count):
     """Compile every count-th launch, from `part` on, and the launcher that calls it. The grid does not matter."""
-    for kernel, arguments, keywords in launches(calls, dtype)[part::count]:
+    for kernel, arguments, keywords in launches(calls, getattr(torch, dtype))[part::count]:
         try:
             compiled = kernel.run(*arguments, grid=(1,), warmup=True, **keywords)
             driver.active.launcher_cls(compiled.src, compiled.metadata)
@@ -116,9 +113,6 @@ def compile_share(calls, dtype, part, count):
             print(f"kernels: {kernel.__name__} does not compile ahead: {said(error)}", file=sys.stderr)
 
 
-def work():
-    """A worker's main: its orders are the last word of its command. It ends with the process that started it."""
-    calls, dtype, index, part, count = json.loads(sys.argv[-1])
-    threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
-    torch.cuda.set_device(index)
-    compile_share(calls, getattr(torch, dtype), part, count)
+def launch_nothing():
+    """From now on in this process our kernels leave their results as they are, unset."""
+    JITFunction.run = lambda *arguments, **keywords: None

@@ -1,6 +1,7 @@
 """Which kernels run: the decision, the check that auto makes first, what is remembered of it and compiled ahead of it,
 the search for tiles, and a whole run by either kind."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -13,6 +14,10 @@ import time
 import pytest
 import torch
 
+import config as settings
+import moe
+import parallel
+import train
 from errors import UserError
 from kernels import ahead, attention, backend, expert_tiles, selfcheck, tuning
 from tests.helpers import ROOT, losses, run_train, tiny_config
@@ -277,7 +282,7 @@ kinds = [kernel.__name__ for kernel, *_ in ahead.launches(calls, torch.bfloat16)
 print("all", *kinds)
 calls = [["loss_of_chunk", 128, 512]]
 for part in range(2):
-    ahead.compile_share(calls, torch.bfloat16, part, 2)
+    ahead.compile_share(calls, "bfloat16", part, 2)
 """, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0 and not done.stderr, done.stderr
     kinds, *launchers = done.stdout.splitlines()
@@ -301,7 +306,7 @@ def test_a_launch_that_does_not_compile_is_told_and_the_others_are_compiled(tmp_
     done = run_on_pretend_driver("""
 launches = ahead.launches([["loss_of_chunk", 128, 512]], torch.bfloat16)
 ahead.launches = lambda *_: [(types.SimpleNamespace(__name__="broken", run=lambda *a, **k: 1 / 0), (), {}), *launches]
-ahead.compile_share([], torch.bfloat16, 0, 2)
+ahead.compile_share([], "bfloat16", 0, 2)
 """, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0 and done.stderr.count("\n") == 1
     assert "broken does not compile ahead: ZeroDivisionError" in done.stderr
@@ -315,12 +320,12 @@ def pretend_workers(monkeypatch, code):
 
 def test_workers_that_fail_or_hang_do_not_hold_up_the_run(monkeypatch, capfd):
     pretend_workers(monkeypatch, "import sys; sys.exit('no CUDA')")
-    ahead.start("kernels", [], torch.bfloat16, torch.device("cuda:0"))
+    ahead.start("kernels", "a:b", ahead.shares([], torch.bfloat16), torch.device("cuda:0"))
     assert len(ahead._running["kernels"]) == 3
     ahead.finish("kernels", 60)
     assert "no CUDA" in capfd.readouterr().err and not ahead._running
     pretend_workers(monkeypatch, "import time; time.sleep(1000)")
-    ahead.start("kernels", [], torch.bfloat16, torch.device("cuda:0"))
+    ahead.start("kernels", "a:b", ahead.shares([], torch.bfloat16), torch.device("cuda:0"))
     started, processes = time.monotonic(), ahead._running["kernels"]
     ahead.finish("kernels", 0.2)
     assert time.monotonic() - started < 60 and all(process.returncode for process in processes)
@@ -329,10 +334,8 @@ def test_workers_that_fail_or_hang_do_not_hold_up_the_run(monkeypatch, capfd):
 
 
 def test_a_worker_ends_with_the_process_that_started_it():
-    code = ("import json, sys, time, torch; from kernels import triton_ahead as ahead\n"
-            "torch.cuda.set_device = lambda index: 0\n"
-            "ahead.compile_share = lambda *_: time.sleep(1000)\n"
-            "sys.argv.append(json.dumps([[], 'bfloat16', 0, 0, 1])); ahead.work()")
+    code = ("import sys, time, torch; from kernels import ahead; torch.cuda.set_device = lambda index: 0\n"
+            "sys.argv.append('[1000]'); ahead.serve(time.sleep, 0)")
     worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE)
     timer = threading.Timer(120, worker.kill)
     timer.start()
@@ -343,23 +346,35 @@ def test_a_worker_ends_with_the_process_that_started_it():
 
 def test_workers_start_only_for_what_is_not_remembered(monkeypatch):
     started = []
-    monkeypatch.setattr(ahead, "start", lambda what, calls, *_: started.append((what, [call[0] for call in calls])))
+    monkeypatch.setattr(ahead, "start", lambda what, function, orders, _: started.append((what, orders)))
     monkeypatch.setattr(ahead, "wake_inductor", lambda: None)
     monkeypatch.setattr(backend, "INTERPRETED", False)
-    config = small_config(dtype="bfloat16", kernels_tuning="auto")
-    config.vocab_size, config.compile = 512, None
+    config = settings.Config(**vars(small_config(dtype="bfloat16")))
     selfcheck.compile_ahead(config, 2, CPU)
     assert not started
     selfcheck.compile_ahead(config, 2, CUDA)
     assert [what for what, _ in started] == ["kernels", "tiles"]
     from kernels import triton_ahead
-    assert set(started[0][1]) == set(triton_ahead.CALLS) - {"with_tiles"} and set(started[1][1]) == {"with_tiles"}
+    calls = [{name for name, *_ in orders[0][0]} for _, orders in started]
+    assert calls[0] == set(triton_ahead.CALLS) - {"with_tiles"} and calls[1] == {"with_tiles"}
     tuning.remember(CUDA, {"checked torch.bfloat16": True, selfcheck._name(config, 2, True): {"attention": []}})
     selfcheck.compile_ahead(config, 2, CUDA)
     assert len(started) == 2
     config.kernels_tuning = "full"
-    selfcheck.compile_ahead(config, 2, CUDA)
-    assert len(started) == 4
+    selfcheck.compile_ahead(config, 2, CUDA, rehearse="train:rehearse")
+    assert [what for what, _ in started[2:]] == ["blocks", "kernels", "tiles"]
+    assert sorted(dense for _, dense in started[2][1]) == [False, True]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_rehearsal_compiles_one_block_of_a_kind_forward_and_backward(monkeypatch, dense):
+    compiled = []
+    monkeypatch.setattr(parallel, "compile_blocks", lambda model: compiled.extend(model.layers))
+    config = settings.Config(**vars(tiny_config()) | {"sequence_length": 16, "micro_batch_size": 2, "dtype": "float32",
+                                                      "device": "cpu", "document_mask": True})
+    train.rehearse(json.loads(json.dumps(dataclasses.asdict(config))), dense)
+    assert len(compiled) == 1 and isinstance(compiled[0].mlp, moe.MoE) != dense
+    assert all(parameter.grad is not None for parameter in compiled[0].parameters())
 
 
 @interpreted
