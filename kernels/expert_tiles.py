@@ -33,7 +33,7 @@ def tile_key(kernel, D, F, rows_per_expert, dtype):
 def default_tile(kernel, D, F, rows_per_expert, dtype):
     """The tile that runs where nothing was measured, if it fits."""
     if dtype == torch.float32 or D % 16 or F % 16:  # such rows are read element by element: an address for each
-        return (64, 32, 32, 4, 2) if kernel == "up" else (64, 64, 32, 4, 2)
+        return (64, 32, 32, 4, 2) if kernel in ("up", "down_backward") else (64, 64, 32, 4, 2)
     if rows_per_expert < 96 and not kernel.startswith("d_"):
         return (64, 256, 64, 4, 3) if kernel in ("y", "dx") else (64, 128, 64, 4, 3)
     if kernel == "y":  # a short sum: small tiles, of which several run at once, hide each other's beginning and end
