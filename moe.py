@@ -60,13 +60,15 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(n_routed_experts, 2 * moe_intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(n_routed_experts, hidden_size, moe_intermediate_size))
         self.held = lambda weight: weight  # expert parallelism: this rank's experts of the stack
+        self.gate_up_copy = self.down_copy = None  # both in the compute dtype, where they are made once a step
 
     def forward(self, x_ND, weights_NK, experts_NK, n_choices=None):
         """The weighted sum of every row's experts. n_choices: how many of the choices are experts held here, if not
         all; the others read as the number of experts held."""
         gate_up, down = self.held(self.gate_up_proj), self.held(self.down_proj)
         order, inverse, counts_E = routing.sort_by_expert(experts_NK, gate_up.shape[0], n_choices)
-        return expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, gate_up, down)
+        copies = None if self.gate_up_copy is None else (self.gate_up_copy, self.down_copy)
+        return expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, gate_up, down, copies)
 
 
 class LocalDispatch:

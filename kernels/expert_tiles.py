@@ -30,10 +30,10 @@ def tile_key(kernel, D, F, rows_per_expert, dtype):
     return kernel, D, F, max(rows_per_expert, 1).bit_length(), str(dtype)
 
 
-def default_tile(kernel, F, rows_per_expert, dtype):
+def default_tile(kernel, D, F, rows_per_expert, dtype):
     """The tile that runs where nothing was measured, if it fits."""
-    if dtype == torch.float32:
-        return (64, 32, 32, 4, 2) if kernel == "up" else (64, 64, 32, 4, 2)
+    if dtype == torch.float32 or D % 16 or F % 16:  # such rows are read element by element: an address for each
+        return (64, 32, 32, 4, 2) if kernel in ("up", "down_backward") else (64, 64, 32, 4, 2)
     if rows_per_expert < 96 and not kernel.startswith("d_"):
         return (64, 256, 64, 4, 3) if kernel in ("y", "dx") else (64, 128, 64, 4, 3)
     if kernel == "y":  # a short sum: small tiles, of which several run at once, hide each other's beginning and end
@@ -49,10 +49,17 @@ def shared_bytes(kernel, tile, dtype):
     return max(stages * operands, results) + 1024
 
 
+def fits(kernel, tile, dtype, shared):
+    """Whether a tile fits `shared` bytes of shared memory and the registers: before Hopper, which has 227 KB, no more
+    than 64 sums a thread do."""
+    sums = (2 if kernel == "up" else 1) * tile[0] * tile[1] // (32 * tile[3])
+    return shared_bytes(kernel, tile, dtype) <= shared and (sums <= 64 or shared >= 227 * 1024)
+
+
 def candidates(kernel, dtype, shared):
-    """Tiles of a kernel that are worth measuring and fit `shared` bytes of shared memory, most promising first."""
-    tiles = (default_tile(kernel, 0, 0, dtype),) if dtype == torch.float32 else PROMISING[kernel]
-    return [tile for tile in tiles if shared_bytes(kernel, tile, dtype) <= shared]
+    """Tiles of a kernel that are worth measuring and fit, most promising first."""
+    tiles = (default_tile(kernel, 0, 0, 0, dtype),) if dtype == torch.float32 else PROMISING[kernel]
+    return [tile for tile in tiles if fits(kernel, tile, dtype, shared)]
 
 
 @functools.cache
@@ -65,9 +72,10 @@ def shared_limit():
 
 def blocks(kernel, D, F, rows_per_expert, dtype):
     """Tile sizes and launch options of one kernel, as keyword arguments."""
-    tile = TILES.get(tile_key(kernel, D, F, rows_per_expert, dtype)) or default_tile(kernel, F, rows_per_expert, dtype)
+    shape = (kernel, D, F, rows_per_expert, dtype)
+    tile = TILES.get(tile_key(*shape)) or default_tile(*shape)
     if backend.INTERPRETED:  # which pays for operations, not for elements
         tile = (128, 128, 128, 4, 1)
-    elif shared_bytes(kernel, tile, dtype) > shared_limit():
+    elif not fits(kernel, tile, dtype, shared_limit()):
         tile = candidates(kernel, dtype, shared_limit())[0]
     return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile))
