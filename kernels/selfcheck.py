@@ -146,14 +146,14 @@ def _routing(device, dtype, generator):
 
 
 def _experts(device, dtype, generator):
-    x, gate_up, down = (torch.randn(*shape, generator=generator).to(device, dtype) / 4
-                        for shape in ((300, 64), (8, 96, 64), (8, 64, 48)))
+    x, gate_up, down = (torch.randn(*shape, generator=generator).to(device) / 4
+                        for shape in ((300, 64), (8, 96, 64), (8, 64, 48)))  # the matrices in fp32, as a run has them
     weights = torch.rand(300, 3, generator=generator).to(device)
     chosen = torch.rand(300, 7, generator=generator).argsort(1)[:, :3].to(device)  # the last expert stays empty
 
     def compute(x, weights, gate_up, down):
         return [experts.experts(x, weights, *routing.sort_by_expert(chosen, 8), gate_up, down)]
-    return _with_gradients(compute, x, weights, gate_up, down)
+    return _with_gradients(compute, x.to(dtype), weights, gate_up, down)
 
 
 def _sum_of_rows(device, dtype, generator):
