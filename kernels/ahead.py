@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from errors import said
+
 WORKERS = 8  # of one kind, at most; each may hold a CUDA context
 _running, _threads = {}, []  # {name: processes}, of wake_inductor
 
@@ -39,25 +41,29 @@ def start(what, function, orders, device):
 def serve(function, index):
     """What such a process does. It ends with the one that started it."""
     threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
-    torch.cuda.set_device(index)
-    function(*json.loads(sys.argv[-1]))
+    try:
+        torch.cuda.set_device(index)
+        function(*json.loads(sys.argv[-1]))
+    except Exception as error:  # out of memory, or whatever the run will meet and tell in full
+        sys.exit(f"kernels: {function.__name__} in a process of its own failed ({said(error)}): the run does it itself")
 
 
 def finish(what, patience):
-    """Wait for the workers of that name, at most so many seconds for all of them."""
-    deadline, late = time.monotonic() + patience, 0
+    """Wait for the processes of that name, at most so many seconds for all of them, and say how long that was."""
+    started, late, processes = time.monotonic(), 0, _running.pop(what, ())
     while _threads:
         _threads.pop().join()
-    for process in _running.pop(what, ()):
+    for process in processes:
         try:
-            process.wait(max(0.0, deadline - time.monotonic()))
+            process.wait(max(0.0, started + patience - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             late += 1
         process.stdin.close()
-    if late:
-        print(f"kernels: {late} processes were not done after {patience:.0f} s; what is missing is compiled here")
+    if processes:
+        print(f"kernels: waited {time.monotonic() - started:.1f} s for {len(processes)} processes that compile {what}"
+              + f"; {late} were not done, the run compiles what is missing" * bool(late), flush=True)
 
 
 def wake_inductor():

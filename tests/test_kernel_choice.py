@@ -276,15 +276,19 @@ from kernels import selfcheck, triton_ahead as ahead
 
 
 def test_workers_share_what_a_check_launches_and_fill_the_cache_for_a_launch(tmp_path):
+    """And one that cannot be compiled is told and left out."""
     done = run_on_pretend_driver("""
 calls = selfcheck.CHECKED
 kinds = [kernel.__name__ for kernel, *_ in ahead.launches(calls, torch.bfloat16)]
 print("all", *kinds)
-calls = [["loss_of_chunk", 128, 512]]
+launches = ahead.launches([["loss_of_chunk", 128, 512]], torch.bfloat16)
+launches.insert(1, (types.SimpleNamespace(__name__="broken", run=lambda *a, **k: 1 / 0), (), {}))
+ahead.launches = lambda *_: launches
 for part in range(2):
-    ahead.compile_share(calls, "bfloat16", part, 2)
+    ahead.compile_share([], "bfloat16", part, 2)
 """, TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert "broken does not compile ahead: ZeroDivisionError" in done.stderr
     kinds, *launchers = done.stdout.splitlines()
     sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("triton_*.py"))
     assert set(re.findall(r"def (\w+_kernel)\(", sources)) == set(kinds.split()[1:])
@@ -300,17 +304,6 @@ JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, w
 cross_entropy_(torch.randn(256, 512).bfloat16(), torch.zeros(256, dtype=torch.int64), 0.5, -100, True)
 """, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0 and sorted(tmp_path.rglob("*.cubin")) == compiled, done.stderr
-
-
-def test_a_launch_that_does_not_compile_is_told_and_the_others_are_compiled(tmp_path):
-    done = run_on_pretend_driver("""
-launches = ahead.launches([["loss_of_chunk", 128, 512]], torch.bfloat16)
-ahead.launches = lambda *_: [(types.SimpleNamespace(__name__="broken", run=lambda *a, **k: 1 / 0), (), {}), *launches]
-ahead.compile_share([], "bfloat16", 0, 2)
-""", TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0 and done.stderr.count("\n") == 1
-    assert "broken does not compile ahead: ZeroDivisionError" in done.stderr
-    assert len(list(tmp_path.rglob("*.cubin"))) == 1
 
 
 def pretend_workers(monkeypatch, code):
@@ -329,8 +322,18 @@ def test_workers_that_fail_or_hang_do_not_hold_up_the_run(monkeypatch, capfd):
     started, processes = time.monotonic(), ahead._running["kernels"]
     ahead.finish("kernels", 0.2)
     assert time.monotonic() - started < 60 and all(process.returncode for process in processes)
-    assert "3 processes were not done" in capfd.readouterr().out
+    assert "for 3 processes that compile kernels; 3 were not done" in capfd.readouterr().out
     ahead.finish("kernels", 0.2)  # nothing was started
+
+
+def test_what_fails_in_a_worker_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["-c", "[1, 0]"])
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with pytest.raises(SystemExit, match="rehearse in a process of its own failed .ZeroDivisionError"):
+        def rehearse(a, b):
+            return a / b
+        ahead.serve(rehearse, 0)
 
 
 def test_a_worker_ends_with_the_process_that_started_it():
