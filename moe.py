@@ -69,7 +69,8 @@ class Experts(nn.Module):
         all; the others read as the number of experts held."""
         gate_up, down = self.held(self.gate_up_proj), self.held(self.down_proj)
         order, inverse, counts_E = routing.sort_by_expert(experts_NK, gate_up.shape[0], n_choices)
-        return expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, gate_up, down)
+        copies = None if self.gate_up_copy is None else (self.gate_up_copy, self.down_copy)
+        return expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, gate_up, down, copies)
 
 
 class LocalDispatch:

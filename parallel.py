@@ -223,16 +223,18 @@ def part_of(tensor):
 
 def choose_kernels(config, device):
     """Decide which kernels compute, the same on every rank; returns the decision in words."""
-    dtype = getattr(torch, config.dtype)
-    announce("checking the kernels", device)
-    on = backend.use(config.kernels, device, dtype)
+    dtype, rows, started = getattr(torch, config.dtype), split_batch(config)[0], time.perf_counter()
+    announce("checking the kernels, and which attention and which matmuls of experts are the fastest here", device)
+    if local_rank() == 0:
+        selfcheck.compile_ahead(config, rows, device, wait=True)
+    from_all(None)  # the other ranks find all compiled
+    on = backend.use(config.kernels, device, dtype, again=config.kernels_tuning == "full")
     if not all(from_all(on)):  # one rank's check failed
         on = backend.use("torch", device, dtype)
     if device.type == "cuda":
-        announce("measuring which attention and which matmuls of experts are the fastest here", device)
-        lines, choices = once(selfcheck.fastest, config, split_batch(config)[0], device)
+        lines, choices = once(selfcheck.fastest, config, rows, device)
         selfcheck.adopt(choices)
-        print(*lines, sep="\n")
+        print(*lines, f"kernels checked and chosen in {time.perf_counter() - started:.1f} s", sep="\n")
     return ("Triton, interpreted" if backend.INTERPRETED else "Triton") if on else "PyTorch"
 
 

@@ -32,6 +32,7 @@ from errors import UserError
 from generate import encode_prompt, stream_text
 from kernels import graphs
 from kernels.cross_entropy import IGNORE
+from kernels.selfcheck import compile_ahead
 from model import build, count_parameters, flops_per_token, pick_device
 from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, schedule_factor
 
@@ -53,9 +54,11 @@ def train(argv, watch):
     config, config_file = parallel.once(settings.load, argv)
     device = pick_device(config.device)
     layout = parallel.make_layout(config, device)
-    kernels = parallel.choose_kernels(config, device)
-    parallel.announce(f"reading {config.data}", device)
     micro_batch_size, accumulation = parallel.split_batch(config)
+    if parallel.local_rank() == 0:
+        alone = parallel.ranks() == 1
+        compile_ahead(config, micro_batch_size, device, rehearse="rehearsal:rehearse" if alone else None)
+    parallel.announce(f"reading {config.data}", device)
     tokens_per_step = config.global_batch_size * config.sequence_length
 
     # ------------------------------------------------------------------ data
@@ -71,6 +74,7 @@ def train(argv, watch):
                         f"tokenizer: set --vocab_size={largest + 1} or more")
 
     # ------------------------------------------------------------------ run folder
+    kernels = parallel.choose_kernels(config, device)
     run = Path(config.out_dir)
     parallel.once(watch.claim, run)  # before a checkpoint is chosen: its owner may still be saving
     source = runs.find_source(run, config)  # the step folder to resume from, or None

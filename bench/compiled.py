@@ -1,4 +1,5 @@
 """Every Triton kernel compiled for an H100 or H200 (sm_90a) at real sizes: registers, spills, shared memory, wgmma.
+The experts', whose tiles depend on what fits, for an A100 (sm_80) and an RTX 4090 or L40S (sm_89) too.
 Needs no GPU: the launchers run on meta tensors, and what they would launch is compiled instead.
 
     python -m bench.compiled [part of a case's name ...]
@@ -16,7 +17,7 @@ import bench
 import errors
 from errors import UserError, said
 
-SHARED_LIMIT = 227 * 1024  # what one block may use on sm_90
+SHARED_LIMIT = {90: 227 * 1024, 89: 99 * 1024, 80: 163 * 1024}  # bytes that one block may use
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
          torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1"}
 OPTIONS = {"num_warps", "num_stages", "maxnreg"}
@@ -27,6 +28,7 @@ def meta(*shape, dtype=torch.bfloat16):
 
 
 CASES = {}  # name -> function that calls launchers with meta tensors
+ARCHITECTURES = {}  # of cases for another than sm_90a
 
 
 def case(function):
@@ -106,7 +108,7 @@ def experts(N, D, F, E, K, dtype=torch.bfloat16):
     inputs = (meta(N, D, dtype=dtype), meta(N, K, dtype=torch.float32), order, order, meta(E, dtype=torch.int64),
               meta(E, 2 * F, D, dtype=dtype), meta(E, D, F, dtype=dtype))
     y, z = triton_experts.forward(*inputs)
-    triton_experts.backward(y, *inputs, z)
+    triton_experts.backward(y, *inputs, z, torch.float32)
 
 
 @case
@@ -142,6 +144,33 @@ def experts_few_rows():
 @case
 def experts_fp32():
     experts(4096, 768, 256, 64, 7, torch.float32)
+
+
+@case
+def experts_of_odd_width():
+    experts(4096, 720, 208, 64, 7)
+    experts(4096, 720, 200, 64, 7)
+
+
+def experts_elsewhere(architecture):
+    """small and moonlight on a GPU that is no H100, with the tiles that it gets."""
+    from unittest.mock import patch
+    with patch("kernels.expert_tiles.shared_limit", lambda: SHARED_LIMIT[architecture]):
+        experts(32768, 768, 256, 64, 7)
+        experts(8192, 2048, 1408, 64, 6)
+
+
+@case
+def experts_ampere():
+    experts_elsewhere(80)
+
+
+@case
+def experts_ada():
+    experts_elsewhere(89)
+
+
+ARCHITECTURES |= {"experts_ampere": 80, "experts_ada": 89}
 
 
 def attend(B, T, H, Q, V, documents=False, dtype=torch.bfloat16):
@@ -219,8 +248,9 @@ def launches_of(function):
     return found
 
 
-def compile_launch(kernel, arguments, options):
-    """Registers, spilled bytes, shared memory and whether there is a wgmma, of one launch compiled for sm_90a."""
+def compile_launch(kernel, arguments, options, architecture=90):
+    """Registers, spilled bytes, shared memory and whether there is a wgmma, of one launch compiled for sm_90a (or 80,
+    or 89)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -240,11 +270,12 @@ def compile_launch(kernel, arguments, options):
         if aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
-        report = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", "/dev/null"],
+        gpu = f"sm_{architecture}{'a' * (architecture >= 90)}"
+        report = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={gpu}", ptx, "-o", "/dev/null"],
                                 capture_output=True, encoding="utf-8", errors="replace")
         if report.returncode:
             raise RuntimeError(f"ptxas: {report.stderr.strip()[:300]}")
@@ -269,7 +300,8 @@ def version():
 def rows_of(name, version):
     """What every launch of a case compiles to; whatever another Triton says against it, in one line."""
     try:
-        return [{"kernel": kernel.__name__, **compile_launch(kernel, arguments, options)}
+        return [{"kernel": kernel.__name__,
+                 **compile_launch(kernel, arguments, options, ARCHITECTURES.get(name, 90))}
                 for kernel, arguments, options in launches_of(CASES[name])]
     except Exception as error:
         raise UserError(f"Triton {version} does not compile {name} as the one in requirements-dev.txt does: "
@@ -291,11 +323,11 @@ def main(parts):
             rows.setdefault(name, []).append(row)
             print(f"{name:24} {row['kernel']:28} {row['registers']:4} registers, {row['spilled']:4} B spilled, "
                   f"{row['shared'] / 1024:6.1f} KB shared, {row['warps']} warps{', wgmma' * row['wgmma']}", flush=True)
-            if row["spilled"] or row["shared"] > SHARED_LIMIT:
+            if row["spilled"] or row["shared"] > SHARED_LIMIT[ARCHITECTURES.get(name, 90)]:
                 bad.append(f"{name} {row['kernel']}")
     if not parts:
         bench.save("compiled-sm90a", {"cases": rows, "triton": triton_version})
-    return "spills, or more shared memory than an H200 block has: " + ", ".join(bad) if bad else 0
+    return "spills, or more shared memory than a block has: " + ", ".join(bad) if bad else 0
 
 
 if __name__ == "__main__":

@@ -288,20 +288,23 @@ def _wrong_maximum(arm, q, k, v, scale):
 
 
 def choose_arm(q_shape, value_width, dtype, device, documents=False):
-    """Measure every arm that can run and is right, forward and backward, at this size; causal_attention takes the
-    fastest from now on. Returns a line to print. Where another rank has chosen: ARM[arm_key(...)] = name."""
+    """Measure the arms that can run and are right, forward and backward, at this size; causal_attention takes the
+    fastest from now on. On CUDA those that never win there are asked only if no other is right: math, and without
+    documents flex, which compiles for many seconds. Returns a line to print. Where another rank has chosen:
+    ARM[arm_key(...)] = name."""
     (B, H, T, Q), V, device = q_shape, value_width, torch.device(device)
     tensors, first = sample(B, H, T, Q, V, dtype, device, documents)
-    speeds, reasons = {}, {}
-    for name, arm in ARMS.items():
+    on_cuda, speeds, reasons = device.type == "cuda", {}, {}
+    last = ("math",) if documents else ("math", "flex")
+    for name in sorted(ARMS, key=lambda name: name in last and on_cuda):  # the others in their order
         if documents and name not in KNOW_DOCUMENTS:
             reasons[name] = "no documents"
         elif name == "triton" and not backend.triton_runs(tensors[0]):
             reasons[name] = "kernels are off"
-        elif name not in ("triton", "sdpa", "math") and device.type != "cuda":
+        elif name not in ("triton", "sdpa", "math") and not on_cuda:
             reasons[name] = "CUDA only"
-        else:
-            arm = torch.compile(arm, dynamic=False) if name in COMPILED_ALONE else arm
+        elif not (name in last and on_cuda and speeds):
+            arm = torch.compile(ARMS[name], dynamic=False) if name in COMPILED_ALONE else ARMS[name]
             try:
                 reasons[name] = wrong(arm, H, T, Q, V, dtype, device, documents)
                 if reasons[name] is None:
@@ -313,4 +316,5 @@ def choose_arm(q_shape, value_width, dtype, device, documents=False):
     REASONS[key] = {name: why for name, why in reasons.items() if why}
     ARM[key] = min(speeds, key=speeds.get, default=None)  # None: the default
     return f"attention {Q}/{V}{' with documents' * documents}: {ARM[key]}, ms: " + ", ".join(
-        f"{name} {speeds[name]:.2f}" if name in speeds else f"{name} - ({reasons[name]:.80})" for name in ARMS)
+        f"{name} {speeds[name]:.2f}" if name in speeds else f"{name} - ({reasons.get(name, 'not asked'):.80})"
+        for name in ARMS)

@@ -20,9 +20,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _on = False
 
 
-def use(choice, device, dtype):
+def use(choice, device, dtype, again=True):
     """Decide for this process: "torch", "triton", or "auto", which is Triton on CUDA if a short check against the twins
-    passes, and the twins elsewhere. Returns whether Triton's kernels will run."""
+    passes (or has passed on this machine, if it need not be made again), and the twins elsewhere. Returns whether
+    Triton's kernels will run."""
     global _on
     _on = False
     possible = importlib.util.find_spec("triton") is not None and (device.type == "cuda" or INTERPRETED)
@@ -34,11 +35,17 @@ def use(choice, device, dtype):
             raise UserError("Triton's interpreter computes matmuls of 16-bit numbers wrongly: use --dtype=float32")
         _on = True
     elif choice == "auto" and possible and device.type == "cuda":
-        from kernels.selfcheck import failures
-        found = failures(device, dtype)
-        if found:
-            warnings.warn("Triton kernels failed their check, PyTorch runs instead: " + "; ".join(found), stacklevel=2)
-        _on = not found
+        from kernels import selfcheck, tuning
+        passed = f"checked {dtype}"
+        _on = not again and tuning.recall(device, passed) is True
+        if not _on:
+            found = selfcheck.failures(device, dtype)
+            _on = not found
+            if found:
+                warnings.warn("Triton kernels failed their check, PyTorch runs instead: " + "; ".join(found),
+                              stacklevel=2)
+            else:
+                tuning.remember(device, {passed: True})
     return _on
 
 

@@ -104,16 +104,21 @@ def mlp_grouped(rows_SD, counts_E, gate_up_E2FD, down_EDF):
     return F.grouped_mm(hidden, down_EDF.mT, offs=ends_E)
 
 
-def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
+def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, copies=None):
     """Weighted sum of the chosen experts' outputs for every token, accumulated in fp32.
 
     order, inverse, counts_E come from routing.sort_by_expert; gate_up_E2FD stacks gate over up (Hugging Face's order).
     Where some choices are experts of another rank, order is shorter and has the rest. Returns y_ND in x's dtype.
+    The matrices may be in another dtype than x, fp32 with bf16: what is computed with is then `copies`, both matrices
+    in x's dtype, if the caller keeps them, and else made here. Gradients are in the matrices' own dtype; Triton's
+    kernels write them from their fp32 sums, unrounded, the twins round them to x's dtype first.
     """
-    top_k = weights_NK.shape[1]
-    gate_up_E2FD, down_EDF = gate_up_E2FD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
+    top_k, matrices = weights_NK.shape[1], (gate_up_E2FD, down_EDF)
     if backend.triton_runs(x_ND):
-        return _experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF)[0]
+        if copies is None:
+            copies = [None if m.dtype == x_ND.dtype else m.detach().to(x_ND.dtype) for m in matrices]
+        return _experts(x_ND, weights_NK, order, inverse, counts_E, *matrices, *copies)[0]
+    gate_up_E2FD, down_EDF = (m.to(x_ND.dtype) for m in matrices)
     mlp = mlp_grouped if _grouped_is_best(x_ND, gate_up_E2FD) else mlp_loop
     if len(order) < len(inverse):  # a padded (N, K, D) would be mostly empty
         token_S, from_NK = order // top_k, inverse.view_as(weights_NK)
@@ -134,43 +139,54 @@ def _grouped_is_best(x_ND, gate_up_E2FD):
 
 # ----------------------------------------------------------------------------- the Triton kernels as an operator
 
+# The matrices come twice: for autograd as the parameters that they are, and in x's dtype, None where that is the same.
+
 @torch.library.custom_op("nanok2::experts", mutates_args=())
 def _experts(x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor,
-             down_EDF: Tensor) -> tuple[Tensor, Tensor]:
+             down_EDF: Tensor, gate_up_copy: Tensor | None = None, down_copy: Tensor | None = None
+             ) -> tuple[Tensor, Tensor]:
     from kernels import triton_experts
+    gate_up, down = _computed_with(gate_up_E2FD, down_EDF, gate_up_copy, down_copy)
     return triton_experts.forward(x_ND.contiguous(), weights_NK.contiguous(), order, inverse, counts_E,
-                                  gate_up_E2FD.contiguous(), down_EDF.contiguous())
+                                  gate_up.contiguous(), down.contiguous())
 
 
 @_experts.register_fake
-def _(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
+def _(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, gate_up_copy=None, down_copy=None):
     return x_ND.new_empty(x_ND.shape), x_ND.new_empty(len(order), gate_up_E2FD.shape[1])
+
+
+def _computed_with(gate_up, down, gate_up_copy, down_copy):
+    return gate_up if gate_up_copy is None else gate_up_copy, down if down_copy is None else down_copy
 
 
 @torch.library.custom_op("nanok2::experts_backward", mutates_args=())
 def _experts_backward(grad_ND: Tensor, x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor,
-                      counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, z_S2F: Tensor
+                      counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, z_S2F: Tensor, dtype: torch.dtype
                       ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from kernels import triton_experts
     return triton_experts.backward(grad_ND.contiguous(), x_ND.contiguous(), weights_NK.contiguous(), order, inverse,
-                                   counts_E, gate_up_E2FD.contiguous(), down_EDF.contiguous(), z_S2F)
+                                   counts_E, gate_up_E2FD.contiguous(), down_EDF.contiguous(), z_S2F, dtype)
 
 
 @_experts_backward.register_fake
-def _(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x_ND, weights_NK, gate_up_E2FD, down_EDF))
+def _(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F, dtype):
+    return (x_ND.new_empty(x_ND.shape), weights_NK.new_empty(weights_NK.shape),
+            *(matrix.new_empty(matrix.shape, dtype=dtype) for matrix in (gate_up_E2FD, down_EDF)))
 
 
 def _keep_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *rows, gate_up, down, gate_up_copy, down_copy = inputs
+    ctx.save_for_backward(*rows, *_computed_with(gate_up, down, gate_up_copy, down_copy), output[1])
+    ctx.dtype = gate_up.dtype
     ctx.set_materialize_grads(False)  # z has no gradient
 
 
 def _backward(ctx, grad_ND, _):
     if grad_ND is None:
-        return (None,) * 7
-    grad_x, grad_weights, grad_gate_up, grad_down = _experts_backward(grad_ND, *ctx.saved_tensors)
-    return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down
+        return (None,) * 9
+    grad_x, grad_weights, grad_gate_up, grad_down = _experts_backward(grad_ND, *ctx.saved_tensors, ctx.dtype)
+    return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down, None, None
 
 
 _experts.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -3,9 +3,26 @@ values and gradients. Which is the fastest where libraries compete with them: at
 Next: backend.py, ../tests/test_triton_*.py.
 """
 
+import dataclasses
+from importlib.util import find_spec
+
 import torch
 
-from kernels import attention, backend, cross_entropy, experts, newton_schulz, routing
+from kernels import (
+    ahead,
+    attention,
+    backend,
+    cross_entropy,
+    expert_tiles,
+    experts,
+    momentum,
+    newton_schulz,
+    routing,
+    tuning,
+)
+
+PATIENCE = 120  # seconds for processes that compile
+SHARE = "kernels.triton_ahead:compile_share"
 
 
 def failures(device, dtype):
@@ -28,32 +45,93 @@ def failures(device, dtype):
     return found
 
 
+def sizes(config, rows):
+    """What choose_arm wants to know of a micro-batch of `rows` sequences; what choose_products does, None without
+    experts."""
+    dtype, width = getattr(torch, config.dtype), config.v_head_dim
+    if config.attention == "mla":
+        width = config.qk_nope_head_dim + config.qk_rope_head_dim
+    routed = (rows * config.sequence_length, config.num_experts_per_tok, config.n_routed_experts // config.ep,
+              config.hidden_size, config.moe_intermediate_size, dtype) if config.n_routed_experts else None
+    return ((rows, config.num_attention_heads, config.sequence_length, width), config.v_head_dim, dtype), routed
+
+
+def _name(config, rows, on):
+    """Of the choices for these sizes, in what tuning.py remembers."""
+    attending, routed = sizes(config, rows)
+    return f"choices {attending} {routed}{' documents' * config.document_mask}{' without Triton' * (not on)}" + (
+        " default tiles" * (config.kernels_tuning == "off"))
+
+
+def compile_ahead(config, rows, device, wait=False, rehearse=None):
+    """Let other processes compile what the check, the search for tiles and a run of these sizes will launch, unless
+    what would be measured is remembered: it was compiled then. wait: until they have, those of an earlier call too.
+    rehearse: "module:name" of a function that lets torch.compile fill its cache, of a config and whether its block is
+    dense."""
+    if device.type != "cuda" or config.kernels == "torch" or not find_spec("triton") or backend.INTERPRETED:
+        return
+    ((_, H, T, Q), V, dtype), routed = sizes(config, rows)
+    how, N, vocab = config.kernels_tuning, rows * T, config.vocab_size
+    known = f"checked {dtype}", _name(config, rows, True)
+    if how == "full" or not all(tuning.recall(device, name) for name in known):
+        chunk = cross_entropy.chunk_rows(N, vocab, dtype.itemsize, "cuda")
+        calls = [["attend", rows, T, H, Q, V, config.document_mask], ["loss_of_chunk", chunk, vocab]]
+        if routed:
+            _, K, E, D, F, _ = routed
+            calls += [["experts", N, D, F, E, K],
+                      ["route_and_sort", T, rows, config.n_routed_experts, K, config.n_group, config.topk_group]]
+        if rehearse and config.compile is not False:
+            kinds = {index < config.first_k_dense_replace or not routed for index in range(config.num_hidden_layers)}
+            ahead.start("blocks", rehearse, [[dataclasses.asdict(config), dense] for dense in kinds], device)
+        ahead.start("kernels", SHARE, ahead.shares(CHECKED + calls, dtype), device)
+        if routed and how != "off":
+            tiles = tuning.tiles_to_try(routed, how)
+            turns = [{kernel: tried[i] for kernel, tried in tiles.items() if i < len(tried)}
+                     for i in range(1, max(map(len, tiles.values())))]
+            calls = [["with_tiles", turn, N, D, F, E, K] for turn in turns]
+            ahead.start("tiles", SHARE, ahead.shares(calls, dtype), device)
+    if wait:
+        ahead.finish("kernels", PATIENCE)
+        ahead.finish("blocks", PATIENCE / 2)  # which use the device: it is free when speeds are measured
+    elif config.compile is not False:
+        ahead.wake_inductor()
+
+
 def fastest(config, rows, device):
-    """Measure, at the sizes of one micro-batch of `rows` sequences, what computes attention and the experts' matmuls
-    fastest. Returns lines to print and the choices, which every rank then has to `adopt`."""
-    dtype, heads, T = getattr(torch, config.dtype), config.num_attention_heads, config.sequence_length
-    mla = config.attention == "mla"
-    width = config.qk_nope_head_dim + config.qk_rope_head_dim if mla else config.v_head_dim
-    lines, library = [attention.choose_arm((rows, heads, T, width), config.v_head_dim, dtype, device,
-                                           config.document_mask)], set()
-    if config.n_routed_experts and backend.triton_runs(torch.empty(0, dtype=dtype, device=device)):
+    """What computes attention and the experts' matmuls fastest at the sizes of one micro-batch of `rows` sequences, and
+    with which tiles: as remembered, or measured now. Returns lines to print and the choices in plain values, which
+    every rank then has to `adopt`."""
+    attending, routed = sizes(config, rows)
+    on, cuda = backend.triton_runs(torch.empty(0, dtype=attending[2], device=device)), device.type == "cuda"
+    name = _name(config, rows, on)
+    if cuda and config.kernels_tuning != "full" and (choices := tuning.recall(device, name)):
+        return [], choices
+    lines, library = [attention.choose_arm(*attending, device, config.document_mask)], None
+    expert_tiles.TILES.clear()
+    if routed and on:
         from kernels import triton_experts
-        lines.append(triton_experts.choose_products(
-            rows * T, config.num_experts_per_tok, config.n_routed_experts // config.ep, config.hidden_size,
-            config.moe_intermediate_size, dtype, device))
-        library = triton_experts.LIBRARY
-    if device.type == "cuda":  # what a run says of its memory should not include this
+        triton_experts.LIBRARY.clear()
+        if cuda and config.kernels_tuning != "off":
+            ahead.finish("tiles", tuning.SECONDS[config.kernels_tuning] / 2)
+            lines.append(tuning.choose_tiles(routed, device, config.kernels_tuning))
+        lines.append(triton_experts.choose_products(*routed, device))
+        library = sorted(triton_experts.LIBRARY)
+    choices = {"attention": list(attention.ARM.items()), "tiles": list(expert_tiles.TILES.items()), "library": library}
+    if cuda:  # what a run says of its memory should not include this
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    return lines, (dict(attention.ARM), set(library))
+        tuning.remember(device, {name: choices})
+    return lines, choices
 
 
 def adopt(choices):
-    """Take the choices that `fastest` made, perhaps on another rank."""
-    attention.ARM, library = choices
-    if library:
+    """Take the choices that `fastest` made, perhaps on another rank or another day."""
+    attention.ARM = {tuple(key): name for key, name in choices["attention"]}
+    expert_tiles.TILES.clear()
+    expert_tiles.TILES.update({tuple(key): tuple(tile) for key, tile in choices["tiles"]})
+    if choices["library"] is not None:
         from kernels import triton_experts
-        triton_experts.LIBRARY = library
+        triton_experts.LIBRARY = set(choices["library"])
 
 
 def _error(ours, expected):
@@ -84,14 +162,14 @@ def _router(device, dtype, generator):
 
 
 def _experts(device, dtype, generator):
-    x, gate_up, down = (torch.randn(*shape, generator=generator).to(device, dtype) / 4
-                        for shape in ((300, 64), (8, 96, 64), (8, 64, 48)))
+    x, gate_up, down = (torch.randn(*shape, generator=generator).to(device) / 4
+                        for shape in ((300, 64), (8, 96, 64), (8, 64, 48)))  # the matrices in fp32, as a run has them
     weights = torch.rand(300, 3, generator=generator).to(device)
     chosen = torch.rand(300, 7, generator=generator).argsort(1)[:, :3].to(device)  # the last expert stays empty
 
     def compute(x, weights, gate_up, down):
         return [experts.experts(x, weights, *routing.sort_by_expert(chosen, 8), gate_up, down)]
-    return _with_gradients(compute, x, weights, gate_up, down)
+    return _with_gradients(compute, x.to(dtype), weights, gate_up, down)
 
 
 def _sum_of_rows(device, dtype, generator):
@@ -126,6 +204,23 @@ def _newton_schulz(device, dtype, generator):
     return lambda: [newton_schulz.newton_schulz(G)]
 
 
+def _momentum(device, dtype, generator):
+    moving, grad, part = (torch.randn(20, 70, generator=generator).to(device) for _ in range(3))
+    noise = (torch.arange(20) % 7 == 0).to(device)
+
+    def compute():
+        moved, updated = moving.clone(), part.clone()
+        ahead, = momentum.directions([moved], [grad.clone()], [noise], 0.95, True, dtype)
+        momentum.update_(updated, ahead, 0.9, 0.1)
+        return [moved, ahead, updated]
+    return compute
+
+
 CASES = {"router": _router, "routing": _routing, "experts": _experts, "sum of rows": _sum_of_rows,
          "attention": _attention, "decoding": _decoding, "cross-entropy": _cross_entropy,
-         "Newton-Schulz": _newton_schulz}
+         "Newton-Schulz": _newton_schulz, "momentum": _momentum}
+
+# What the cases launch, as ahead.py lists it.
+CHECKED = [["route_and_sort", 100, 3, 24, 4, 4, 2], ["route_and_sort", 300, 1, 8, 3], ["experts", 300, 64, 48, 8, 3],
+           ["attend", 2, 200, 3, 96, 64], ["attend", 2, 200, 3, 96, 64, True], ["decode", 2, 4, 100, 64, 16],
+           ["loss_of_chunk", 100, 777], ["products", 2, 256, 320], ["steps", 20, 70]]

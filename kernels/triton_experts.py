@@ -15,32 +15,15 @@ Shapes: experts.py. M, N, K in a kernel are the sides of its matmul.   Next: exp
 import math
 
 import torch
-import torch.nn.functional as functional
 import triton
 import triton.language as tl
+from torch.nn.functional import grouped_mm
 
 from kernels import backend
+from kernels.expert_tiles import TILES, blocks, tile_key
 from kernels.triton_routing import tile_map
 
 LIBRARY = set()  # the products that F.grouped_mm computes, of "y", "dx", "d_down", "d_gate_up": see choose_products
-
-
-def blocks(kernel, dtype, rows_per_expert):
-    """Tile sizes and launch options of one kernel: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages."""
-    if backend.INTERPRETED:  # which pays for operations, not for elements
-        sizes = (128, 128, 128, 4, 1)
-    elif dtype == torch.float32:
-        sizes = (64, 32, 32, 4, 2) if kernel == "up" else (64, 64, 32, 4, 2)
-    elif kernel == "up":  # two accumulators of 128 x 128
-        sizes = (128, 128, 64, 8, 3) if rows_per_expert >= 96 else (64, 128, 64, 4, 3)
-    elif kernel == "down_backward":
-        sizes = (128, 128, 64, 8, 3) if rows_per_expert >= 96 else (64, 128, 64, 4, 3)
-    elif kernel == "weight_gradient":
-        sizes = (128, 256, 64, 8, 3)
-    else:
-        sizes = (128, 256, 64, 8, 3) if rows_per_expert >= 96 else (64, 256, 64, 4, 3)
-    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), sizes))
-
 
 # ----------------------------------------------------------------------------- kernels
 
@@ -117,11 +100,12 @@ def _swiglu_backward(b, w, z, dz, weighted_a, place, real, column, F):
 
 
 @triton.jit
-def down_backward_kernel(grad, down, order, tiles, weights, z, dz, weighted_a, grad_weights, D, F, n_blocks,
+def down_backward_kernel(grad, down, order, tiles, weights, z, dz, weighted_a, grad_weights, token_of, D, F, n_blocks,
                          TOP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                          BLOCK_K: tl.constexpr):
     # With b = grad[token] down[e] and w the router's weight of the row: dz = w b through SwiGLU, w a for the gradient
-    # of down, and <a, b> over this block of F, for the gradient of w.  Grid: row tiles x blocks of F.
+    # of down, and <a, b> over this block of F, for the gradient of w; the first also writes the rows' tokens.
+    # Grid: row tiles x blocks of F.
     tile, block = tiles + 3 * (tl.program_id(0) // n_blocks), tl.program_id(0) % n_blocks
     expert, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     if start < end:
@@ -147,28 +131,54 @@ def down_backward_kernel(grad, down, order, tiles, weights, z, dz, weighted_a, g
         product = _swiglu_backward(left, w, z, dz, weighted_a, place, real, half, F)
         product += _swiglu_backward(right, w, z, dz, weighted_a, place, real, half + BLOCK_N // 2, F)
         tl.store(grad_weights + choice * n_blocks + block, product, mask=real)
+        tl.store(token_of + row, (choice // TOP_K).to(tl.int32), mask=real & (block == 0))
 
 
 @triton.jit
-def weight_gradient_kernel(left, right, order, ends, out, M, N, TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr,
+def by_load_kernel(counts, table, E, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
+    # (expert, first row, end of its rows), experts with most rows first: a long sum that starts late would end alone.
+    e, other = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E_PAD)
+    rows = tl.load(counts + e, mask=e < E, other=0).to(tl.int32)
+    rows_of_other = tl.load(counts + other, mask=other < E, other=-1).to(tl.int32)[None, :]
+    before = other[None, :] < e[:, None]
+    first = tl.sum(tl.where(before, rows_of_other, 0), 1)
+    ahead = (rows_of_other > rows[:, None]) | ((rows_of_other == rows[:, None]) & before)
+    place = table + 3 * tl.sum(ahead.to(tl.int32), 1)
+    tl.store(place, e, mask=e < E)
+    tl.store(place + 1, first, mask=e < E)
+    tl.store(place + 2, first + rows, mask=e < E)
+
+
+@triton.jit
+def weight_gradient_kernel(left, right, token_of, experts, out, M, N, GATHER_LEFT: tl.constexpr, EVEN: tl.constexpr,
                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    # out[e, m, n] = sum over the rows s of expert e of left[s, m] * right[s, n]; one of the two is read by token, at
-    # order[s] // TOP_K. An expert without rows gets zeros.  Grid: blocks of (M, N), experts.
-    expert = tl.program_id(1)
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends + expert)
-    m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) // tl.cdiv(M, BLOCK_M) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # out[e, m, n] = sum over the rows s of expert e of left[s, m] * right[s, n], in fp32 until it is stored; one of the
+    # two is read at token_of[s]. An expert without rows gets zeros.  Grid: blocks of (M, N), experts by load.
+    entry, m_blocks = experts + 3 * tl.program_id(1), tl.cdiv(M, BLOCK_M)
+    expert, start, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    m = tl.program_id(0) % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) // m_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    has_m, has_n = (m < M)[None, :], (n < N)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    if GATHER_LEFT:
+        straight = right + start.to(tl.int64) * N + k[:, None] * N + n[None, :]
+    else:
+        straight = left + start.to(tl.int64) * M + k[:, None] * M + m[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Tokens are read one step ahead: a load whose address is loaded in the same step would halve the pipeline's depth.
+    token = tl.load(token_of + start + k, mask=start + k < end, other=0)
     for first in range(start, end, BLOCK_K):
-        row = first + tl.arange(0, BLOCK_K)
-        real = row < end
-        token = tl.load(order + row, mask=real, other=0) // TOP_K
-        left_row = token if GATHER_LEFT else row.to(tl.int64)
-        right_row = row.to(tl.int64) if GATHER_LEFT else token
-        left_KM = tl.load(left + left_row[:, None] * M + m[None, :], mask=real[:, None] & (m < M)[None, :], other=0)
-        right_KN = tl.load(right + right_row[:, None] * N + n[None, :], mask=real[:, None] & (n < N)[None, :],
-                           other=0)
+        real = (first + k < end)[:, None]
+        mask_m, mask_n = (real, real) if EVEN else (real & has_m, real & has_n)
+        if GATHER_LEFT:
+            left_KM = tl.load(left + token.to(tl.int64)[:, None] * M + m[None, :], mask=mask_m, other=0)
+            right_KN = tl.load(straight, mask=mask_n, other=0)
+            straight += BLOCK_K * N
+        else:
+            left_KM = tl.load(straight, mask=mask_m, other=0)
+            right_KN = tl.load(right + token.to(tl.int64)[:, None] * N + n[None, :], mask=mask_n, other=0)
+            straight += BLOCK_K * M
+        token = tl.load(token_of + first + BLOCK_K + k, mask=first + BLOCK_K + k < end, other=0)
         total = tl.dot(left_KM.T, right_KN, total, input_precision="ieee")
     place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out + place, total, mask=(m < M)[:, None] & (n < N)[None, :])
@@ -210,13 +220,25 @@ def combine(rows_SD, place_NJ, weights_NJ=None):
     return out_ND
 
 
+def up(x_ND, gate_up_E2FD, order, counts_E, top_k):
+    """z_S2F and a_SF: the rows' products with gate and up of their experts, and SwiGLU of them."""
+    (E, F2, D), S = gate_up_E2FD.shape, len(order)
+    z_S2F, a_SF = (torch.empty(S, width, dtype=x_ND.dtype, device=x_ND.device) for width in (F2, F2 // 2))
+    b = blocks("up", D, F2 // 2, S // E, x_ND.dtype)
+    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
+    n_blocks = triton.cdiv(F2 // 2, b["BLOCK_N"])
+    up_kernel[n_tiles * n_blocks,](
+        x_ND, gate_up_E2FD, order, tiles, z_S2F, a_SF, D, F2 // 2, n_blocks, top_k, D % b["BLOCK_K"] == 0, **b)
+    return z_S2F, a_SF
+
+
 def down(product, rows_SK, weight_EKN, counts_E):
     """out_SN: every row times its expert's matrix, which may be a transposed view."""
     if product in LIBRARY:
-        return functional.grouped_mm(rows_SK, weight_EKN, offs=counts_E.cumsum(0).to(torch.int32))
+        return grouped_mm(rows_SK, weight_EKN, offs=counts_E.cumsum(0).to(torch.int32))
     (S, K), (E, _, N) = rows_SK.shape, weight_EKN.shape
     out_SN = torch.empty(S, N, dtype=rows_SK.dtype, device=rows_SK.device)
-    b = blocks("down", rows_SK.dtype, S // E)
+    b = blocks(product, N, K if product == "y" else K // 2, S // E, rows_SK.dtype)
     tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
     n_blocks = triton.cdiv(N, b["BLOCK_N"])
     down_kernel[n_tiles * n_blocks,](
@@ -224,66 +246,94 @@ def down(product, rows_SK, weight_EKN, counts_E):
     return out_SN
 
 
-def weight_gradient(product, left, right, order, counts_E, top_k, gather_left):
-    """out_EMN: per expert the sum over its rows of left^T right; one of them has a row per token instead."""
+def down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F):
+    """dz_S2F, the rows of a times their router's weight, the gradient of the weights, and the rows' tokens (int32)."""
+    (E, D, F), S, top_k = down_EDF.shape, len(order), weights_NK.shape[1]
+    dz_S2F, token_S = torch.empty_like(z_S2F), torch.empty(S, dtype=torch.int32, device=order.device)
+    weighted_SF = torch.empty(S, F, dtype=grad_ND.dtype, device=grad_ND.device)
+    b = blocks("down_backward", D, F, S // E, grad_ND.dtype)
+    n_blocks = triton.cdiv(F, b["BLOCK_N"])
+    products = torch.zeros(weights_NK.numel(), n_blocks, device=grad_ND.device)  # choices of other ranks stay 0
+    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
+    down_backward_kernel[n_tiles * n_blocks,](
+        grad_ND, down_EDF, order, tiles, weights_NK, z_S2F, dz_S2F, weighted_SF, products, token_S, D, F, n_blocks,
+        top_k, D % b["BLOCK_K"] == 0, **b)
+    return dz_S2F, weighted_SF, products.sum(1).view_as(weights_NK), token_S
+
+
+def weight_gradient(product, left, right, token_S, counts_E, dtype):
+    """out_EMN in dtype: per expert the sum over its rows of left^T right. One has a row per token: of "d_down" it is
+    left, of "d_gate_up" right."""
+    gather_left = product == "d_down"
     if product in LIBRARY:
-        token = order // top_k
-        left, right = (left[token], right) if gather_left else (left, right[token])
-        return functional.grouped_mm(left.mT, right, offs=counts_E.cumsum(0).to(torch.int32))
+        rows = (left if gather_left else right).index_select(0, token_S)
+        left, right = (rows, right) if gather_left else (left, rows)
+        return grouped_mm(left.mT, right, offs=counts_E.cumsum(0).to(torch.int32)).to(dtype)
     M, N, E = left.shape[1], right.shape[1], len(counts_E)
-    out_EMN = torch.empty(E, M, N, dtype=left.dtype, device=left.device)
-    b = blocks("weight_gradient", left.dtype, len(order) // E)
+    out_EMN = torch.empty(E, M, N, dtype=dtype, device=left.device)
+    b = blocks(product, *((M, N) if gather_left else (N, M // 2)), len(token_S) // E, left.dtype)
+    even = M % b["BLOCK_M"] == 0 and N % b["BLOCK_N"] == 0
+    experts_E3 = torch.empty(E, 3, dtype=torch.int32, device=left.device)
+    by_load_kernel[triton.cdiv(E, 8),](counts_E, experts_E3, E, triton.next_power_of_2(E), 8)
     weight_gradient_kernel[triton.cdiv(M, b["BLOCK_M"]) * triton.cdiv(N, b["BLOCK_N"]), E](
-        left, right, order, counts_E.cumsum(0), out_EMN, M, N, top_k, gather_left, **b)
+        left, right, token_S, experts_E3, out_EMN, M, N, gather_left, even, **b)
     return out_EMN
 
 
 def forward(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
     """Returns y_ND and z_S2F, the pre-activation that the backward wants."""
-    (E, D, F), S, top_k = down_EDF.shape, len(order), weights_NK.shape[1]
-    z_S2F, a_SF = (torch.empty(S, width, dtype=x_ND.dtype, device=x_ND.device) for width in (2 * F, F))
-    b = blocks("up", x_ND.dtype, S // E)
-    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
-    n_blocks = triton.cdiv(F, b["BLOCK_N"])
-    up_kernel[n_tiles * n_blocks,](
-        x_ND, gate_up_E2FD, order, tiles, z_S2F, a_SF, D, F, n_blocks, top_k, D % b["BLOCK_K"] == 0, **b)
+    z_S2F, a_SF = up(x_ND, gate_up_E2FD, order, counts_E, weights_NK.shape[1])
     y_SD = down("y", a_SF, down_EDF.mT, counts_E)
     return combine(y_SD, inverse.view_as(weights_NK), weights_NK), z_S2F
 
 
-def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F):
-    """Gradients of x, weights, gate_up and down."""
-    (E, D, F), S, top_k = down_EDF.shape, len(order), weights_NK.shape[1]
-    dz_S2F = torch.empty_like(z_S2F)
-    weighted_SF = torch.empty(S, F, dtype=x_ND.dtype, device=x_ND.device)
-    b = blocks("down_backward", x_ND.dtype, S // E)
-    n_blocks = triton.cdiv(F, b["BLOCK_N"])
-    products = torch.zeros(weights_NK.numel(), n_blocks, device=x_ND.device)  # choices of other ranks stay 0
-    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
-    down_backward_kernel[n_tiles * n_blocks,](
-        grad_ND, down_EDF, order, tiles, weights_NK, z_S2F, dz_S2F, weighted_SF, products, D, F, n_blocks,
-        top_k, D % b["BLOCK_K"] == 0, **b)
-    grad_down = weight_gradient("d_down", grad_ND, weighted_SF, order, counts_E, top_k, gather_left=True)
-    grad_gate_up = weight_gradient("d_gate_up", dz_S2F, x_ND, order, counts_E, top_k, gather_left=False)
+def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F, dtype):
+    """Gradients of x, weights, gate_up and down; those of the two matrices in dtype."""
+    dz_S2F, weighted_SF, grad_weights, token_S = down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F)
+    grad_down = weight_gradient("d_down", grad_ND, weighted_SF, token_S, counts_E, dtype)
+    grad_gate_up = weight_gradient("d_gate_up", dz_S2F, x_ND, token_S, counts_E, dtype)
     grad_x = combine(down("dx", dz_S2F, gate_up_E2FD, counts_E), inverse.view_as(weights_NK))
-    return grad_x, products.sum(1).view_as(weights_NK), grad_gate_up, grad_down
+    return grad_x, grad_weights, grad_gate_up, grad_down
 
 
 # ----------------------------------------------------------------------------- which library product is faster
 
-def product_arms(N, top_k, E, D, F, dtype, device):
-    """{product: function of nothing that computes it at this size}, on rows that chance spreads over all experts but
-    the first."""
+def kernel_arms(N, top_k, E, D, F, dtype, device):
+    """{kernel: function of nothing that runs it at this size}, on rows that chance spreads over all experts but the
+    first; the gradients of weights are in fp32."""
     S, generator = N * top_k, torch.Generator(device).manual_seed(0)
     random = lambda *shape: torch.randn(*shape, device=device, dtype=dtype, generator=generator)
     chosen = torch.randint(min(1, E - 1), E, (S,), device=device, generator=generator)
     counts_E, order = torch.bincount(chosen, minlength=E), chosen.argsort()
-    x_ND, a_SF, dz_S2F = random(N, D), random(S, F), random(S, 2 * F)
-    gate_up_E2FD, down_EDF = random(E, 2 * F, D), random(E, D, F)
-    return {"y": lambda: down("y", a_SF, down_EDF.mT, counts_E),
-            "dx": lambda: down("dx", dz_S2F, gate_up_E2FD, counts_E),
-            "d_down": lambda: weight_gradient("d_down", x_ND, a_SF, order, counts_E, top_k, True),
-            "d_gate_up": lambda: weight_gradient("d_gate_up", dz_S2F, x_ND, order, counts_E, top_k, False)}
+    x_ND, a_SF, z_S2F, weights_NK = random(N, D), random(S, F), random(S, 2 * F), random(N, top_k).float()
+    gate_up_E2FD, down_EDF, token_S = random(E, 2 * F, D), random(E, D, F), (order // top_k).to(torch.int32)
+    return {"up": lambda: up(x_ND, gate_up_E2FD, order, counts_E, top_k),
+            "y": lambda: down("y", a_SF, down_EDF.mT, counts_E),
+            "down_backward": lambda: down_backward(x_ND, down_EDF, order, counts_E, weights_NK, z_S2F),
+            "d_down": lambda: weight_gradient("d_down", x_ND, a_SF, token_S, counts_E, torch.float32),
+            "d_gate_up": lambda: weight_gradient("d_gate_up", z_S2F, x_ND, token_S, counts_E, torch.float32),
+            "dx": lambda: down("dx", z_S2F, gate_up_E2FD, counts_E)}
+
+
+def tile_arms(N, top_k, E, D, F, dtype, device):
+    """{kernel: function(tile) that runs it at this size with that tile}, whatever TILES says."""
+    def arm(kernel, compute):
+        def run(tile):
+            before = dict(TILES)
+            TILES[tile_key(kernel, D, F, N * top_k // E, dtype)] = tile
+            try:
+                return compute()
+            finally:
+                TILES.clear()
+                TILES.update(before)
+        return run
+    return {kernel: arm(kernel, compute) for kernel, compute in kernel_arms(N, top_k, E, D, F, dtype, device).items()}
+
+
+def product_arms(N, top_k, E, D, F, dtype, device):
+    """Those of kernel_arms that F.grouped_mm can compute too."""
+    arms = kernel_arms(N, top_k, E, D, F, dtype, device)
+    return {product: arms[product] for product in ("y", "dx", "d_down", "d_gate_up")}
 
 
 def choose_products(N, top_k, E, D, F, dtype, device):

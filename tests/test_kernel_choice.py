@@ -1,25 +1,42 @@
-"""Which kernels run: the decision, the check that auto makes first, and a whole run by either kind."""
+"""Which kernels run: the decision, the check that auto makes first, what is remembered of it and compiled ahead of it,
+the search for tiles, and a whole run by either kind."""
 
+import dataclasses
+import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
+import config as settings
+import moe
+import parallel
+import train
 from errors import UserError
-from kernels import attention, backend, selfcheck
+from kernels import ahead, attention, backend, expert_tiles, selfcheck, tuning
 from tests.helpers import ROOT, losses, run_train, tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+POPEN = subprocess.Popen
 interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="about Triton's interpreter")
 
 
 @pytest.fixture(autouse=True)
-def leave_as_it_was():
+def leave_as_it_was(monkeypatch, tmp_path):
+    """And a machine with a pretend GPU whose choices are remembered in a folder of the test's own."""
+    monkeypatch.setenv("NANOK2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "machine", lambda device: "a pretend GPU, sources 1")
+    monkeypatch.setattr(attention, "ARM", {})
+    tuning._say.cache_clear()
     with backend.running(False):
         yield
+    expert_tiles.TILES.clear()
 
 
 def test_torch_and_auto_run_the_twins_on_a_cpu():
@@ -46,11 +63,23 @@ def test_triton_where_it_cannot_run_is_an_error_that_says_what_can(monkeypatch, 
 
 
 def test_auto_on_a_gpu_trusts_the_check(monkeypatch):
-    monkeypatch.setattr(selfcheck, "failures", lambda device, dtype: [])
-    assert backend.use("auto", CUDA, torch.bfloat16)
     monkeypatch.setattr(selfcheck, "failures", lambda device, dtype: ["experts: differs"])
     with pytest.warns(UserWarning, match="experts: differs"):
         assert not backend.use("auto", CUDA, torch.bfloat16)
+    monkeypatch.setattr(selfcheck, "failures", lambda device, dtype: [])
+    assert backend.use("auto", CUDA, torch.bfloat16, again=False)  # a failure is not remembered
+
+
+def test_a_check_that_passed_is_not_made_again_for_the_same_machine_and_dtype(monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(selfcheck, "failures", lambda device, dtype: made.append(dtype) or [])
+    for _ in range(2):
+        assert backend.use("auto", CUDA, torch.bfloat16, again=False)
+    assert made == [torch.bfloat16] and str(tuning.path()) in capsys.readouterr().out
+    assert backend.use("auto", CUDA, torch.float16, again=False) and made == [torch.bfloat16, torch.float16]
+    assert backend.use("auto", CUDA, torch.bfloat16, again=True) and len(made) == 3
+    monkeypatch.setattr(tuning, "machine", lambda device: "a pretend GPU, sources 2")
+    assert backend.use("auto", CUDA, torch.bfloat16, again=False) and len(made) == 4
 
 
 @interpreted
@@ -65,16 +94,290 @@ def test_the_check_passes_here_and_names_what_is_broken(monkeypatch):
     assert "differs" in found[0] and "ZeroDivisionError" in found[2]
 
 
-def test_choices_made_on_another_rank_are_adopted(monkeypatch):
-    monkeypatch.setattr(attention, "ARM", {})
-    monkeypatch.setattr(backend, "milliseconds", lambda *_: 1.0)
+# ----------------------------------------------------------------------------- what is remembered
+
+def test_the_memory_knows_the_machine_by_what_a_measurement_depends_on(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X1")
+    monkeypatch.setattr(tuning, "sources", lambda: "abc")
+    assert re.fullmatch(r"NVIDIA X1, driver \S+, torch \S+, cuDNN \S+, triton \S+, sources abc",
+                        tuning.machine.__wrapped__(CUDA))
+    monkeypatch.undo()
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "kernels/tuning.py"))
+    found = set()
+    for text in ("BLOCK = 64", "BLOCK = 128"):
+        (tmp_path / "kernels/a.py").write_text(text)
+        found.add(tuning.sources())
+    assert len(found) == 2
+
+
+def test_the_memory_lies_where_the_environment_says(monkeypatch):
+    monkeypatch.delenv("NANOK2_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert str(tuning.path()) == "/x/nanok2/kernels.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(tuning.path()) == "/home/someone/.cache/nanok2/kernels.json"
+
+
+@pytest.mark.parametrize("damage", ["", "{\"a\": {\"da", "[1, 2]", "{\"a\": 1}", "{\"a\": {\"facts\": {}}}", "\xff"])
+def test_a_damaged_or_foreign_memory_is_told_and_written_anew(capsys, damage):
+    tuning.path().parent.mkdir()
+    tuning.path().write_bytes(damage.encode("latin-1"))
+    assert tuning.recall(CUDA, "a fact") is None and tuning.recall(CUDA, "a fact") is None
+    assert capsys.readouterr().out.count("is ignored") == 1
+    tuning.remember(CUDA, {"a fact": [1]})
+    assert tuning.recall(CUDA, "a fact") == [1] and tuning.recall(CUDA, "another") is None
+
+
+def test_the_memory_keeps_the_newest_machines(monkeypatch):
+    for n in range(tuning.KEPT + 3):
+        monkeypatch.setattr(tuning, "machine", lambda device, n=n: f"GPU {n}")
+        tuning.remember(CUDA, {"n": n})
+        if n == 10:
+            monkeypatch.setattr(tuning, "machine", lambda device: "GPU 0")  # used again: not old any more
+            tuning.remember(CUDA, {"more": True})
+    kept = json.loads(tuning.path().read_text())
+    assert len(kept) == tuning.KEPT and kept["GPU 0"]["facts"] == {"n": 0, "more": True} and "GPU 1" not in kept
+
+
+def test_a_memory_that_cannot_be_written_is_told_once(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NANOK2_CACHE", str(tmp_path / "file/inside"))
+    for _ in range(2):
+        tuning.remember(CUDA, {"a fact": 1})
+    assert capsys.readouterr().out.count("cannot be kept") == 1
+
+
+def _write(writer):
+    for n in range(25):
+        tuning.remember(CUDA, {f"{writer} {n}": n})
+
+
+def test_processes_that_write_at_once_lose_nothing():
+    writers = [multiprocessing.get_context("fork").Process(target=_write, args=(w,)) for w in range(3)]
+    for step in ("start", "join"):
+        for writer in writers:
+            getattr(writer, step)()
+    assert all(tuning.recall(CUDA, f"{w} {n}") == n for w in range(3) for n in range(25))
+    assert sorted(path.name for path in tuning.path().parent.iterdir()) == ["kernels.json", "kernels.lock"]
+
+
+# ----------------------------------------------------------------------------- choices
+
+def small_config(**changes):
     config = tiny_config()
-    config.sequence_length, config.dtype, config.ep, config.document_mask = 16, "float32", 1, False
-    lines, choices = selfcheck.fastest(config, 2, CPU)
-    assert "attention 12/8" in lines[0] and choices[0]
+    values = dict(sequence_length=16, dtype="float32", ep=1, document_mask=False, kernels="auto", kernels_tuning="auto",
+                  compile=None)
+    for name, value in (values | changes).items():
+        setattr(config, name, value)
+    return config
+
+
+def test_choices_made_on_another_rank_are_adopted(monkeypatch):
+    monkeypatch.setattr(backend, "milliseconds", lambda *_: 1.0)
+    lines, choices = selfcheck.fastest(small_config(), 2, CPU)
+    assert "attention 12/8" in lines[0] and not tuning.path().exists()  # nothing is remembered of a CPU
+    key, tile = ("up", 32, 16, 5, "torch.float32"), (64, 32, 32, 4, 2)
+    choices["tiles"].append((key, tile))
     attention.ARM = {}
-    selfcheck.adopt(choices)
+    selfcheck.adopt(json.loads(json.dumps(choices)))
     assert list(attention.ARM) == [attention.arm_key((2, 4, 16, 12), 8, torch.float32, False)]
+    assert expert_tiles.TILES == {key: tile}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Names of what is measured on a pretend GPU, where nothing runs."""
+    made = []
+
+    def choose_arm(q_shape, value_width, dtype, device, documents):
+        made.append("attention")
+        attention.ARM[attention.arm_key(q_shape, value_width, dtype, documents)] = "cudnn"
+        return "attention: cudnn"
+    monkeypatch.setattr(attention, "choose_arm", choose_arm)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.ones(0))
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    return made
+
+
+def test_choices_are_made_once_for_the_same_sizes(measured):
+    _, first = selfcheck.fastest(small_config(), 2, CUDA)
+    lines, again = selfcheck.fastest(small_config(), 2, CUDA)
+    assert measured == ["attention"] and lines == [] and again == json.loads(json.dumps(first))
+    selfcheck.adopt(again)
+    assert list(attention.ARM.values()) == ["cudnn"]
+    for changes in ({"kernels_tuning": "full"}, {"kernels_tuning": "off"}, {"document_mask": True},
+                    {"moe_intermediate_size": 24}, {"sequence_length": 32}):
+        before = len(measured)
+        selfcheck.fastest(small_config(**changes), 2, CUDA)
+        assert len(measured) == before + 1, changes
+
+
+# ----------------------------------------------------------------------------- the search for tiles
+
+def arms_with(times, wrong=(), failing=()):
+    """An arm that takes as long as `times` says of its tile, with what backend.milliseconds has to be for that."""
+    def arm(tile):
+        if tile in failing:
+            raise RuntimeError("out of resource: shared memory")
+        arm.took = times[tile]
+        return torch.ones(3) * (1.1 if tile in wrong else 1), torch.tensor(7)
+    return {"up": arm}, lambda function, **_: function() and arm.took
+
+
+def test_the_fastest_right_tile_wins_if_it_is_more_than_noise(monkeypatch):
+    arms, milliseconds = arms_with({"a": 1.0, "b": 0.99, "c": 0.5, "d": 0.2, "e": 0.8}, wrong="d", failing="c")
+    monkeypatch.setattr(backend, "milliseconds", milliseconds)
+    best, line = tuning.search(arms, {"up": list("abcde")}, 60)
+    assert best == {"up": "e"} and "up d is wrong" in line and "up c fails (RuntimeError: out of resource" in line
+    assert tuning.search(arms, {"up": ["a", "b"]}, 60)[0] == {"up": "a"}
+    assert tuning.search(arms, {"up": ["c", "e"]}, 60)[0] == {"up": "e"}  # the default does not run here
+    assert tuning.search(arms, {"up": ["c"]}, 60)[0] == {}
+
+
+def test_the_search_ends_with_its_seconds_but_measures_every_default(monkeypatch):
+    arms, milliseconds = arms_with({"a": 1.0, "b": 0.5})
+    monkeypatch.setattr(backend, "milliseconds", milliseconds)
+    arms = {"up": arms["up"], "y": arms["up"]}
+    assert tuning.search(arms, {"up": ["a", "b"], "y": ["a", "b"]}, 0)[0] == {"up": "a", "y": "a"}
+
+
+@pytest.mark.parametrize("shared", [99 * 1024, 164 * 1024, 227 * 1024])
+def test_only_tiles_that_fit_are_tried_and_the_one_in_use_is_first(monkeypatch, shared):
+    monkeypatch.setattr(expert_tiles, "shared_limit", lambda: shared)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    routed = 32768, 7, 64, 768, 256, torch.bfloat16
+    for kernel, tiles in tuning.tiles_to_try(routed, "full").items():
+        assert len(set(tiles)) == len(tiles) > 1
+        assert all(expert_tiles.shared_bytes(kernel, tile, torch.bfloat16) <= shared for tile in tiles)
+        assert tiles[0] == tuple(expert_tiles.blocks(kernel, 768, 256, 3584, torch.bfloat16).values())
+        assert tuning.tiles_to_try(routed, "auto")[kernel] == tiles[:4]
+
+
+# ----------------------------------------------------------------------------- compiled ahead
+
+def run_on_pretend_driver(code, **environment):
+    """A Python process where Triton sees an H100 that is not there."""
+    head = """
+import sys, types, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+driver.set_active(types.SimpleNamespace(
+    launcher_cls=lambda source, metadata: print("launcher of", metadata.name),
+    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0))
+from kernels import selfcheck, triton_ahead as ahead
+"""
+    return subprocess.run([sys.executable, "-c", head + code], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "TRITON_INTERPRET": "0", **environment})
+
+
+def test_workers_share_what_a_check_launches_and_fill_the_cache_for_a_launch(tmp_path):
+    """And one that cannot be compiled is told and left out."""
+    done = run_on_pretend_driver("""
+calls = selfcheck.CHECKED
+kinds = [kernel.__name__ for kernel, *_ in ahead.launches(calls, torch.bfloat16)]
+print("all", *kinds)
+launches = ahead.launches([["loss_of_chunk", 128, 512]], torch.bfloat16)
+launches.insert(1, (types.SimpleNamespace(__name__="broken", run=lambda *a, **k: 1 / 0), (), {}))
+ahead.launches = lambda *_: launches
+for part in range(2):
+    ahead.compile_share([], "bfloat16", part, 2)
+""", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert "broken does not compile ahead: ZeroDivisionError" in done.stderr
+    kinds, *launchers = done.stdout.splitlines()
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("triton_*.py"))
+    assert set(re.findall(r"def (\w+_kernel)\(", sources)) == set(kinds.split()[1:])
+    assert launchers == ["launcher of cross_entropy_kernel"] * 2  # with and without the gradient
+    compiled = sorted(tmp_path.rglob("*.cubin"))
+    assert len(compiled) == 2
+    # A launch finds them: of the same kinds of arguments, on other pointers and sizes.
+    done = run_on_pretend_driver("""
+from kernels.triton_cross_entropy import cross_entropy_
+from triton.runtime.jit import JITFunction
+run = JITFunction.run
+JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
+cross_entropy_(torch.randn(256, 512).bfloat16(), torch.zeros(256, dtype=torch.int64), 0.5, -100, True)
+""", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0 and sorted(tmp_path.rglob("*.cubin")) == compiled, done.stderr
+
+
+def pretend_workers(monkeypatch, code):
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **options: POPEN([sys.executable, "-c", code], **options))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+
+
+def test_workers_that_fail_or_hang_do_not_hold_up_the_run(monkeypatch, capfd):
+    pretend_workers(monkeypatch, "import sys; sys.exit('no CUDA')")
+    ahead.start("kernels", "a:b", ahead.shares([], torch.bfloat16), torch.device("cuda:0"))
+    assert len(ahead._running["kernels"]) == 3
+    ahead.finish("kernels", 60)
+    assert "no CUDA" in capfd.readouterr().err and not ahead._running
+    pretend_workers(monkeypatch, "import time; time.sleep(1000)")
+    ahead.start("kernels", "a:b", ahead.shares([], torch.bfloat16), torch.device("cuda:0"))
+    started, processes = time.monotonic(), ahead._running["kernels"]
+    ahead.finish("kernels", 0.2)
+    assert time.monotonic() - started < 60 and all(process.returncode for process in processes)
+    assert "for 3 processes that compile kernels; 3 were not done" in capfd.readouterr().out
+    ahead.finish("kernels", 0.2)  # nothing was started
+
+
+def test_what_fails_in_a_worker_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["-c", "[1, 0]"])
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with pytest.raises(SystemExit, match="rehearse in a process of its own failed .ZeroDivisionError"):
+        def rehearse(a, b):
+            return a / b
+        ahead.serve(rehearse, 0)
+
+
+def test_a_worker_ends_with_the_process_that_started_it():
+    code = ("import sys, time, torch; from kernels import ahead; torch.cuda.set_device = lambda index: 0\n"
+            "sys.argv.append('[1000]'); ahead.serve(time.sleep, 0)")
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE)
+    timer = threading.Timer(120, worker.kill)
+    timer.start()
+    worker.stdin.close()
+    assert worker.wait() == 1
+    timer.cancel()
+
+
+def test_workers_start_only_for_what_is_not_remembered(monkeypatch):
+    started = []
+    monkeypatch.setattr(ahead, "start", lambda what, function, orders, _: started.append((what, orders)))
+    monkeypatch.setattr(ahead, "wake_inductor", lambda: None)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    config = settings.Config(**vars(small_config(dtype="bfloat16")))
+    selfcheck.compile_ahead(config, 2, CPU)
+    assert not started
+    selfcheck.compile_ahead(config, 2, CUDA)
+    assert [what for what, _ in started] == ["kernels", "tiles"]
+    from kernels import triton_ahead
+    calls = [{name for name, *_ in orders[0][0]} for _, orders in started]
+    assert calls[0] == set(triton_ahead.CALLS) - {"with_tiles"} and calls[1] == {"with_tiles"}
+    tuning.remember(CUDA, {"checked torch.bfloat16": True, selfcheck._name(config, 2, True): {"attention": []}})
+    selfcheck.compile_ahead(config, 2, CUDA)
+    assert len(started) == 2
+    config.kernels_tuning = "full"
+    selfcheck.compile_ahead(config, 2, CUDA, rehearse="train:rehearse")
+    assert [what for what, _ in started[2:]] == ["blocks", "kernels", "tiles"]
+    assert sorted(dense for _, dense in started[2][1]) == [False, True]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_rehearsal_compiles_one_block_of_a_kind_forward_and_backward(monkeypatch, dense):
+    compiled = []
+    monkeypatch.setattr(parallel, "compile_blocks", lambda model: compiled.extend(model.layers))
+    config = settings.Config(**vars(tiny_config()) | {"sequence_length": 16, "micro_batch_size": 2, "dtype": "float32",
+                                                      "device": "cpu", "document_mask": True})
+    train.rehearse(json.loads(json.dumps(dataclasses.asdict(config))), dense)
+    assert len(compiled) == 1 and isinstance(compiled[0].mlp, moe.MoE) != dense
+    assert all(parameter.grad is not None for parameter in compiled[0].parameters())
 
 
 @interpreted

@@ -2,6 +2,7 @@
 kernels run in Triton's interpreter, in fp32."""
 
 import contextlib
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import backend, experts, routing, triton_experts, triton_routing
+from kernels import backend, expert_tiles, experts, routing, triton_experts, triton_routing
 from tests.helpers import poisoned_memory
 
 DEVICE = "cpu" if backend.INTERPRETED else "cuda"
@@ -264,7 +265,7 @@ def test_only_the_input_and_the_pre_activation_are_kept():
     assert made == [(40, 48)]
 
 
-@pytest.mark.parametrize("name", ["route", "experts"])
+@pytest.mark.parametrize("name", ["route", "experts", "experts with copies"])
 def test_operators_meet_the_rules_of_torch_library(name):
     generator = torch.Generator().manual_seed(0)
     if name == "route":
@@ -274,12 +275,137 @@ def test_operators_meet_the_rules_of_torch_library(name):
         inputs, chosen, _ = random_case(10, 8, 12, 4, 2, generator, "even")
         x, weights, gate_up, down = (t.to(DEVICE).requires_grad_() for t in inputs)
         arguments = (x, weights, *routing.sort_by_expert(chosen.to(DEVICE), 4), gate_up, down)
+    if name == "experts with copies":
+        masters = [matrix.detach().double().requires_grad_() for matrix in (gate_up, down)]
+        arguments = (*arguments[:-2], *masters, gate_up.detach(), down.detach())
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(getattr(torch.ops.nanok2, name).default, arguments, test_utils=tests)
+    torch.library.opcheck(getattr(torch.ops.nanok2, name.split()[0]).default, arguments, test_utils=tests)
     torch.library.opcheck(torch.ops.nanok2.sort_by_expert.default, (torch.randint(0, 5, (9, 2), device=DEVICE), 5))
 
 
+# ---------------------------------------------------------------------- matrices in another dtype
+
+
+def masters_case(seed=0):
+    """Matrices in float64 for rows in float32, as float32 ones are for bfloat16: the interpreter computes those."""
+    inputs, chosen, grad = random_case(50, 8, 24, 5, 2, torch.Generator().manual_seed(seed), "even")
+    x, weights, gate_up, down = (t.to(DEVICE) for t in inputs)
+    return [x, weights, gate_up.double(), down.double()], chosen.to(DEVICE) % 4, grad.to(DEVICE)
+
+
+@pytest.mark.parametrize("library", [(), ("y", "dx", "d_down", "d_gate_up")])
+def test_gradients_of_matrices_are_in_their_own_dtype(monkeypatch, library):
+    monkeypatch.setattr(triton_experts, "LIBRARY", set(library))
+    inputs, chosen, grad = masters_case()
+    with poisoned_memory():
+        ours = run_experts(True, inputs, chosen, 5, None, grad)
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    y = reference(leaves[0], leaves[1], chosen, leaves[2], leaves[3])
+    expected = [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
+    assert [t.dtype for t in ours] == [torch.float32] * 3 + [torch.float64] * 2
+    assert all(close(a, b) for a, b in zip(ours, expected)) and not ours[3][4].any()  # nobody chose the last
+
+
+def test_copies_are_what_is_computed_with():
+    inputs, chosen, grad = masters_case()
+    x, weights, *masters = [tensor.requires_grad_() for tensor in inputs]
+    order = routing.sort_by_expert(chosen, 5)
+    copies = [2 * master.detach().float() for master in masters]
+    y = experts.experts(x, weights, *order, *masters, copies)
+    doubled = [(2 * master.detach()).requires_grad_() for master in masters]
+    expected = experts.experts(x, weights, *order, *doubled)
+    assert torch.equal(y, expected)
+    found = torch.autograd.grad(y, (x, weights, *masters), grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, torch.autograd.grad(expected, (x, weights, *doubled), grad)))
+
+
+def test_only_one_matrix_of_each_is_kept_for_the_backward():
+    (x, weights, *masters), chosen, _ = masters_case()
+    copies, kept = [master.float() for master in masters], set()
+    masters = [master.requires_grad_() for master in masters]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.add(t.data_ptr()), t)[1], lambda t: t):
+        experts.experts(x.requires_grad_(), weights, *routing.sort_by_expert(chosen, 5), *masters, copies)
+    assert all(copy.data_ptr() in kept for copy in copies) and all(master.data_ptr() not in kept for master in masters)
+
+
+def test_matrices_in_another_dtype_compile_without_a_break():
+    inputs, chosen, grad = masters_case()
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    order = routing.sort_by_expert(chosen, 5)
+    run = lambda x, weights, gate_up, down: experts.experts(x, weights, *order, gate_up, down)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    found, expected = (torch.autograd.grad(f(*leaves), leaves, grad) for f in (compiled, run))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected))
+
+
+# ---------------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 16, 5, 0], [0, 0, 0], [64], [1] * 40, list(range(100))])
+def test_experts_by_load_start_with_the_longest(counts):
+    counts_E, E = torch.tensor(counts, device=DEVICE), len(counts)
+    table = torch.full((E + 1, 3), -7, dtype=torch.int32, device=DEVICE)
+    triton_experts.by_load_kernel[-(-E // 8),](counts_E, table, E, 2 ** (E - 1).bit_length(), 8)
+    rows = [(e, sum(counts[:e]), sum(counts[:e + 1])) for e in sorted(range(E), key=lambda e: (-counts[e], e))]
+    assert table.tolist() == [*map(list, rows), [-7] * 3]
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])  # Ada, Ampere, Hopper
+@pytest.mark.parametrize("kernel", expert_tiles.PROMISING)
+def test_tiles_fit_the_shared_memory(monkeypatch, kernel, kilobytes):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(expert_tiles, "shared_limit", lambda: 1024 * kilobytes)
+    for dtype in (torch.bfloat16, torch.float32):
+        fitting = expert_tiles.candidates(kernel, dtype, 1024 * kilobytes)
+        assert fitting and len(set(fitting)) == len(fitting)
+        for width, rows in itertools.product((256, 1408), (4, 4096)):
+            tile = tuple(expert_tiles.blocks(kernel, 768, width, rows, dtype).values())
+            assert expert_tiles.fits(kernel, tile, dtype, 1024 * kilobytes)
+            if dtype == torch.float32 or kilobytes == 227:
+                assert tile == expert_tiles.default_tile(kernel, 768, width, rows, dtype)
+
+
+def test_measured_tiles_run_where_they_were_measured(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(expert_tiles, "TILES", {})
+    before = expert_tiles.blocks("dx", 768, 256, 3000, torch.bfloat16)
+    expert_tiles.TILES[expert_tiles.tile_key("dx", 768, 256, 2100, torch.bfloat16)] = (64, 64, 32, 4, 2)
+    assert tuple(expert_tiles.blocks("dx", 768, 256, 3000, torch.bfloat16).values()) == (64, 64, 32, 4, 2)
+    for other in (("dx", 768, 256, 5000), ("y", 768, 256, 3000), ("dx", 768, 512, 3000)):
+        assert tuple(expert_tiles.blocks(*other, torch.bfloat16).values()) != (64, 64, 32, 4, 2)
+    assert before["BLOCK_M"] == 128
+
+
+def test_tile_arms_run_every_kernel_with_the_tile_alone(monkeypatch):
+    arms = triton_experts.tile_arms(40, 2, 3, 24, 16, torch.float32, torch.device(DEVICE))
+    expected = {kernel: run((64, 64, 32, 4, 2)) for kernel, run in arms.items()}
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    seen = []
+    run_tiles = lambda *key: seen.append(expert_tiles.TILES[expert_tiles.tile_key(*key)]) or expert_tiles.blocks(*key)
+    monkeypatch.setattr(triton_experts, "blocks", run_tiles)
+    for kernel, run in arms.items():
+        with poisoned_memory():
+            found = run((16, 32, 16, 4, 2))
+        pairs = zip(found, expected[kernel]) if isinstance(found, tuple) else [(found, expected[kernel])]
+        assert all(close(a, b) for a, b in pairs), kernel
+    assert seen == [(16, 32, 16, 4, 2)] * len(expert_tiles.PROMISING) and not expert_tiles.TILES
+
+
 # ---------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2000, 768, 256, 64, 7), (100, 64, 72, 8, 2)])
+def test_gradients_of_fp32_matrices_are_not_rounded(shape):
+    inputs, chosen, grad = random_case(*shape, torch.Generator().manual_seed(0), "even")
+    x, weights, gate_up, down = (t.cuda() for t in inputs)
+    mixed = [x.bfloat16(), weights, gate_up.bfloat16().float(), down.bfloat16().float()]
+    low = [x.bfloat16(), weights, gate_up.bfloat16(), down.bfloat16()]
+    arguments = (chosen.cuda(), shape[3], None, grad.cuda().bfloat16())
+    unrounded, rounded = (run_experts(True, each, *arguments) for each in (mixed, low))
+    assert all(torch.equal(a, b) for a, b in zip(unrounded[:3], rounded[:3]))
+    for a, b in zip(unrounded[3:], rounded[3:]):
+        assert a.dtype == torch.float32 and torch.equal(a.bfloat16(), b) and not torch.equal(a, b.float())
 
 
 @pytest.mark.gpu

@@ -1,0 +1,81 @@
+"""Tiles of the experts' kernels: which are worth measuring, which fit, which run. A tile is (BLOCK_M, BLOCK_N, BLOCK_K,
+num_warps, num_stages). A search measures them with triton_experts.tile_arms and keeps the best in TILES.
+
+D model width, F expert width.   Next: triton_experts.py.
+"""
+
+import functools
+
+import torch
+
+from kernels import backend
+
+TILES = {}  # tile_key: tile, for kernels that were measured; the others have `default_tile`
+
+# What was fast on an H100, most promising first, with some that fit the 99 KB of smaller GPUs.
+_ROWS = ((128, 256, 64, 8, 3), (128, 256, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 8, 2),
+         (64, 128, 64, 4, 3), (64, 256, 64, 4, 3))
+_GRADIENT = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3),
+             (64, 256, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 32, 8, 4))
+PROMISING = {
+    "up": ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 8, 3), (128, 128, 32, 8, 3), (64, 64, 64, 4, 3),
+           (64, 128, 64, 4, 3)),  # it has two accumulators
+    "down_backward": ((128, 128, 64, 8, 3), (64, 128, 64, 8, 4), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3),
+                      (64, 128, 32, 8, 4), (64, 64, 64, 4, 3)),
+    "y": _ROWS, "dx": _ROWS, "d_down": _GRADIENT, "d_gate_up": _GRADIENT}
+
+
+def tile_key(kernel, D, F, rows_per_expert, dtype):
+    """What a measured tile holds for; rows count by powers of two."""
+    return kernel, D, F, max(rows_per_expert, 1).bit_length(), str(dtype)
+
+
+def default_tile(kernel, D, F, rows_per_expert, dtype):
+    """The tile that runs where nothing was measured, if it fits."""
+    if dtype == torch.float32 or D % 16 or F % 16:  # such rows are read element by element: an address for each
+        return (64, 32, 32, 4, 2) if kernel in ("up", "down_backward") else (64, 64, 32, 4, 2)
+    if rows_per_expert < 96 and not kernel.startswith("d_"):
+        return (64, 256, 64, 4, 3) if kernel in ("y", "dx") else (64, 128, 64, 4, 3)
+    if kernel == "y":  # a short sum: small tiles, of which several run at once, hide each other's beginning and end
+        return (64, 128, 64, 8, 2) if F <= 512 else (128, 256, 32, 8, 4)
+    return (64, 128, 64, 8, 4) if kernel == "down_backward" and F <= 512 else PROMISING[kernel][0]
+
+
+def shared_bytes(kernel, tile, dtype):
+    """Shared memory that a tile takes at most: the operands of every stage, or results on their way to wide stores."""
+    block_m, block_n, block_k, _, stages = tile
+    operands = (block_m + (2 if kernel == "up" else 1) * block_n) * block_k * dtype.itemsize
+    results = block_m * block_n * (4 if kernel.startswith("d_") else dtype.itemsize)
+    return max(stages * operands, results) + 1024
+
+
+def fits(kernel, tile, dtype, shared):
+    """Whether a tile fits `shared` bytes of shared memory and the registers: before Hopper, which has 227 KB, no more
+    than 64 sums a thread do."""
+    sums = (2 if kernel == "up" else 1) * tile[0] * tile[1] // (32 * tile[3])
+    return shared_bytes(kernel, tile, dtype) <= shared and (sums <= 64 or shared >= 227 * 1024)
+
+
+def candidates(kernel, dtype, shared):
+    """Tiles of a kernel that are worth measuring and fit, most promising first."""
+    tiles = (default_tile(kernel, 0, 0, 0, dtype),) if dtype == torch.float32 else PROMISING[kernel]
+    return [tile for tile in tiles if fits(kernel, tile, dtype, shared)]
+
+
+@functools.cache
+def shared_limit():
+    """Bytes of shared memory that one block may have here; an H100's without a GPU."""
+    if not torch.cuda.is_available():
+        return 227 * 1024
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin
+
+
+def blocks(kernel, D, F, rows_per_expert, dtype):
+    """Tile sizes and launch options of one kernel, as keyword arguments."""
+    shape = (kernel, D, F, rows_per_expert, dtype)
+    tile = TILES.get(tile_key(*shape)) or default_tile(*shape)
+    if backend.INTERPRETED:  # which pays for operations, not for elements
+        tile = (128, 128, 128, 4, 1)
+    elif not fits(kernel, tile, dtype, shared_limit()):
+        tile = candidates(kernel, dtype, shared_limit())[0]
+    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile))
