@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import bench
 import hf
+import memory
 import owners
 import parallel
 from kernels import attention, backend, experts, graphs, newton_schulz
@@ -127,6 +128,8 @@ class Nanok2(Arm):
         self.model = build(config, device)
         self.model.compute_dtype = getattr(torch, config.dtype)
         _fill(self.model, config.initializer_range)
+        if triton and memory.keeps_copies(config, parallel.Layout(), device):  # ours, as train.py makes it
+            self.model.make_copies()
         routes = route_parameters(self.model.named_parameters(), config.optimizer)
         with replaced(owners, "BATCH_ELEMENTS", 1 if loops else owners.BATCH_ELEMENTS):  # 1: matrix by matrix
             self.optimizer = Muon(self.model.named_parameters(), RATE, routes=routes, ns_dtype=self.model.compute_dtype)
