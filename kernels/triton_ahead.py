@@ -41,8 +41,8 @@ def route_and_sort(T, B, E, K, n_group=1, topk_group=1):
     logits = meta(B * T, E, dtype=torch.float32)
     triton_routing.route(logits, meta(E, dtype=torch.float32), B, K, n_group, topk_group, True, 2.5)
     chosen = meta(B * T, K, dtype=torch.int64)
-    triton_routing.route_backward(logits, chosen, meta(B * T, K, dtype=torch.float32), meta(B, E, dtype=torch.float32),
-                                  True, 2.5)
+    triton_routing.route_backward(logits, chosen, meta(B * T, K, dtype=torch.float32), meta(dtype=torch.float32),
+                                  meta(B, E, dtype=torch.int32), True, 2.5)
     triton_routing.sort_by_expert(chosen, E)
 
 
@@ -57,6 +57,8 @@ def experts(N, D, F, E, K, dtype=torch.bfloat16):
 def loss_of_chunk(N, V, dtype=torch.bfloat16):
     for write in (True, False):
         triton_cross_entropy.cross_entropy_(meta(N, V, dtype=dtype), meta(N, dtype=torch.int64), 1e-4, -100, write)
+    for gradient in (meta(N, 64, dtype=dtype), meta(V, 64, dtype=torch.float32)):
+        triton_cross_entropy.rescale_(gradient, meta(dtype=torch.float32), 1e-6)
 
 
 def products(B, M, K, dtype=torch.bfloat16):

@@ -375,7 +375,7 @@ def test_a_rehearsal_compiles_one_block_of_a_kind_forward_and_backward(monkeypat
     monkeypatch.setattr(parallel, "compile_blocks", lambda model: compiled.extend(model.layers))
     config = settings.Config(**vars(tiny_config()) | {"sequence_length": 16, "micro_batch_size": 2, "dtype": "float32",
                                                       "device": "cpu", "document_mask": True})
-    train.rehearse(json.loads(json.dumps(dataclasses.asdict(config))), dense)
+    rehearsal.rehearse(json.loads(json.dumps(dataclasses.asdict(config))), dense)
     assert len(compiled) == 1 and isinstance(compiled[0].mlp, moe.MoE) != dense
     assert all(parameter.grad is not None for parameter in compiled[0].parameters())
 
