@@ -31,7 +31,7 @@ from errors import UserError
 from generate import encode_prompt, stream_text
 from kernels import backend
 from kernels.cross_entropy import IGNORE
-from kernels.selfcheck import compile_ahead, sizes
+from kernels.selfcheck import compile_ahead, pretend
 from model import build, count_parameters, flops_per_token, pick_device
 from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, schedule_factor
 
@@ -55,7 +55,7 @@ def train(argv, watch):
     layout = parallel.make_layout(config, device)
     micro_batch_size, accumulation = parallel.split_batch(config)
     if parallel.local_rank() == 0:
-        compile_ahead(config, micro_batch_size, device, rehearse="train:rehearse" if parallel.ranks() == 1 else None)
+        compile_ahead(config, micro_batch_size, device, rehearse=parallel.ranks() == 1 and "train:rehearse")
     parallel.announce(f"reading {config.data}", device)
     tokens_per_step = config.global_batch_size * config.sequence_length
 
@@ -343,18 +343,14 @@ def sample(model, encoder, prompt, config, step, log):
 
 
 def rehearse(values, dense):
-    """In a process of its own, before a run: forward and backward of one block for a micro-batch, so that the caches of
-    torch.compile hold it when the run compiles it. Only shapes count: weights and the results of our kernels are unset,
-    and attention is guessed to be the arm that usually wins."""
+    """In a process of its own: one block forward and backward for a micro-batch, so that torch.compile's caches hold it
+    when the run compiles it. Only shapes count: weights and our kernels' results are unset."""
     config = settings.Config(**values | {"num_hidden_layers": 1, "first_k_dense_replace": int(dense)})
-    device, rows, dtype = pick_device(config.device), parallel.split_batch(config)[0], getattr(torch, config.dtype)
+    device, rows = pick_device(config.device), parallel.split_batch(config)[0]
     if device.type == "cuda":
-        from kernels import attention, triton_ahead
-        triton_ahead.launch_nothing()
-        key = attention.arm_key(*sizes(config, rows)[0], config.document_mask)
-        attention.ARM[key] = "triton" if config.document_mask else "cudnn"
+        pretend(config, rows)
     model = build(config, device).train()
-    model.compute_dtype, model.layers[0].recompute = dtype, config.activation_checkpointing
+    model.compute_dtype, model.layers[0].recompute = getattr(torch, config.dtype), config.activation_checkpointing
     parallel.compile_blocks(model)
     tokens = torch.zeros(rows, config.sequence_length, dtype=torch.int64, device=device)
     with backend.running(device.type == "cuda"):

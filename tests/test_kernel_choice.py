@@ -369,6 +369,14 @@ def test_workers_start_only_for_what_is_not_remembered(monkeypatch):
     assert sorted(dense for _, dense in started[2][1]) == [False, True]
 
 
+def test_a_rehearsal_takes_the_arm_that_mostly_wins_and_launches_nothing(monkeypatch):
+    from kernels import triton_ahead
+    monkeypatch.setattr(triton_ahead.JITFunction, "run", triton_ahead.JITFunction.run)  # to be put back
+    selfcheck.pretend(small_config(), 2)
+    assert list(attention.ARM) == [attention.arm_key((2, 4, 16, 12), 8, torch.float32, False)]
+    assert list(attention.ARM.values()) == ["cudnn"] and triton_ahead.JITFunction.run(1, grid=2) is None
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_rehearsal_compiles_one_block_of_a_kind_forward_and_backward(monkeypatch, dense):
     compiled = []
