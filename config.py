@@ -78,8 +78,7 @@ class Config(ModelConfig):
     kernels: Literal["auto", "triton", "torch"] = setting(
         "auto", "auto: Triton on CUDA if it passes a short check, else torch; triton on a CPU: interpreted", "machine")
     kernels_tuning: Literal["auto", "off", "full"] = setting(
-        "auto", "tiles of the experts' kernels on CUDA; auto: remembered, or searched for some seconds; off: defaults; "
-        "full: all is checked and measured anew, for minutes", "machine")
+        "auto", "auto: tiles remembered, or searched for seconds; off: defaults; full: measure all anew", "machine")
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "recompute in the backward: nothing, all but matmuls, or whole blocks", "machine")
     seed: int = setting(0, "initial weights and data order", "machine")

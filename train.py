@@ -56,8 +56,7 @@ def train(argv, watch):
     layout = parallel.make_layout(config, device)
     micro_batch_size, accumulation = parallel.split_batch(config)
     if parallel.local_rank() == 0:
-        alone = parallel.ranks() == 1
-        compile_ahead(config, micro_batch_size, device, rehearse="rehearsal:rehearse" if alone else None)
+        compile_ahead(config, micro_batch_size, device, rehearse=parallel.ranks() == 1 and "rehearsal:rehearse")
     parallel.announce(f"reading {config.data}", device)
     tokens_per_step = config.global_batch_size * config.sequence_length
 

@@ -97,6 +97,15 @@ def compile_ahead(config, rows, device, wait=False, rehearse=None):
         ahead.wake_inductor()
 
 
+def pretend(config, rows):
+    """For a process that only fills torch.compile's caches: our kernels are not launched, and attention is the arm that
+    will probably be chosen."""
+    from kernels import triton_ahead
+    triton_ahead.launch_nothing()
+    arm = "triton" if config.document_mask else "cudnn"
+    attention.ARM[attention.arm_key(*sizes(config, rows)[0], config.document_mask)] = arm
+
+
 def fastest(config, rows, device):
     """What computes attention and the experts' matmuls fastest at the sizes of one micro-batch of `rows` sequences, and
     with which tiles: as remembered, or measured now. Returns lines to print and the choices in plain values, which

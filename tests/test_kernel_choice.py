@@ -1,25 +1,18 @@
 """Which kernels run: the decision, the check that auto makes first, what is remembered of it and compiled ahead of it,
 the search for tiles, and a whole run by either kind."""
 
-import dataclasses
 import json
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
 
-import config as settings
-import moe
-import parallel
-import train
 from errors import UserError
-from kernels import ahead, attention, backend, expert_tiles, selfcheck, tuning
+from kernels import attention, backend, expert_tiles, selfcheck, tuning
 from tests.helpers import ROOT, losses, run_train, tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -255,129 +248,6 @@ def test_only_tiles_that_fit_are_tried_and_the_one_in_use_is_first(monkeypatch, 
         assert all(expert_tiles.shared_bytes(kernel, tile, torch.bfloat16) <= shared for tile in tiles)
         assert tiles[0] == tuple(expert_tiles.blocks(kernel, 768, 256, 3584, torch.bfloat16).values())
         assert tuning.tiles_to_try(routed, "auto")[kernel] == tiles[:4]
-
-
-# ----------------------------------------------------------------------------- compiled ahead
-
-def run_on_pretend_driver(code, **environment):
-    """A Python process where Triton sees an H100 that is not there."""
-    head = """
-import sys, types, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-driver.set_active(types.SimpleNamespace(
-    launcher_cls=lambda source, metadata: print("launcher of", metadata.name),
-    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
-    get_current_stream=lambda device: 0))
-from kernels import selfcheck, triton_ahead as ahead
-"""
-    return subprocess.run([sys.executable, "-c", head + code], cwd=ROOT, text=True, capture_output=True,
-                          env={**os.environ, "TRITON_INTERPRET": "0", **environment})
-
-
-def test_workers_share_what_a_check_launches_and_fill_the_cache_for_a_launch(tmp_path):
-    """And one that cannot be compiled is told and left out."""
-    done = run_on_pretend_driver("""
-calls = selfcheck.CHECKED
-kinds = [kernel.__name__ for kernel, *_ in ahead.launches(calls, torch.bfloat16)]
-print("all", *kinds)
-launches = ahead.launches([["loss_of_chunk", 128, 512]], torch.bfloat16)
-launches.insert(1, (types.SimpleNamespace(__name__="broken", run=lambda *a, **k: 1 / 0), (), {}))
-ahead.launches = lambda *_: launches
-for part in range(2):
-    ahead.compile_share([], "bfloat16", part, 2)
-""", TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
-    assert "broken does not compile ahead: ZeroDivisionError" in done.stderr
-    kinds, *launchers = done.stdout.splitlines()
-    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("triton_*.py"))
-    assert set(re.findall(r"def (\w+_kernel)\(", sources)) == set(kinds.split()[1:])
-    assert launchers == ["launcher of cross_entropy_kernel"] * 2  # with and without the gradient
-    compiled = sorted(tmp_path.rglob("*.cubin"))
-    assert len(compiled) == 2
-    # A launch finds them: of the same kinds of arguments, on other pointers and sizes.
-    done = run_on_pretend_driver("""
-from kernels.triton_cross_entropy import cross_entropy_
-from triton.runtime.jit import JITFunction
-run = JITFunction.run
-JITFunction.run = lambda self, *a, grid, warmup, **k: run(self, *a, grid=grid, warmup=True, **k)
-cross_entropy_(torch.randn(256, 512).bfloat16(), torch.zeros(256, dtype=torch.int64), 0.5, -100, True)
-""", TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0 and sorted(tmp_path.rglob("*.cubin")) == compiled, done.stderr
-
-
-def pretend_workers(monkeypatch, code):
-    monkeypatch.setattr(subprocess, "Popen", lambda words, **options: POPEN([sys.executable, "-c", code], **options))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
-
-
-def test_workers_that_fail_or_hang_do_not_hold_up_the_run(monkeypatch, capfd):
-    pretend_workers(monkeypatch, "import sys; sys.exit('no CUDA')")
-    ahead.start("kernels", "a:b", ahead.shares([], torch.bfloat16), torch.device("cuda:0"))
-    assert len(ahead._running["kernels"]) == 3
-    ahead.finish("kernels", 60)
-    assert "no CUDA" in capfd.readouterr().err and not ahead._running
-    pretend_workers(monkeypatch, "import time; time.sleep(1000)")
-    ahead.start("kernels", "a:b", ahead.shares([], torch.bfloat16), torch.device("cuda:0"))
-    started, processes = time.monotonic(), ahead._running["kernels"]
-    ahead.finish("kernels", 0.2)
-    assert time.monotonic() - started < 60 and all(process.returncode for process in processes)
-    assert "for 3 processes that compile kernels; 3 were not done" in capfd.readouterr().out
-    ahead.finish("kernels", 0.2)  # nothing was started
-
-
-def test_what_fails_in_a_worker_is_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["-c", "[1, 0]"])
-    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    with pytest.raises(SystemExit, match="rehearse in a process of its own failed .ZeroDivisionError"):
-        def rehearse(a, b):
-            return a / b
-        ahead.serve(rehearse, 0)
-
-
-def test_a_worker_ends_with_the_process_that_started_it():
-    code = ("import sys, time, torch; from kernels import ahead; torch.cuda.set_device = lambda index: 0\n"
-            "sys.argv.append('[1000]'); ahead.serve(time.sleep, 0)")
-    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE)
-    timer = threading.Timer(120, worker.kill)
-    timer.start()
-    worker.stdin.close()
-    assert worker.wait() == 1
-    timer.cancel()
-
-
-def test_workers_start_only_for_what_is_not_remembered(monkeypatch):
-    started = []
-    monkeypatch.setattr(ahead, "start", lambda what, function, orders, _: started.append((what, orders)))
-    monkeypatch.setattr(ahead, "wake_inductor", lambda: None)
-    monkeypatch.setattr(backend, "INTERPRETED", False)
-    config = settings.Config(**vars(small_config(dtype="bfloat16")))
-    selfcheck.compile_ahead(config, 2, CPU)
-    assert not started
-    selfcheck.compile_ahead(config, 2, CUDA)
-    assert [what for what, _ in started] == ["kernels", "tiles"]
-    from kernels import triton_ahead
-    calls = [{name for name, *_ in orders[0][0]} for _, orders in started]
-    assert calls[0] == set(triton_ahead.CALLS) - {"with_tiles"} and calls[1] == {"with_tiles"}
-    tuning.remember(CUDA, {"checked torch.bfloat16": True, selfcheck._name(config, 2, True): {"attention": []}})
-    selfcheck.compile_ahead(config, 2, CUDA)
-    assert len(started) == 2
-    config.kernels_tuning = "full"
-    selfcheck.compile_ahead(config, 2, CUDA, rehearse="train:rehearse")
-    assert [what for what, _ in started[2:]] == ["blocks", "kernels", "tiles"]
-    assert sorted(dense for _, dense in started[2][1]) == [False, True]
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_rehearsal_compiles_one_block_of_a_kind_forward_and_backward(monkeypatch, dense):
-    compiled = []
-    monkeypatch.setattr(parallel, "compile_blocks", lambda model: compiled.extend(model.layers))
-    config = settings.Config(**vars(tiny_config()) | {"sequence_length": 16, "micro_batch_size": 2, "dtype": "float32",
-                                                      "device": "cpu", "document_mask": True})
-    rehearsal.rehearse(json.loads(json.dumps(dataclasses.asdict(config))), dense)
-    assert len(compiled) == 1 and isinstance(compiled[0].mlp, moe.MoE) != dense
-    assert all(parameter.grad is not None for parameter in compiled[0].parameters())
 
 
 @interpreted
