@@ -160,26 +160,17 @@ def weight_gradient_kernel(left, right, token_of, experts, out, M, N, GATHER_LEF
     expert, start, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     m = tl.program_id(0) % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // m_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    has_m, has_n = (m < M)[None, :], (n < N)[None, :]
     k = tl.arange(0, BLOCK_K)
-    if GATHER_LEFT:
-        straight = right + start.to(tl.int64) * N + k[:, None] * N + n[None, :]
-    else:
-        straight = left + start.to(tl.int64) * M + k[:, None] * M + m[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Tokens are read one step ahead: a load whose address is loaded in the same step would halve the pipeline's depth.
     token = tl.load(token_of + start + k, mask=start + k < end, other=0)
     for first in range(start, end, BLOCK_K):
         real = (first + k < end)[:, None]
-        mask_m, mask_n = (real, real) if EVEN else (real & has_m, real & has_n)
-        if GATHER_LEFT:
-            left_KM = tl.load(left + token.to(tl.int64)[:, None] * M + m[None, :], mask=mask_m, other=0)
-            right_KN = tl.load(straight, mask=mask_n, other=0)
-            straight += BLOCK_K * N
-        else:
-            left_KM = tl.load(straight, mask=mask_m, other=0)
-            right_KN = tl.load(right + token.to(tl.int64)[:, None] * N + n[None, :], mask=mask_n, other=0)
-            straight += BLOCK_K * M
+        left_row, right_row = (token, first + k) if GATHER_LEFT else (first + k, token)
+        left_KM = tl.load(left + left_row.to(tl.int64)[:, None] * M + m[None, :],
+                          mask=real if EVEN else real & (m < M)[None, :], other=0)
+        right_KN = tl.load(right + right_row.to(tl.int64)[:, None] * N + n[None, :],
+                           mask=real if EVEN else real & (n < N)[None, :], other=0)
         token = tl.load(token_of + first + BLOCK_K + k, mask=first + BLOCK_K + k < end, other=0)
         total = tl.dot(left_KM.T, right_KN, total, input_precision="ieee")
     place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
@@ -261,7 +252,8 @@ def down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F):
     weighted_SF = torch.empty(S, F, dtype=grad_ND.dtype, device=grad_ND.device)
     b = blocks("down_backward", D, F, S // E, grad_ND.dtype)
     n_blocks = triton.cdiv(F, b["BLOCK_N"])
-    products = torch.zeros(weights_NK.numel(), n_blocks, device=grad_ND.device)  # choices of other ranks stay 0
+    make = torch.empty if S == weights_NK.numel() else torch.zeros  # choices of other ranks stay 0
+    products = make(weights_NK.numel(), n_blocks, device=grad_ND.device)
     tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"], in_turn(down_EDF))
     down_backward_kernel[n_tiles * n_blocks,](
         grad_ND, down_EDF, order, tiles, weights_NK, z_S2F, dz_S2F, weighted_SF, products, token_S, D, F, n_blocks,
