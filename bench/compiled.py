@@ -147,6 +147,11 @@ def experts_fp32():
 
 
 @case
+def experts_fp16():
+    experts(4096, 768, 256, 64, 7, torch.float16)
+
+
+@case
 def experts_of_odd_width():
     experts(4096, 720, 208, 64, 7)
     experts(4096, 720, 200, 64, 7)

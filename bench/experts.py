@@ -1,5 +1,6 @@
 """The MoE layer without its shared expert, forward and backward: Triton's kernels against F.grouped_mm with index
-operations (eager and compiled) and the per-expert loop; then every matmul alone against F.grouped_mm.
+operations (eager and compiled) and the per-expert loop; then every matmul alone against F.grouped_mm. "triton, as
+trained" has fp32 matrices, whose gradients are fp32, and copies of them in the rows' dtype.
 
     python -m bench.experts
 """
@@ -52,10 +53,15 @@ def layer(shape, dtype, device):
     down = (random(E, D, width) / width**0.5).to(dtype).requires_grad_()
     bias, grad = torch.zeros(E, device=device), random(N, D).to(dtype)
 
-    def forward(logits, x, gate_up, down):
+    masters = [matrix.detach().float().requires_grad_() for matrix in (gate_up, down)]
+
+    def forward(logits, x, gate_up, down, copies=None):
         weights, chosen, balance, _ = routing.route(logits, bias, 1, K, scale=2.5)
-        y = experts.experts(x, weights, *routing.sort_by_expert(chosen, E), gate_up, down)
+        y = experts.experts(x, weights, *routing.sort_by_expert(chosen, E), gate_up, down, copies)
         return y, balance
+
+    def as_trained(logits, x, gate_up, down):
+        return forward(logits, x, *masters, copies=(gate_up.detach(), down.detach()))
 
     def arm(function, on=False, grouped=True):
         def run():
@@ -64,13 +70,13 @@ def layer(shape, dtype, device):
                 y, balance = function(logits, x, gate_up, down)
                 torch.autograd.backward((y, balance), (grad, torch.ones_like(balance)))
             experts._grouped_is_best = before
-            logits.grad = x.grad = gate_up.grad = down.grad = None
+            logits.grad = x.grad = gate_up.grad = down.grad = masters[0].grad = masters[1].grad = None
         return run
 
     arms = {"loop": arm(forward, grouped=False), "grouped_mm": arm(forward)}
     if device == "cuda":
         arms["compiled grouped_mm"] = arm(torch.compile(forward, dynamic=False))
-        arms["triton"] = arm(forward, on=True)
+        arms["triton"], arms["triton, as trained"] = arm(forward, on=True), arm(as_trained, on=True)
     for project, make in OTHERS.items():
         try:
             theirs = make(E, D, width)

@@ -12,16 +12,15 @@ from kernels import backend
 
 TILES = {}  # tile_key: tile, for kernels that were measured; the others have `default_tile`
 
-# What was fast on an H100, most promising first, with some that fit the 99 KB of smaller GPUs.
+# What was fast on an H100, most promising first, with some for the 99 KB of smaller GPUs. "up" has two sums a tile.
 _ROWS = ((128, 256, 64, 8, 3), (128, 256, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 8, 2),
          (64, 128, 64, 4, 3), (64, 256, 64, 4, 3))
 _GRADIENT = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3),
              (64, 256, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 32, 8, 4))
 PROMISING = {
-    "up": ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 8, 3), (128, 128, 32, 8, 3), (64, 64, 64, 4, 3),
-           (64, 128, 64, 4, 3)),  # it has two accumulators
+    "up": ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 8, 3), (128, 128, 32, 8, 3), (64, 64, 64, 4, 3)),
     "down_backward": ((128, 128, 64, 8, 3), (64, 128, 64, 8, 4), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3),
-                      (64, 128, 32, 8, 4), (64, 64, 64, 4, 3)),
+                      (64, 128, 32, 8, 4)),
     "y": _ROWS, "dx": _ROWS, "d_down": _GRADIENT, "d_gate_up": _GRADIENT}
 
 
@@ -41,19 +40,15 @@ def default_tile(kernel, D, F, rows_per_expert, dtype):
     return (64, 128, 64, 8, 4) if kernel == "down_backward" and F <= 512 else PROMISING[kernel][0]
 
 
-def shared_bytes(kernel, tile, dtype):
-    """Shared memory that a tile takes at most: the operands of every stage, or results on their way to wide stores."""
-    block_m, block_n, block_k, _, stages = tile
-    operands = (block_m + (2 if kernel == "up" else 1) * block_n) * block_k * dtype.itemsize
-    results = block_m * block_n * (4 if kernel.startswith("d_") else dtype.itemsize)
-    return max(stages * operands, results) + 1024
-
-
 def fits(kernel, tile, dtype, shared):
-    """Whether a tile fits `shared` bytes of shared memory and the registers: before Hopper, which has 227 KB, no more
-    than 64 sums a thread do."""
-    sums = (2 if kernel == "up" else 1) * tile[0] * tile[1] // (32 * tile[3])
-    return shared_bytes(kernel, tile, dtype) <= shared and (sums <= 64 or shared >= 227 * 1024)
+    """Whether the operands of all stages, and then the results on their way to wide stores, fit `shared` bytes, and the
+    sums the registers: before Hopper, which has 227 KB of shared memory, no more than 64 a thread do."""
+    block_m, block_n, block_k, warps, stages = tile
+    factors = 2 if kernel == "up" else 1
+    operands = stages * (block_m + factors * block_n) * block_k * dtype.itemsize
+    results = block_m * block_n * (4 if kernel.startswith("d_") else dtype.itemsize)
+    few_sums = factors * block_m * block_n <= 64 * 32 * warps or shared >= 227 * 1024
+    return max(operands, results) + 1024 <= shared and few_sums
 
 
 def candidates(kernel, dtype, shared):

@@ -8,7 +8,8 @@ needs no output of any expert (the idea of SonicMoE, arXiv 2512.14080, section 3
 
 Rows lie in expert order and no expert's rows are padded: a tile belongs to one expert, its last rows are masked. How
 many tiles there are is known only on the device; the grid has room for all cases, programs without one return at once.
-A tile's blocks of columns are neighbours in the grid: they run together and share its rows in the cache.
+A tile's blocks of columns are neighbours in the grid: they run together and share its rows in the cache. So do the
+tiles of some experts (in_turn).
 Shapes: experts.py. M, N, K in a kernel are the sides of its matmul.   Next: experts.py, triton_routing.py (tile_map).
 """
 
@@ -24,6 +25,7 @@ from kernels.expert_tiles import TILES, blocks, tile_key
 from kernels.triton_routing import tile_map
 
 LIBRARY = set()  # the products that F.grouped_mm computes, of "y", "dx", "d_down", "d_gate_up": see choose_products
+IN_L2 = 16 * 2**20  # bytes of matrices that may stay there, of 40 to 126 MB that GPUs have
 
 # ----------------------------------------------------------------------------- kernels
 
@@ -158,26 +160,17 @@ def weight_gradient_kernel(left, right, token_of, experts, out, M, N, GATHER_LEF
     expert, start, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     m = tl.program_id(0) % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // m_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    has_m, has_n = (m < M)[None, :], (n < N)[None, :]
     k = tl.arange(0, BLOCK_K)
-    if GATHER_LEFT:
-        straight = right + start.to(tl.int64) * N + k[:, None] * N + n[None, :]
-    else:
-        straight = left + start.to(tl.int64) * M + k[:, None] * M + m[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Tokens are read one step ahead: a load whose address is loaded in the same step would halve the pipeline's depth.
     token = tl.load(token_of + start + k, mask=start + k < end, other=0)
     for first in range(start, end, BLOCK_K):
         real = (first + k < end)[:, None]
-        mask_m, mask_n = (real, real) if EVEN else (real & has_m, real & has_n)
-        if GATHER_LEFT:
-            left_KM = tl.load(left + token.to(tl.int64)[:, None] * M + m[None, :], mask=mask_m, other=0)
-            right_KN = tl.load(straight, mask=mask_n, other=0)
-            straight += BLOCK_K * N
-        else:
-            left_KM = tl.load(straight, mask=mask_m, other=0)
-            right_KN = tl.load(right + token.to(tl.int64)[:, None] * N + n[None, :], mask=mask_n, other=0)
-            straight += BLOCK_K * M
+        left_row, right_row = (token, first + k) if GATHER_LEFT else (first + k, token)
+        left_KM = tl.load(left + left_row.to(tl.int64)[:, None] * M + m[None, :],
+                          mask=real if EVEN else real & (m < M)[None, :], other=0)
+        right_KN = tl.load(right + right_row.to(tl.int64)[:, None] * N + n[None, :],
+                           mask=real if EVEN else real & (n < N)[None, :], other=0)
         token = tl.load(token_of + first + BLOCK_K + k, mask=first + BLOCK_K + k < end, other=0)
         total = tl.dot(left_KM.T, right_KN, total, input_precision="ieee")
     place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
@@ -220,12 +213,18 @@ def combine(rows_SD, place_NJ, weights_NJ=None):
     return out_ND
 
 
+def in_turn(weight_EKN):
+    """How many experts take turns where rows are gathered: each has its tokens in ascending order, so that those that
+    run together read the same rows, once from memory and then from L2; their matrices must have room there too."""
+    return max(1, IN_L2 // (weight_EKN[0].numel() * weight_EKN.element_size()))
+
+
 def up(x_ND, gate_up_E2FD, order, counts_E, top_k):
     """z_S2F and a_SF: the rows' products with gate and up of their experts, and SwiGLU of them."""
     (E, F2, D), S = gate_up_E2FD.shape, len(order)
     z_S2F, a_SF = (torch.empty(S, width, dtype=x_ND.dtype, device=x_ND.device) for width in (F2, F2 // 2))
     b = blocks("up", D, F2 // 2, S // E, x_ND.dtype)
-    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
+    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"], in_turn(gate_up_E2FD))
     n_blocks = triton.cdiv(F2 // 2, b["BLOCK_N"])
     up_kernel[n_tiles * n_blocks,](
         x_ND, gate_up_E2FD, order, tiles, z_S2F, a_SF, D, F2 // 2, n_blocks, top_k, D % b["BLOCK_K"] == 0, **b)
@@ -253,8 +252,9 @@ def down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F):
     weighted_SF = torch.empty(S, F, dtype=grad_ND.dtype, device=grad_ND.device)
     b = blocks("down_backward", D, F, S // E, grad_ND.dtype)
     n_blocks = triton.cdiv(F, b["BLOCK_N"])
-    products = torch.zeros(weights_NK.numel(), n_blocks, device=grad_ND.device)  # choices of other ranks stay 0
-    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
+    make = torch.empty if S == weights_NK.numel() else torch.zeros  # choices of other ranks stay 0
+    products = make(weights_NK.numel(), n_blocks, device=grad_ND.device)
+    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"], in_turn(down_EDF))
     down_backward_kernel[n_tiles * n_blocks,](
         grad_ND, down_EDF, order, tiles, weights_NK, z_S2F, dz_S2F, weighted_SF, products, token_S, D, F, n_blocks,
         top_k, D % b["BLOCK_K"] == 0, **b)

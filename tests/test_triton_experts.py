@@ -149,12 +149,16 @@ def test_sort_equals_its_twin(n, n_experts, top_k, seed, some_elsewhere, element
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, twins))
 
 
-@pytest.mark.parametrize("counts", [[5, 0, 16, 17], [0, 0, 0], [0, 64], [1] * 40])
-def test_tile_map_covers_every_row_once(counts):
-    tiles, n_tiles = triton_routing.tile_map(torch.tensor(counts, device=DEVICE), sum(counts), 16)
+@pytest.mark.parametrize("counts", [[5, 0, 16, 17], [0, 0, 0], [0, 64], [1] * 40, [90, 3, 0, 200, 17, 64, 33]])
+@pytest.mark.parametrize("group", [1, 2, 3, 100])
+def test_tile_map_covers_every_row_once(counts, group):
+    with poisoned_memory():
+        tiles, n_tiles = triton_routing.tile_map(torch.tensor(counts, device=DEVICE), sum(counts), 16, group)
     found = [(e, row) for e, start, end in tiles[:n_tiles].tolist() for row in range(start, min(start + 16, end))]
     starts = [sum(counts[:e]) for e in range(len(counts))]
     assert sorted(found) == [(e, starts[e] + i) for e, count in enumerate(counts) for i in range(count)]
+    turns = [(e // group, (start - starts[e]) // 16, e) for e, start, end in tiles.tolist() if start < end]
+    assert turns == sorted(turns) and all(row == [0, 0, 0] for row in tiles[len(turns):].tolist())
 
 
 # ---------------------------------------------------------------------- experts
@@ -304,6 +308,9 @@ def test_gradients_of_matrices_are_in_their_own_dtype(monkeypatch, library):
     expected = [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
     assert [t.dtype for t in ours] == [torch.float32] * 3 + [torch.float64] * 2
     assert all(close(a, b) for a, b in zip(ours, expected)) and not ours[3][4].any()  # nobody chose the last
+    token_S, counts = torch.arange(50, device=DEVICE, dtype=torch.int32), torch.tensor([20, 30], device=DEVICE)
+    made = triton_experts.weight_gradient("d_down", inputs[0], grad, token_S, counts, torch.float64)  # no cast after it
+    assert made.dtype == torch.float64
 
 
 def test_copies_are_what_is_computed_with():
