@@ -35,6 +35,7 @@ def attend(B, T, H, Q, V, documents=False, dtype=torch.bfloat16):
     triton_attention.forward(q, k, v, 0.1, first)
     triton_attention.backward(o, q, k, v, o, meta(B, H, T, dtype=torch.float32), 0.1, first)
     triton_attention.max_logits(q, k, 0.1, first)
+    triton_attention.max_logits(q, k, 0.1, first, meta(B, H, T, dtype=torch.float32), meta(H, dtype=torch.float32))
 
 
 def route_and_sort(T, B, E, K, n_group=1, topk_group=1):
