@@ -104,25 +104,32 @@ def mlp_grouped(rows_SD, counts_E, gate_up_E2FD, down_EDF):
     return F.grouped_mm(hidden, down_EDF.mT, offs=ends_E)
 
 
-def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
+def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, addends=()):
     """Weighted sum of the chosen experts' outputs for every token, accumulated in fp32.
 
     order, inverse, counts_E come from routing.sort_by_expert; gate_up_E2FD stacks gate over up (Hugging Face's order).
-    Where some choices are experts of another rank, order is shorter and has the rest. Returns y_ND in x's dtype.
+    Where some choices are experts of another rank, order is shorter and has the rest. Returns y_ND in x's dtype, plus
+    the addends, at most two of as many numbers, which Triton's kernel adds before it rounds.
     """
     top_k = weights_NK.shape[1]
     gate_up_E2FD, down_EDF = gate_up_E2FD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
     if backend.triton_runs(x_ND):
-        return _experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF)[0]
+        return _experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, *addends)[0]
     mlp = mlp_grouped if _grouped_is_best(x_ND, gate_up_E2FD) else mlp_loop
     if len(order) < len(inverse):  # a padded (N, K, D) would be mostly empty
         token_S, from_NK = order // top_k, inverse.view_as(weights_NK)
         outputs_SD = mlp(TakeRows.apply(x_ND, token_S, from_NK), counts_E, gate_up_E2FD, down_EDF)
-        return SumRows.apply(outputs_SD, token_S, from_NK, weights_NK, order)
+        return add_all(SumRows.apply(outputs_SD, token_S, from_NK, weights_NK, order), addends)
     rows_SD = PermuteRows.apply(x_ND, order, inverse, top_k)
     outputs_SD = mlp(rows_SD, counts_E, gate_up_E2FD, down_EDF)
     outputs_NKD = PermuteRows.apply(outputs_SD, inverse, order, 1).unflatten(0, (-1, top_k))
-    return torch.bmm(weights_NK.unsqueeze(1), outputs_NKD.to(weights_NK.dtype)).squeeze(1).to(x_ND.dtype)
+    y_ND = torch.bmm(weights_NK.unsqueeze(1), outputs_NKD.to(weights_NK.dtype)).squeeze(1).to(x_ND.dtype)
+    return add_all(y_ND, addends)
+
+
+def add_all(y_ND, addends):
+    """y_ND plus every addend, in order."""
+    return sum((addend.reshape(y_ND.shape) for addend in addends), y_ND)
 
 
 def _grouped_is_best(x_ND, gate_up_E2FD):
@@ -136,14 +143,14 @@ def _grouped_is_best(x_ND, gate_up_E2FD):
 
 @torch.library.custom_op("nanok2::experts", mutates_args=())
 def _experts(x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor,
-             down_EDF: Tensor) -> tuple[Tensor, Tensor]:
+             down_EDF: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from kernels import triton_experts
     return triton_experts.forward(x_ND.contiguous(), weights_NK.contiguous(), order, inverse, counts_E,
-                                  gate_up_E2FD.contiguous(), down_EDF.contiguous())
+                                  gate_up_E2FD.contiguous(), down_EDF.contiguous(), first, second)
 
 
 @_experts.register_fake
-def _(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
+def _(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, first=None, second=None):
     return x_ND.new_empty(x_ND.shape), x_ND.new_empty(len(order), gate_up_E2FD.shape[1])
 
 
@@ -162,15 +169,18 @@ def _(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_ED
 
 
 def _keep_for_backward(ctx, inputs, output):
+    *inputs, first, second = inputs
     ctx.save_for_backward(*inputs, output[1])
+    ctx.shapes = [None if addend is None else addend.shape for addend in (first, second)]
     ctx.set_materialize_grads(False)  # z has no gradient
 
 
 def _backward(ctx, grad_ND, _):
     if grad_ND is None:
-        return (None,) * 7
+        return (None,) * 9
     grad_x, grad_weights, grad_gate_up, grad_down = _experts_backward(grad_ND, *ctx.saved_tensors)
-    return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down
+    grad_addends = [None if shape is None else grad_ND.view(shape) for shape in ctx.shapes]
+    return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down, *grad_addends
 
 
 _experts.register_autograd(_backward, setup_context=_keep_for_backward)
