@@ -102,6 +102,7 @@ class MLA(nn.Module):
         self.kv_a_proj_with_mqa = Linear(c.hidden_size, self.R + self.P)
         self.kv_a_layernorm = RMSNorm(self.R, 1e-6)
         self.kv_b_proj = Linear(self.R, self.H * (self.N + self.U))
+        self.kv_b_proj.copied = dict  # none: keys_and_values takes it to pieces first
         self.o_proj = Linear(self.H * self.U, c.hidden_size)
         self.register_buffer("exact_above", torch.tensor(float("-inf")), persistent=False)  # causal_attention's
 

@@ -163,8 +163,8 @@ class Block(nn.Module):
         x_BTD = x_BTD + attended
         hidden = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            output, balance, counts_E = self.mlp(hidden)
-            return x_BTD + output, max_H, balance, counts_E
+            x_BTD, balance, counts_E = self.mlp(hidden, x_BTD)
+            return x_BTD, max_H, balance, counts_E
         return x_BTD + self.mlp(hidden), max_H, None, None
 
 

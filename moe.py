@@ -64,13 +64,13 @@ class Experts(nn.Module):
         """{attribute for a rounded copy: the parameters that it stacks}."""
         return {"gate_up_copy": [self.gate_up_proj], "down_copy": [self.down_proj]}
 
-    def forward(self, x_ND, weights_NK, experts_NK, n_choices=None):
-        """The weighted sum of every row's experts. n_choices: how many of the choices are experts held here, if not
-        all; the others read as the number of experts held."""
+    def forward(self, x_ND, weights_NK, experts_NK, n_choices=None, addends=()):
+        """The weighted sum of every row's experts, plus the addends. n_choices: how many of the choices are experts
+        held here, if not all; the others read as the number of experts held."""
         gate_up, down = self.held(self.gate_up_proj), self.held(self.down_proj)
         order, inverse, counts_E = routing.sort_by_expert(experts_NK, gate_up.shape[0], n_choices)
         copies = None if self.gate_up_copy is None else (self.gate_up_copy, self.down_copy)
-        return expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, gate_up, down, copies)
+        return expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, gate_up, down, copies, addends)
 
 
 class LocalDispatch:
@@ -98,18 +98,23 @@ class MoE(nn.Module):
         self.gate, self.experts, self.shared_experts = router, experts, shared_experts
         self.dispatch = LocalDispatch()
 
-    def forward(self, x_BTD):
-        """Returns y_BTD, the sequence balance loss summed over the batch (unweighted), and counts_E (int64).
+    def forward(self, x_BTD, residual_BTD=None):
+        """Returns y_BTD, plus the residual if given; the sequence balance loss summed over the batch (unweighted); and
+        counts_E (int64), not accumulated here, so that recomputing a block cannot count a token twice.
 
-        The counts are returned, not accumulated here, so that recomputing a block cannot count a token twice.
+        The experts' operator takes the residual as it is, not as a view: torch.compile then keeps it for the backward,
+        where it would otherwise add up its parts again in every kernel that wants it.
         """
         x_ND = x_BTD.flatten(0, 1)
         weights_NK, experts_NK, balance, counts_E = self.gate(x_ND, x_BTD.shape[0])
-        return self.compute(x_ND, weights_NK, experts_NK).view_as(x_BTD), balance, counts_E
+        return self.compute(x_ND, weights_NK, experts_NK, residual_BTD).view_as(x_BTD), balance, counts_E
 
-    def compute(self, x_ND, weights_NK, experts_NK):
+    def compute(self, x_ND, weights_NK, experts_NK, residual_BTD):
         """The experts' part, between the router's choice and the result."""
         handle = self.dispatch.send(x_ND, weights_NK, experts_NK)
         shared_ND = self.shared_experts(x_ND) if self.shared_experts is not None else None  # while rows are in flight
+        addends = [addend for addend in (shared_ND, residual_BTD) if addend is not None]
+        if isinstance(self.dispatch, LocalDispatch):
+            return self.experts(*self.dispatch.receive(handle), addends=addends)
         y_ND = self.dispatch.collect(self.experts(*self.dispatch.receive(handle)), handle)
-        return y_ND if shared_ND is None else y_ND + shared_ND
+        return expert_kernels.add_all(y_ND, addends)

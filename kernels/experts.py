@@ -104,11 +104,12 @@ def mlp_grouped(rows_SD, counts_E, gate_up_E2FD, down_EDF):
     return F.grouped_mm(hidden, down_EDF.mT, offs=ends_E)
 
 
-def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, copies=None):
+def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, copies=None, addends=()):
     """Weighted sum of the chosen experts' outputs for every token, accumulated in fp32.
 
     order, inverse, counts_E come from routing.sort_by_expert; gate_up_E2FD stacks gate over up (Hugging Face's order).
-    Where some choices are experts of another rank, order is shorter and has the rest. Returns y_ND in x's dtype.
+    Where some choices are experts of another rank, order is shorter and has the rest. Returns y_ND in x's dtype, plus
+    the addends, at most two of as many numbers, which Triton's kernel adds before it rounds.
     The matrices may be in another dtype than x, fp32 with bf16: what is computed with is then `copies`, both matrices
     in x's dtype, if the caller keeps them, and else made here. Gradients are in the matrices' own dtype; Triton's
     kernels write them from their fp32 sums, unrounded, the twins round them to x's dtype first.
@@ -117,17 +118,23 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, 
     if backend.triton_runs(x_ND):
         if copies is None:
             copies = [None if m.dtype == x_ND.dtype else m.detach().to(x_ND.dtype) for m in matrices]
-        return _experts(x_ND, weights_NK, order, inverse, counts_E, *matrices, *copies)[0]
+        return _experts(x_ND, weights_NK, order, inverse, counts_E, *matrices, *copies, *addends)[0]
     gate_up_E2FD, down_EDF = (m.to(x_ND.dtype) for m in matrices)
     mlp = mlp_grouped if _grouped_is_best(x_ND, gate_up_E2FD) else mlp_loop
     if len(order) < len(inverse):  # a padded (N, K, D) would be mostly empty
         token_S, from_NK = order // top_k, inverse.view_as(weights_NK)
         outputs_SD = mlp(TakeRows.apply(x_ND, token_S, from_NK), counts_E, gate_up_E2FD, down_EDF)
-        return SumRows.apply(outputs_SD, token_S, from_NK, weights_NK, order)
+        return add_all(SumRows.apply(outputs_SD, token_S, from_NK, weights_NK, order), addends)
     rows_SD = PermuteRows.apply(x_ND, order, inverse, top_k)
     outputs_SD = mlp(rows_SD, counts_E, gate_up_E2FD, down_EDF)
     outputs_NKD = PermuteRows.apply(outputs_SD, inverse, order, 1).unflatten(0, (-1, top_k))
-    return torch.bmm(weights_NK.unsqueeze(1), outputs_NKD.to(weights_NK.dtype)).squeeze(1).to(x_ND.dtype)
+    y_ND = torch.bmm(weights_NK.unsqueeze(1), outputs_NKD.to(weights_NK.dtype)).squeeze(1).to(x_ND.dtype)
+    return add_all(y_ND, addends)
+
+
+def add_all(y_ND, addends):
+    """y_ND plus every addend, in order."""
+    return sum((addend.reshape(y_ND.shape) for addend in addends), y_ND)
 
 
 def _grouped_is_best(x_ND, gate_up_E2FD):
@@ -143,16 +150,17 @@ def _grouped_is_best(x_ND, gate_up_E2FD):
 
 @torch.library.custom_op("nanok2::experts", mutates_args=())
 def _experts(x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor,
-             down_EDF: Tensor, gate_up_copy: Tensor | None = None, down_copy: Tensor | None = None
-             ) -> tuple[Tensor, Tensor]:
+             down_EDF: Tensor, gate_up_copy: Tensor | None = None, down_copy: Tensor | None = None,
+             first: Tensor | None = None, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from kernels import triton_experts
     gate_up, down = _computed_with(gate_up_E2FD, down_EDF, gate_up_copy, down_copy)
     return triton_experts.forward(x_ND.contiguous(), weights_NK.contiguous(), order, inverse, counts_E,
-                                  gate_up.contiguous(), down.contiguous())
+                                  gate_up.contiguous(), down.contiguous(), first, second)
 
 
 @_experts.register_fake
-def _(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, gate_up_copy=None, down_copy=None):
+def _(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, gate_up_copy=None, down_copy=None, first=None,
+      second=None):
     return x_ND.new_empty(x_ND.shape), x_ND.new_empty(len(order), gate_up_E2FD.shape[1])
 
 
@@ -176,17 +184,18 @@ def _(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_ED
 
 
 def _keep_for_backward(ctx, inputs, output):
-    *rows, gate_up, down, gate_up_copy, down_copy = inputs
+    *rows, gate_up, down, gate_up_copy, down_copy, first, second = inputs
     ctx.save_for_backward(*rows, *_computed_with(gate_up, down, gate_up_copy, down_copy), output[1])
-    ctx.dtype = gate_up.dtype
+    ctx.dtype, ctx.shapes = gate_up.dtype, [None if addend is None else addend.shape for addend in (first, second)]
     ctx.set_materialize_grads(False)  # z has no gradient
 
 
 def _backward(ctx, grad_ND, _):
     if grad_ND is None:
-        return (None,) * 9
+        return (None,) * 11
     grad_x, grad_weights, grad_gate_up, grad_down = _experts_backward(grad_ND, *ctx.saved_tensors, ctx.dtype)
-    return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down, None, None
+    grad_addends = [None if shape is None else grad_ND.view(shape) for shape in ctx.shapes]
+    return grad_x, grad_weights, None, None, None, grad_gate_up, grad_down, None, None, *grad_addends
 
 
 _experts.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -178,9 +178,10 @@ def weight_gradient_kernel(left, right, token_of, experts, out, M, N, GATHER_LEF
 
 
 @triton.jit
-def combine_kernel(rows, place, weights, out, n_tokens, n_rows, D, J: tl.constexpr, WEIGHTED: tl.constexpr,
-                   BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def combine_kernel(rows, place, weights, first, second, out, n_tokens, n_rows, D, J: tl.constexpr,
+                   WEIGHTED: tl.constexpr, ADDENDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     # out[t] = sum over j of weights[t, j] * rows[place[t, j]], j in order, in fp32; places from n_rows on add nothing.
+    # Then first[t] and second[t] are added, as many as there are.
     # Grid: blocks of tokens, blocks of D.
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -195,21 +196,30 @@ def combine_kernel(rows, place, weights, out, n_tokens, n_rows, D, J: tl.constex
         else:
             total += values.to(tl.float32)
     place = token.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(out + place, total, mask=(token < n_tokens)[:, None] & (d < D)[None, :])
+    inside = (token < n_tokens)[:, None] & (d < D)[None, :]
+    if ADDENDS >= 1:
+        total += tl.load(first + place, mask=inside, other=0).to(tl.float32)
+    if ADDENDS == 2:
+        total += tl.load(second + place, mask=inside, other=0).to(tl.float32)
+    tl.store(out + place, total, mask=inside)
 
 
 # ----------------------------------------------------------------------------- launchers
 
-def combine(rows_SD, place_NJ, weights_NJ=None):
-    """y_ND = sum over j of weights_NJ * rows_SD[place_NJ], in the rows' dtype; experts.sum_rows is its twin."""
+def combine(rows_SD, place_NJ, weights_NJ=None, first=None, second=None):
+    """y_ND = sum over j of weights_NJ * rows_SD[place_NJ], in the rows' dtype; experts.sum_rows is its twin. first and
+    second are added to it."""
     rows_SD, place_NJ = rows_SD.contiguous(), place_NJ.contiguous()
     (n_tokens, J), (n_rows, D) = place_NJ.shape, rows_SD.shape
     out_ND = torch.empty(n_tokens, D, dtype=rows_SD.dtype, device=rows_SD.device)
     block_t, block_d = (64, triton.next_power_of_2(D)) if backend.INTERPRETED else (8, 256)
     weights = rows_SD if weights_NJ is None else weights_NJ.contiguous()
+    addends = [addend.contiguous() for addend in (first, second) if addend is not None]
+    pointers = (*addends, rows_SD, rows_SD)[:2]  # of what is not there nothing is read
     if n_tokens:
         combine_kernel[triton.cdiv(n_tokens, block_t), triton.cdiv(D, block_d)](
-            rows_SD, place_NJ, weights, out_ND, n_tokens, n_rows, D, J, weights_NJ is not None, block_t, block_d)
+            rows_SD, place_NJ, weights, *pointers, out_ND, n_tokens, n_rows, D, J, weights_NJ is not None, len(addends),
+            block_t, block_d)
     return out_ND
 
 
@@ -280,11 +290,11 @@ def weight_gradient(product, left, right, token_S, counts_E, dtype):
     return out_EMN
 
 
-def forward(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF):
-    """Returns y_ND and z_S2F, the pre-activation that the backward wants."""
+def forward(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, first=None, second=None):
+    """Returns y_ND, with first and second added where given, and z_S2F, the pre-activation that the backward wants."""
     z_S2F, a_SF = up(x_ND, gate_up_E2FD, order, counts_E, weights_NK.shape[1])
     y_SD = down("y", a_SF, down_EDF.mT, counts_E)
-    return combine(y_SD, inverse.view_as(weights_NK), weights_NK), z_S2F
+    return combine(y_SD, inverse.view_as(weights_NK), weights_NK, first, second), z_S2F
 
 
 def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F, dtype):

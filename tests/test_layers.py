@@ -169,8 +169,9 @@ def test_copies_are_of_all_matrices_of_the_blocks_and_in_no_state_dict():
     names, state = {id(p): name for name, p in model.named_parameters()}, set(model.state_dict())
     model.make_copies()
     copied = sorted(names[id(weight)] for weight in model.copies.weights)
+    others = ("gate.weight", "kv_b_proj.weight")
     assert copied == sorted(name for name, p in model.named_parameters() if p.ndim > 1
-                            and name.startswith("model.layers") and not name.endswith("gate.weight"))
+                            and name.startswith("model.layers") and not name.endswith(others))
     assert set(model.state_dict()) == state
     mlp, first = model.layers[0].mlp, model.copies.copies
     assert mlp.gate_up_copy.data_ptr() in {part.data_ptr() for part in first} and mlp.gate_proj.weight_copy is None

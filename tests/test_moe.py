@@ -78,6 +78,14 @@ def make_moe(n_experts=6, top_k=2, shared=None):
     return moe
 
 
+@pytest.mark.parametrize("shared", [None, torch.nn.Linear(16, 16)])
+def test_the_residual_is_added_bit_by_bit_as_it_was(shared):
+    moe, (x, residual) = make_moe(shared=shared), torch.randn(2, 3, 7, 16)
+    plain, balance, counts = moe(x)
+    ours = moe(x, residual)
+    assert torch.equal(ours[0], residual + plain) and torch.equal(ours[1], balance) and torch.equal(ours[2], counts)
+
+
 def double_loop(moe, x_ND):
     """Every token, every chosen expert, one matrix-vector product at a time."""
     weights, chosen, *_ = moe.gate(x_ND)

@@ -342,8 +342,8 @@ def test_blocks_compile_inside_of_what_shards_them(base, pool, tmp_path):
     options = ["--max_steps=4", "--save_interval=0", "--eval_interval=0", "--dtype=bfloat16", "--compile"]
     options += ["--num_hidden_layers=4"]
     breaks, graphs = pool.run(2, compiled, base[1], f"--out_dir={tmp_path / 'fsdp'}", *options)[0]
-    assert not breaks and graphs == 2  # one for the dense block, one for all others: nothing is compiled again
+    assert not breaks and graphs == 3  # the dense block, all others, the last norm: nothing is compiled again
     breaks, graphs = pool.run(2, compiled, base[1], f"--out_dir={tmp_path / 'ep'}", *options, "--ep=2")[0]
-    assert sum(breaks.values()) == 3 and graphs <= 7  # one break in each MoE block, around what travels
+    assert sum(breaks.values()) == 3 and graphs <= 8  # one break in each MoE block, around what travels
     for one, other in zip(losses(tmp_path / "fsdp"), losses(tmp_path / "ep")):
         assert one[1] == pytest.approx(other[1], abs=0.02)

@@ -231,6 +231,24 @@ def test_combine_equals_its_twin(n, width, J, n_rows, weighted, seed):
         assert close(ours, experts.sum_rows(rows, place, weights))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("n_tokens", [0, 1, 37])
+def test_addends_are_added_with_their_gradients(count, n_tokens):
+    """To what the operator gives without them; the first may have other dimensions."""
+    inputs, chosen, grad = random_case(n_tokens, 20, 12, 4, 2, torch.Generator().manual_seed(0), "even")
+    inputs, chosen, grad = [t.to(DEVICE) for t in inputs], chosen.to(DEVICE), grad.to(DEVICE)
+    addends = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, n_tokens, 20), (n_tokens, 20))]
+    sorted_ones = routing.sort_by_expert(chosen, 4)
+    for on in (True, False):
+        plain, *expected = run_experts(on, inputs, chosen, 4, None, grad)
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        with backend.running(on), poisoned_memory():
+            y = experts.experts(*leaves[:2], *sorted_ones, *leaves[2:], addends=addends[:count])
+            *grads, of_first = torch.autograd.grad(y, [*leaves, addends[0]], grad)
+        assert close(y, plain + sum(addend.view_as(plain) for addend in addends[:count]))
+        assert torch.equal(of_first, grad[None]) and all(close(a, b) for a, b in zip(grads, expected))
+
+
 def test_products_by_the_library_are_the_same(monkeypatch):
     inputs, chosen, grad = random_case(50, 8, 16, 4, 2, torch.Generator().manual_seed(0), "even")
     inputs, chosen, grad = [t.to(DEVICE) for t in inputs], chosen.to(DEVICE), grad.to(DEVICE)
