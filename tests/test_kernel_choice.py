@@ -245,7 +245,7 @@ def test_only_tiles_that_fit_are_tried_and_the_one_in_use_is_first(monkeypatch, 
     routed = 32768, 7, 64, 768, 256, torch.bfloat16
     for kernel, tiles in tuning.tiles_to_try(routed, "full").items():
         assert len(set(tiles)) == len(tiles) > 1
-        assert all(expert_tiles.shared_bytes(kernel, tile, torch.bfloat16) <= shared for tile in tiles)
+        assert all(expert_tiles.fits(kernel, tile, torch.bfloat16, shared) for tile in tiles)
         assert tiles[0] == tuple(expert_tiles.blocks(kernel, 768, 256, 3584, torch.bfloat16).values())
         assert tuning.tiles_to_try(routed, "auto")[kernel] == tiles[:4]
 
