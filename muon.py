@@ -30,7 +30,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from errors import UserError
 from kernels import momentum
 from kernels.newton_schulz import newton_schulz, newton_schulz_replayed
-from owners import BUCKET_ELEMENTS, Stack, make_plan
+from owners import BUCKET_ELEMENTS, Job, Stack, make_plan
 
 # name ending -> (optimizer, how a parameter splits into logical matrices along its rows)
 ROUTES = {
@@ -135,6 +135,9 @@ class Muon(torch.optim.Optimizer):
         self.wire_dtype = torch.bfloat16 if ns_dtype == torch.bfloat16 else torch.float32
         self.exchange = exchange
         self.traffic = {"collectives": 0, "bytes": 0}  # what this rank's exchanges have sent so far
+        device = self.param_groups[0]["params"][0].device
+        number = lambda: torch.zeros((), device=device)
+        self.rates, self.count = {"muon": number(), "adamw": number()} if device.type == "cuda" else {}, number()
         for group in self.param_groups:
             for p in group["params"]:
                 keys = ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
@@ -159,8 +162,8 @@ class Muon(torch.optim.Optimizer):
         self.plan = make_plan(self.stacks, everyone, bucket_elements)
         if sharded and len(set(_from_all_ranks(self.plan.digest()))) > 1:
             raise RuntimeError("the ranks disagree about the parameters: do all run the same code and settings?")
-        local = [_Job(batch, self.plan, self.rank) for batch in self.plan.local_batches(self.rank)]
-        self.buckets = [_Job(bucket, self.plan, self.rank) for bucket in self.plan.buckets]
+        local = [Job(batch, self.plan, self.rank) for batch in self.plan.local_batches(self.rank)]
+        self.buckets = [Job(bucket, self.plan, self.rank) for bucket in self.plan.buckets]
         turns = itertools.zip_longest(local, self.buckets)  # something to compute while a bucket travels
         self.jobs = [job for turn in turns for job in turn if job is not None]
 
@@ -182,20 +185,34 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.begin_step()
+        self.update()
+        return loss
+
+    def begin_step(self):
+        """Count the step, and bring the device what it needs of the host: the rates and the count."""
         for group in self.param_groups:
             group["step"] += 1
+            if self.rates:
+                self.rates[group["kind"]].fill_(group["lr"])
+                self.count.fill_(group["step"])
+
+    @torch.no_grad()
+    def update(self):
+        """The rest of the step; on one CUDA device it asks the host for nothing, so that a graph can replay it."""
+        for group in self.param_groups:
             params = [local_rows(p)[0] for p in group["params"]]
             grads = [torch.zeros_like(part).float() if p.grad is None else local_rows(p.grad)[0].float()
                      for p, part in zip(group["params"], params)]
-            (self._muon if group["kind"] == "muon" else self._adamw)(group, params, grads)
-        return loss
+            rate = self.rates[group["kind"]] if self.rates else group["lr"]
+            (self._muon if group["kind"] == "muon" else self._adamw)(group, params, grads, rate)
 
-    def _muon(self, group, params, grads):
+    def _muon(self, group, params, grads, rate):
         momenta = [local_rows(self.state[p]["momentum"])[0] for p in group["params"]]
         directions = momentum.directions(momenta, grads, self._noise(grads), self.momentum, self.nesterov,
                                          self.wire_dtype)
         params = [p.view(-1, p.shape[-1]) for p in params]
-        (self._by_owners if self.exchange == "owners" else self._by_all)(group, params, directions)
+        (self._by_owners if self.exchange == "owners" else self._by_all)(group, params, directions, rate)
 
     def _noise(self, grads):
         """Per gradient the rows (bool) of matrices that have no gradient but rounding noise (NOISE). P pieces of
@@ -209,13 +226,12 @@ class Muon(torch.optim.Optimizer):
         noise = noise_M[self.matrix_P].repeat_interleave(self.rows_P, output_size=len(squares))
         return noise.split([grad.shape[:-1].numel() for grad in grads])
 
-    def _update(self, group, params, stack, low, high, rows):
+    def _update(self, group, params, stack, low, high, rows, rate):
         """Decay rows low..high of a parameter and move them along `rows`, their part of the orthogonal direction."""
         first, scale = self.first_rows[stack], 0.2 * math.sqrt(max(self.stacks[stack].shape))
-        momentum.update_(params[stack][low - first:high - first], rows, 1 - group["lr"] * group["weight_decay"],
-                         group["lr"] * scale)
+        momentum.update_(params[stack][low - first:high - first], rows, rate, group["weight_decay"], scale)
 
-    def _by_all(self, group, params, directions):
+    def _by_all(self, group, params, directions, rate):
         """The slow twin: every rank gathers and orthogonalises everything, parameter by parameter."""
         for stack, p in enumerate(group["params"]):
             whole = directions[stack]
@@ -225,9 +241,9 @@ class Muon(torch.optim.Optimizer):
                 whole = whole.full_tensor()
             whole = newton_schulz(whole.view(-1, *self.stacks[stack].shape), **self.ns_options)
             low, high = self.first_rows[stack], self.first_rows[stack] + len(params[stack])
-            self._update(group, params, stack, low, high, whole.reshape(-1, p.shape[-1])[low:high])
+            self._update(group, params, stack, low, high, whole.reshape(-1, p.shape[-1])[low:high], rate)
 
-    def _by_owners(self, group, params, directions):
+    def _by_owners(self, group, params, directions, rate):
         """Bring the rows of every matrix to its owner, orthogonalise there, bring the update back."""
         def direction(move):
             first = self.first_rows[move.item.stack]
@@ -235,7 +251,7 @@ class Muon(torch.optim.Optimizer):
 
         def finish(moves, rows):
             for move, update_rows in zip(moves, rows):
-                self._update(group, params, move.item.stack, move.low, move.high, update_rows)
+                self._update(group, params, move.item.stack, move.low, move.high, update_rows, rate)
 
         # Local jobs differ from rank to rank, so only those that travel may decide about the order of departures.
         coming, under_way, last = collections.deque(self.buckets), collections.deque(), None
@@ -277,18 +293,25 @@ class Muon(torch.optim.Optimizer):
                     zip(received.split(trip.receive_sizes), trip.receive_columns)]
         return arrive
 
-    def _adamw(self, group, params, grads):
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    def _adamw(self, group, params, grads, rate):
         beta1, beta2 = self.betas
         averages, squares = ([local_rows(self.state[p][key])[0] for p in group["params"]]
                              for key in ("exp_avg", "exp_avg_sq"))
+        if self.rates:  # on CUDA PyTorch has it in one pass
+            here = [tensors for tensors in zip(params, grads, averages, squares) if tensors[0].numel()]
+            if here:
+                torch._fused_adamw_(*map(list, zip(*here)), [], [self.count] * len(here), lr=rate, beta1=beta1,
+                                    beta2=beta2, weight_decay=group["weight_decay"], eps=self.eps, amsgrad=False,
+                                    maximize=False)
+            return
+        torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
         torch._foreach_lerp_(averages, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_div_(denominators, math.sqrt(1 - beta2 ** group["step"]))
         torch._foreach_add_(denominators, self.eps)
-        torch._foreach_addcdiv_(params, averages, denominators, -group["lr"] / (1 - beta1 ** group["step"]))
+        torch._foreach_addcdiv_(params, averages, denominators, -rate / (1 - beta1 ** group["step"]))
 
     def expected_traffic(self):
         """What the plan predicts that one step adds to `traffic`."""
@@ -309,47 +332,6 @@ class Muon(torch.optim.Optimizer):
     def steps(self, value):
         for group in self.param_groups:
             group["step"] = value
-
-
-class _Trip:
-    """The moves of one job in one direction, as one rank sees them. `collective`: whether anything travels at
-    all."""
-
-    def __init__(self, moves, rank, plan):
-        size = lambda move: (move.high - move.low) * plan.stacks[move.item.stack].columns
-        self.collective = any(move.source != move.target for move in moves)
-        self.stays = [move for move in moves if move.source == move.target == rank]
-        self.sends = sorted((move for move in moves if move.source == rank != move.target), key=lambda m: m.target)
-        self.receives = sorted((move for move in moves if move.target == rank != move.source), key=lambda m: m.source)
-        self.send_splits, self.receive_splits = [0] * plan.ranks, [0] * plan.ranks
-        for move in self.sends:
-            self.send_splits[move.target] += size(move)
-        for move in self.receives:
-            self.receive_splits[move.source] += size(move)
-        self.receive_sizes = [size(move) for move in self.receives]
-        self.receive_columns = [plan.stacks[move.item.stack].columns for move in self.receives]
-
-
-class _Job:
-    """Items that are orthogonalised together, as one rank sees them: its trips, and where its own items lie when all
-    matrices of a shape are stacked."""
-
-    def __init__(self, items, plan, rank):
-        self.inward = _Trip([move for item in items for move in plan.inward(item)], rank, plan)
-        self.outward = _Trip([move for item in items for move in plan.outward(item)], rank, plan)
-        self.travels = self.inward.collective or self.outward.collective
-        self.rows, self.places = {}, {}  # {shape: rows in all}, {item: (shape, first row there, and in the parameter)}
-        for item in items:
-            if item.owner == rank:
-                stack = plan.stacks[item.stack]
-                start = self.rows.get(stack.shape, 0)
-                self.places[item] = (stack.shape, start, item.first * stack.rows)
-                self.rows[stack.shape] = start + item.count * stack.rows
-
-    def part(self, stacked, move):
-        """The rows of a move in {shape: stacked matrices}."""
-        shape, start, first = self.places[move.item]
-        return stacked[shape][start + move.low - first:start + move.high - first]
 
 
 def _from_all_ranks(value):

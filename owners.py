@@ -221,3 +221,46 @@ def _items(assigned, stacks, limit):
         else:
             items.append(Item(i, matrix, 1, owner))
     return items
+
+
+# ----------------------------------------------------------------------------- one rank's part
+
+class Trip:
+    """The moves of one job in one direction, as one rank sees them. `collective`: whether anything travels at
+    all."""
+
+    def __init__(self, moves, rank, plan):
+        size = lambda move: (move.high - move.low) * plan.stacks[move.item.stack].columns
+        self.collective = any(move.source != move.target for move in moves)
+        self.stays = [move for move in moves if move.source == move.target == rank]
+        self.sends = sorted((move for move in moves if move.source == rank != move.target), key=lambda m: m.target)
+        self.receives = sorted((move for move in moves if move.target == rank != move.source), key=lambda m: m.source)
+        self.send_splits, self.receive_splits = [0] * plan.ranks, [0] * plan.ranks
+        for move in self.sends:
+            self.send_splits[move.target] += size(move)
+        for move in self.receives:
+            self.receive_splits[move.source] += size(move)
+        self.receive_sizes = [size(move) for move in self.receives]
+        self.receive_columns = [plan.stacks[move.item.stack].columns for move in self.receives]
+
+
+class Job:
+    """Items that are orthogonalised together, as one rank sees them: its trips, and where its own items lie when all
+    matrices of a shape are stacked."""
+
+    def __init__(self, items, plan, rank):
+        self.inward = Trip([move for item in items for move in plan.inward(item)], rank, plan)
+        self.outward = Trip([move for item in items for move in plan.outward(item)], rank, plan)
+        self.travels = self.inward.collective or self.outward.collective
+        self.rows, self.places = {}, {}  # {shape: rows in all}, {item: (shape, first row there, and in the parameter)}
+        for item in items:
+            if item.owner == rank:
+                stack = plan.stacks[item.stack]
+                start = self.rows.get(stack.shape, 0)
+                self.places[item] = (stack.shape, start, item.first * stack.rows)
+                self.rows[stack.shape] = start + item.count * stack.rows
+
+    def part(self, stacked, move):
+        """The rows of a move in {shape: stacked matrices}."""
+        shape, start, first = self.places[move.item]
+        return stacked[shape][start + move.low - first:start + move.high - first]

@@ -159,8 +159,11 @@ def train(argv, watch):
     peak = (metrics.peak_flops(device) or 0) * parallel.ranks()
     parameters = list(model.parameters())
     model.train()
-    micro_batch = graphs.MicroBatch(functools.partial(forward_and_backward, model, config), model,
-                                    wants_graph(config, layout, device), accumulation > 1)
+    replay = wants_graph(config, layout, device)
+    micro_batch = graphs.MicroBatch(functools.partial(forward_and_backward, model, config), model, replay,
+                                    accumulation > 1)
+    update = graphs.Update(functools.partial(update_all, model, optimizer, config), parameters, state.values(), replay,
+                           micro_batch.pool)
     record, skipped = None, 0
     batches = prefetch(stream, device, range(start + 1, config.max_steps + 1), sequences, config.global_batch_size,
                        micro_batch_size, parallel.rank(), parallel.ranks(), timeout=0.8 * config.step_timeout)
@@ -197,14 +200,12 @@ def train(argv, watch):
         loss, norm = loss * fill, math.sqrt(squared_norm) / loss_scale * fill
 
         # Clip and update, or leave everything untouched if a number is not finite: momentum would carry it on for ever.
-        clipped, trouble = torch.zeros((), dtype=torch.int64), ""
+        clipped, trouble = 0, ""
         if math.isfinite(norm) and math.isfinite(loss):
             limit = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
             parallel.scale_gradients(parameters, limit / loss_scale * fill)
-            optimizer.step()
-            if config.optimizer == "muonclip":
-                clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)
-            model.update_router_biases(config.bias_update_rate)
+            optimizer.begin_step()
+            clipped = update()
             skipped, good_steps = 0, good_steps + 1
             if config.dtype == "float16" and good_steps % 2000 == 0:
                 loss_scale *= 2
@@ -330,6 +331,18 @@ def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale):
     balance = balance_sum / config.global_batch_size
     ((loss + config.aux_loss_alpha * balance) * loss_scale).backward()
     return torch.stack((loss, balance, (targets == IGNORE).sum())).detach()
+
+
+def update_all(model, optimizer, config):
+    """What the gradients of a step change, but for the counts of optimizer.begin_step(). Returns how many heads QK-clip
+    scaled down, a tensor or 0; asks the host for nothing."""
+    optimizer.update()
+    clipped = 0
+    if config.optimizer == "muonclip":
+        clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)
+    model.update_router_biases(config.bias_update_rate)
+    model.refresh_copies(always=True)  # what a replay writes is not counted
+    return clipped
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import bench
+import checkpoint
 import hf
 import memory
 import owners
@@ -138,7 +139,11 @@ class Nanok2(Arm):
         self.parameters = list(self.model.parameters())
         self.model.train()
         compute = functools.partial(forward_and_backward, self.model, config)
-        self.compute = graphs.MicroBatch(compute, self.model, graph and wants_graph(config, parallel.Layout(), device))
+        replay = graph and wants_graph(config, parallel.Layout(), device)
+        self.compute = graphs.MicroBatch(compute, self.model, replay)
+        updates = self.optimizer.update, self.clip_and_balance  # one graph in train.py, two here: both are timed
+        state = checkpoint.named_tensors(self.model, self.optimizer).values()
+        self.replays = [graphs.Update(update, self.parameters, state, replay, self.compute.pool) for update in updates]
         self.scale, self.small_batches = torch.ones((), device=device), {}
 
     @property
@@ -160,13 +165,18 @@ class Nanok2(Arm):
     def update(self):
         norm = parallel.squared_norm(self.parameters, parallel.Layout()).sqrt().item()
         parallel.scale_gradients(self.parameters, min(1.0, self.config.grad_clip / (norm + 1e-6)))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.begin_step()
+        self.replays[0]()
 
-    def after(self):
+    def clip_and_balance(self):
         if self.config.optimizer == "muonclip":
             qk_clip_(self.model.layers, self.model.max_logits, self.config.qk_clip_tau)
         self.model.update_router_biases(self.config.bias_update_rate)
+        self.model.refresh_copies(always=True)
+
+    def after(self):
+        self.replays[1]()
+        self.optimizer.zero_grad()
         self.model.reset_statistics(self.config.qk_clip_tau)  # as in steps that are not logged
 
 

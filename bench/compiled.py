@@ -69,7 +69,8 @@ def loss_of_chunk(N, V, dtype=torch.bfloat16):
 def momentum_small():
     from kernels.triton_momentum import direction, update_
     moving, noise = meta(64, 512, 768, dtype=torch.float32), meta(64 * 512, dtype=torch.bool)
-    update_(moving.view(-1, 768), direction(moving, moving, noise, 0.95, True, torch.bfloat16), 0.98, 0.1)
+    ahead = direction(moving, moving, noise, 0.95, True, torch.bfloat16)
+    update_(moving.view(-1, 768), ahead, meta(dtype=torch.float32), 0.1, 0.7)
 
 
 @case

@@ -1,8 +1,8 @@
 """CUDA graphs: work that needs nothing of the host is captured once and replayed, one launch instead of thousands.
 
-`MicroBatch` does so with forward and backward of a micro-batch, newton_schulz.py with its small batches. Captured work
-reads and writes the same memory in every replay; what changes from call to call is copied into the tensors that the
-capture read. Next: ../train.py, which makes one MicroBatch a run.
+`MicroBatch` does so with forward and backward of a micro-batch, `Update` with what follows them in a step,
+newton_schulz.py with its small batches. Captured work reads and writes the same memory in every replay; what changes
+from call to call is copied into the tensors that the capture read. Next: ../train.py, which makes one of both a run.
 """
 
 import math
@@ -95,11 +95,10 @@ class MicroBatch:
         except RuntimeError as error:  # whatever a driver says, or a lack of memory
             self.replay, self.graphs, self.grads = False, {}, []
             self._begin_anew(before)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.tell(f"CUDA graph: not used, the run goes on without it: {reason:.200}")
+            tell_why(self.tell, "micro-batches", error)
             return self.compute(*inputs)
         self._begin_anew(before)
-        self.tell("CUDA graph: a micro-batch is one launch from here on (--no-cuda_graph turns that off)")
+        self.tell("CUDA graphs: a micro-batch is one launch from here on (--no-cuda_graph turns them off)")
         return self._run(True)
 
     def _capture(self, first, loss, norms):
@@ -127,3 +126,67 @@ class MicroBatch:
     def _loss_and_norms(self, results):
         norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
         return results.flatten()[0].item(), torch.stack(norms).cpu()
+
+    def pool(self):
+        """The memory of the graphs, to be shared; None as long as there are none."""
+        return self.graphs[True][0].pool() if self.graphs else None
+
+
+class Update:
+    """update(), which takes the gradients where they are and changes `state`, as a CUDA graph: from the second call on
+    that finds all gradients where the one before did. It is trusted after a trial: how far the replay moves every
+    tensor of the state against how far the call itself does, from the same state, which is put back between them.
+
+    parameters: whose gradients. state: tensors. replay=False: update is called as it is. pool(): memory to share.
+    """
+
+    def __init__(self, update, parameters, state, replay, pool=lambda: None, tell=print):
+        self.update, self.parameters, self.state, self.replay = update, list(parameters), list(state), replay
+        self.pool, self.tell, self.graph, self.places = pool, tell, None, None
+
+    def __call__(self):
+        """What update() returns."""
+        places = [None if p.grad is None else p.grad.data_ptr() for p in self.parameters]
+        settled, self.places = places == self.places, places
+        if not self.replay or not settled:
+            return self.update()
+        if self.graph is None:
+            return self._trial()
+        graph, result = self.graph
+        graph.replay()
+        return result
+
+    @torch.no_grad()
+    def _trial(self):
+        try:
+            before = [tensor.clone() for tensor in self.state]
+        except torch.OutOfMemoryError:
+            return self._without("its trial needs a copy of weights and optimizer state, for which there is no room")
+        aside(self.update)
+        moved = self._moved(before)
+        try:
+            torch._foreach_copy_(self.state, before)
+            self.graph = capture(self.update, self.pool())
+            graph, replayed = self.graph
+            graph.replay()
+            off = (self._moved(before) - moved).abs() / (moved + 1e-2 * moved.mean())
+            if not off.max() <= NORM:
+                raise RuntimeError(f"its replay moves a tensor otherwise than it should, by {100 * off.max():.3g} %")
+        except RuntimeError as error:
+            torch._foreach_copy_(self.state, before)
+            return self._without(error)
+        return replayed
+
+    def _moved(self, before):
+        return torch.stack([(now - then).float().norm() for now, then in zip(self.state, before)]).cpu()
+
+    def _without(self, reason):
+        self.replay, self.graph = False, None
+        tell_why(self.tell, "the optimizer's step", reason)
+        return self.update()
+
+
+def tell_why(tell, what, reason):
+    """One line about a graph that there will not be."""
+    line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+    tell(f"CUDA graph: not used for {what}, the run goes on without it: {line:.200}")

@@ -31,15 +31,20 @@ def directions(momenta, grads, noise, momentum, nesterov, dtype):
             for moving, grad, noise_R in zip(momenta, grads, noise)]
 
 
-def update_twin_(part_RC, rows_RC, decay, rate):
+def update_twin_(part_RC, rows_RC, rate, weight_decay, scale):
     """The slow twin of update_."""
-    part_RC.mul_(decay).add_(rows_RC, alpha=-rate)
+    part_RC.mul_(1 - rate * weight_decay)
+    if isinstance(rate, torch.Tensor):
+        part_RC.addcmul_(rows_RC, rate * -scale)
+    else:
+        part_RC.add_(rows_RC, alpha=-rate * scale)
 
 
-def update_(part_RC, rows_RC, decay, rate):
-    """part = decay * part - rate * rows, in place; rows may have another dtype."""
-    if not backend.triton_runs(part_RC):
-        return update_twin_(part_RC, rows_RC, decay, rate)
+def update_(part_RC, rows_RC, rate, weight_decay, scale):
+    """part = (1 - rate * weight_decay) * part - rate * scale * rows, in place; rows may have another dtype. rate is a
+    number, or a tensor () in fp32, as Triton needs it."""
+    if not (backend.triton_runs(part_RC) and isinstance(rate, torch.Tensor)):
+        return update_twin_(part_RC, rows_RC, rate, weight_decay, scale)
     from kernels import triton_momentum
-    triton_momentum.update_(part_RC, rows_RC.contiguous(), decay, rate)
+    triton_momentum.update_(part_RC, rows_RC.contiguous(), rate, weight_decay, scale)
     torch.autograd.graph.increment_version(part_RC)  # which PyTorch does for operations of its own

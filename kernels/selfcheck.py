@@ -220,7 +220,7 @@ def _momentum(device, dtype, generator):
     def compute():
         moved, updated = moving.clone(), part.clone()
         ahead, = momentum.directions([moved], [grad.clone()], [noise], 0.95, True, dtype)
-        momentum.update_(updated, ahead, 0.9, 0.1)
+        momentum.update_(updated, ahead, torch.tensor(0.1, device=device), 0.1, 0.7)
         return [moved, ahead, updated]
     return compute
 

@@ -72,7 +72,7 @@ def products(B, M, K, dtype=torch.bfloat16):
 def steps(rows, columns, dtype=torch.bfloat16):
     moving, noise = meta(rows, columns, dtype=torch.float32), meta(rows, dtype=torch.bool)
     ahead = triton_momentum.direction(moving, moving, noise, 0.95, True, dtype)
-    triton_momentum.update_(moving, ahead, 0.98, 0.1)
+    triton_momentum.update_(moving, ahead, meta(dtype=torch.float32), 0.1, 0.7)
 
 
 def with_tiles(tiles, N, D, F, E, K, dtype=torch.bfloat16):

@@ -25,11 +25,13 @@ def direction_kernel(momentum, grad, noise, out, n, columns, share, NESTEROV: tl
 
 
 @triton.jit
-def update_kernel(part, rows, n, decay, rate, BLOCK: tl.constexpr):
+def update_kernel(part, rows, rate, n, weight_decay, scale, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
+    step = tl.load(rate)
     old = tl.load(part + i, mask=inside, other=0)
-    tl.store(part + i, decay * old - rate * tl.load(rows + i, mask=inside, other=0).to(tl.float32), mask=inside)
+    new = (1 - step * weight_decay) * old - step * scale * tl.load(rows + i, mask=inside, other=0).to(tl.float32)
+    tl.store(part + i, new, mask=inside)
 
 
 def direction(momentum, grad, noise_R, momentum_share, nesterov, dtype):
@@ -42,7 +44,7 @@ def direction(momentum, grad, noise_R, momentum_share, nesterov, dtype):
     return out_RC
 
 
-def update_(part_RC, rows_RC, decay, rate):
-    """part = decay * part - rate * rows, in place."""
+def update_(part_RC, rows_RC, rate, weight_decay, scale):
+    """part = (1 - rate * weight_decay) * part - rate * scale * rows, in place."""
     if n := part_RC.numel():
-        update_kernel[triton.cdiv(n, BLOCK),](part_RC, rows_RC, n, decay, rate, BLOCK)
+        update_kernel[triton.cdiv(n, BLOCK),](part_RC, rows_RC, rate, n, weight_decay, scale, BLOCK)

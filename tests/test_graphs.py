@@ -7,6 +7,7 @@ import torch
 import train
 from errors import UserError
 from kernels import graphs
+from muon import Muon
 from tests.helpers import losses, make_config, run_train, tiny_model, tokens
 
 
@@ -53,6 +54,10 @@ def pretend(monkeypatch):
 
     def capture(function, pool=None):
         device["capture"](len(device["made"]))
+        if getattr(function, "func", None) is train.update_all:
+            device["updates"] = device.get("updates", 0) + 1
+            graph = Replayable(function, lambda: None)
+            return graph, graph.result
         assert (pool is None) == (len(device["made"]) == 0), "both graphs share their memory"
         device["made"].append(Recorded(device["model"], function, device["spoil"]))
         return device["made"][-1], device["made"][-1].result
@@ -113,7 +118,7 @@ def test_a_capture_that_fails_is_told_and_the_run_goes_on(pretend, fails):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
     pretend["capture"] = fail
     left, told = steps(True)
-    assert told == ["CUDA graph: not used, the run goes on without it: CUDA out of memory. Tried"]
+    assert told == ["CUDA graph: not used for micro-batches, the run goes on without it: CUDA out of memory. Tried"]
     assert len(pretend["made"]) == fails
     assert_same(left, steps(False)[0])
 
@@ -135,6 +140,91 @@ def test_an_error_of_the_micro_batch_itself_is_not_swallowed(pretend):
             micro_batch(True, tokens(1, 2))
 
 
+class Replayable:
+    """A capture of an update: nothing has run, and a replay runs all of it, and then spoils it if told so."""
+
+    def __init__(self, function, spoil):
+        self.function, self.spoil, self.result = function, spoil, torch.zeros(())
+
+    def replay(self):
+        self.result.copy_(self.function())
+        self.spoil()
+
+
+def updated(replay, monkeypatch, spoil=lambda p: None, fails=None, move=()):
+    """(parameters and momenta after every step, lines told, graphs made) of Muon. move: steps whose gradients lie
+    elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    named = [(f"{name}_proj.weight", torch.nn.Parameter(torch.randn(4, 6, generator=generator))) for name in "abc"]
+    optimizer, made, told, left = Muon(named, 0.02), [], [], []
+    state = [p for _, p in named] + list(optimizer.named_state().values())
+    buffers = [torch.empty(4, 6) for _ in named]
+
+    def capture(function, pool):
+        assert pool == 7
+        if fails:
+            raise fails
+        made.append(Replayable(function, lambda: spoil(named[0][1])))
+        return made[-1], made[-1].result
+
+    def update():
+        optimizer.update()
+        return torch.tensor(1.0)
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "aside", lambda function: function())
+    run = graphs.Update(update, [p for _, p in named], state, replay, lambda: 7, told.append)
+    for step in range(6):
+        for (_, p), buffer in zip(named, buffers):
+            p.grad = torch.empty(4, 6) if step in move else buffer
+            p.grad.copy_(torch.randn(4, 6, generator=generator))
+        optimizer.begin_step()
+        assert run() == 1.0
+        left.append([tensor.detach().clone() for tensor in state])
+    return left, told, made
+
+
+@pytest.mark.parametrize("move", [(), (4,)])
+def test_replayed_updates_are_the_updates(monkeypatch, move):
+    left, told, made = updated(True, monkeypatch, move=move)
+    assert len(made) == 1 and not told
+    assert_same(left, updated(False, monkeypatch, move=move)[0])
+
+
+def halved(p):
+    with torch.no_grad():
+        p /= 2
+
+
+@pytest.mark.parametrize("fault", [dict(spoil=halved), dict(fails=RuntimeError("not permitted\nwhen capturing"))])
+def test_an_update_whose_replay_is_wrong_or_fails_goes_on_without(monkeypatch, fault):
+    left, told, _ = updated(True, monkeypatch, **fault)
+    assert len(told) == 1 and told[0].startswith("CUDA graph: not used for the optimizer's step, the run goes on")
+    assert_same(left, updated(False, monkeypatch)[0])
+
+
+def test_an_update_without_room_for_a_trial_goes_on_without(monkeypatch):
+    clone = torch.Tensor.clone
+
+    def full(tensor, **options):
+        if tensor.shape == (4, 6) and not isinstance(tensor, torch.nn.Parameter):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return clone(tensor, **options)
+    expected = updated(False, monkeypatch)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.Update, "_trial", with_patched_clone(graphs.Update._trial, full))
+        left, told, _ = updated(True, monkeypatch)
+    assert len(told) == 1 and "there is no room" in told[0]
+    assert_same(left, expected)
+
+
+def with_patched_clone(function, clone):
+    def patched(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "clone", clone)
+            return function(self)
+    return patched
+
+
 def test_a_run_with_graphs_is_the_run_without(pretend, tmp_path, data, monkeypatch):
     """With validation, samples, resuming and document starts between the replays."""
     config = make_config(tmp_path / "c.py", data=str(data), micro_batch_size=2, eval_interval=3, max_steps=6,
@@ -146,7 +236,7 @@ def test_a_run_with_graphs_is_the_run_without(pretend, tmp_path, data, monkeypat
     assert len(pretend["made"]) == 2
     pretend["made"].clear()
     run_train(config, f"--out_dir={tmp_path / 'replayed'}", "--resume", "--max_steps=6", "--decay_steps=1")
-    assert len(pretend["made"]) == 2
+    assert len(pretend["made"]) == 2 and pretend["updates"] == 2
     assert losses(tmp_path / "replayed") == losses(tmp_path / "plain")
 
 
