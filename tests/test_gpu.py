@@ -8,7 +8,8 @@ import torch
 import guard
 import parallel
 from dispatch import ExpertParallel
-from kernels import attention, backend, experts, triton_experts
+from kernels import attention, backend, experts, graphs, triton_experts
+from muon import Muon
 from tests.helpers import losses, make_config, run_script, run_train, tiny_model, tokens
 from tests.test_model import CHEAP, recomputed
 
@@ -38,6 +39,32 @@ def test_grouped_matmul_on_cuda_equals_the_loop():
     gate_up, down = (torch.randn(4, *size, device="cuda", dtype=torch.bfloat16) / 8 for size in ((64, 64), (64, 32)))
     difference = experts.mlp_grouped(rows, counts, gate_up, down) - experts.mlp_loop(rows, counts, gate_up, down)
     assert difference.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("triton, replay", [(False, False), (True, False), (True, True)])
+def test_optimizer_on_cuda_equals_the_cpu(triton, replay):
+    """Rates in tensors, PyTorch's fused AdamW, our passes, and all of it as a graph whose rate changes."""
+    def trained(device):
+        model = tiny_model().to(device)
+        optimizer = Muon(model.named_parameters(), 0.02)
+        grads = [torch.zeros_like(p) for p in model.parameters()]
+        state = [*model.parameters(), *optimizer.named_state().values()]
+        told = []
+        update = graphs.Update(lambda: optimizer.update(), model.parameters(), state, replay and device == "cuda",
+                               tell=told.append)
+        for step in range(6):
+            for p, grad in zip(model.parameters(), grads):
+                grad.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
+                p.grad = grad
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02 / (1 + step)
+            optimizer.begin_step()
+            with backend.running(triton and device == "cuda"):
+                update()
+        assert not told and bool(update.graph) == (replay and device == "cuda")
+        return [tensor.detach().cpu() for tensor in state]
+    for ours, expected in zip(trained("cuda"), trained("cpu")):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_model_on_cuda_equals_the_cpu():
