@@ -156,7 +156,8 @@ class Block(nn.Module):
             return self.compute(x_BTD, rope, cache_BSW, start, first_BT)
         # Inside the block, so that a compiled block knows of it. "selective" keeps the matmul results.
         kept = {"context_fn": KEEP_MATMULS} if self.recompute == "selective" else {}
-        return checkpoint.checkpoint(self.compute, x_BTD, rope, None, 0, first_BT, use_reentrant=False, **kept)
+        return checkpoint.checkpoint(self.compute, x_BTD, rope, None, 0, first_BT, use_reentrant=False,
+                                     preserve_rng_state=False, **kept)  # nothing here is random
 
     def compute(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None):
         attended, max_H = self.self_attn(self.input_layernorm(x_BTD), rope, cache_BSW, start, first_BT)

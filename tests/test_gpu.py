@@ -64,7 +64,7 @@ def test_optimizer_on_cuda_equals_the_cpu(triton, replay):
         assert not told and bool(update.graph) == (replay and device == "cuda")
         return [tensor.detach().cpu() for tensor in state]
     for ours, expected in zip(trained("cuda"), trained("cpu")):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=3e-4)
 
 
 def test_model_on_cuda_equals_the_cpu():
@@ -92,18 +92,27 @@ SHORT = dict(device="cuda", dtype="bfloat16", num_hidden_layers=2, moe_intermedi
 
 @pytest.mark.parametrize("words", [(), ("--no-compile",), ("--dtype=float16",), ("--dtype=float32",),
                                    ("--activation_checkpointing=selective",), ("--activation_checkpointing=full",)])
-def test_a_run_on_cuda_learns(tmp_path, data, words):
-    """The default and the uncompiled run validate, sample and are continued, too."""
+def test_a_run_on_cuda_learns(tmp_path, data, words, capsys):
+    """With graphs, all of them. The default and the uncompiled run validate, sample and are continued, too."""
     whole = words in ((), ("--no-compile",))
     config = make_config(tmp_path / "c.py", data=str(data), out_dir=str(tmp_path / "run"), **SHORT,
                          sample_interval=20 * whole, eval_interval=20 * whole)
     run_train(config, *words)
-    found = losses(tmp_path / "run")
+    found, said = losses(tmp_path / "run"), capsys.readouterr().out
     assert found[-1][1] < 0.9 * found[0][1]
+    assert "CUDA graphs: a micro-batch is one launch" in said and "CUDA graph: not used" not in said
     if whole:
         assert "## step 20" in (tmp_path / "run/samples.md").read_text(encoding="utf-8")
         run_train(config, *words, "--max_steps=22", "--resume")
         assert losses(tmp_path / "run")[-1][0] == 22
+
+
+def test_a_run_with_graphs_is_the_run_without(tmp_path, data):
+    config = make_config(tmp_path / "c.py", data=str(data), **SHORT, max_steps=8)
+    for name, word in (("replayed", "--cuda_graph"), ("called", "--no-cuda_graph")):
+        run_train(config, word, "--no-compile", "--dtype=float32", f"--out_dir={tmp_path / name}")
+    replayed, called = losses(tmp_path / "replayed"), losses(tmp_path / "called")
+    assert len(called) == 8 and [loss for _, loss in replayed] == pytest.approx([loss for _, loss in called], abs=1e-3)
 
 
 def test_one_rank_over_nccl_equals_the_plain_run(tmp_path, data):
