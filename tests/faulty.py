@@ -126,7 +126,7 @@ def squared_norm(original, parameters, *args, **options):
     return original(parameters, *args, **options)
 
 
-@instead_of(Muon, "step")
+@instead_of(Muon, "update")
 @torch.no_grad()
 def optimizer_step(original, self, *args):
     loss = original(self, *args)

@@ -102,7 +102,7 @@ def test_a_failed_background_save_is_reported_while_the_run_goes_on(config, tmp_
 
 
 def test_two_runs_do_not_write_into_one_folder(config, tmp_path, monkeypatch):
-    original, refused = Muon.step, []
+    original, refused = Muon.begin_step, []
 
     def step(self, *args):
         if not refused:
@@ -112,7 +112,7 @@ def test_two_runs_do_not_write_into_one_folder(config, tmp_path, monkeypatch):
                 refused.append((done.returncode, done.stderr))
         return original(self, *args)
 
-    monkeypatch.setattr(Muon, "step", step)
+    monkeypatch.setattr(Muon, "begin_step", step)
     run_train(config, "--max_steps=3")
     for status, said in refused[1:]:
         assert status == 2 and f"in use by process {os.getpid()} on {socket.gethostname()}: wait" in said

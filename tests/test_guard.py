@@ -185,7 +185,7 @@ def test_a_gradient_spike_is_clipped(config, tmp_path, monkeypatch):
 
 def drifting(kind, *words):
     """A run in which rank 1 changes something of its own in step 3."""
-    original = Muon.step
+    original = Muon.update
 
     def step(self, *args):
         original(self, *args)
@@ -205,7 +205,7 @@ def drifting(kind, *words):
 
     drifting.forward = K2.forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Muon, "step", torch.no_grad()(step))
+        patch.setattr(Muon, "update", torch.no_grad()(step))
         patch.setattr(K2, "forward", forward)
         try:
             train.main([str(word) for word in words])
@@ -293,14 +293,14 @@ def test_memory_that_does_not_suffice_at_first_halves_the_micro_batch(config, tm
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), MemoryError(),
 ], ids=["torch", "cpu", "library", "python"])
 def test_memory_that_does_not_suffice_later_is_an_error_with_the_levers(config, tmp_path, monkeypatch, error):
-    original, turns = Muon.step, iter(range(100))
+    original, turns = Muon.begin_step, iter(range(100))
 
     def step(self, *args):
         if next(turns) == 6:
             raise error
         return original(self, *args)
 
-    monkeypatch.setattr(Muon, "step", step)
+    monkeypatch.setattr(Muon, "begin_step", step)
     with pytest.raises(UserError, match=r"out of memory in step 7 .*--micro_batch_size \(now 4\).*--resume"):
         run_train(config, "--save_interval=5")
     assert checkpoint.find(tmp_path / "run").name == "step_00000005"
@@ -308,7 +308,7 @@ def test_memory_that_does_not_suffice_later_is_an_error_with_the_levers(config, 
 
 
 def test_another_error_stays_what_it_is(config, monkeypatch):
-    monkeypatch.setattr(Muon, "step", lambda self: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(Muon, "begin_step", lambda self: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run_train(config)
 

@@ -230,7 +230,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(base, pool, tmp_path):
 
 
 def signal_on_rank_1(*words):
-    original = Muon.step
+    original = Muon.begin_step
 
     def step(self, *args):
         if parallel.rank() == 1 and self.steps == 2:
@@ -238,7 +238,7 @@ def signal_on_rank_1(*words):
         return original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Muon, "step", step)
+        patch.setattr(Muon, "begin_step", step)
         run_stopped(*words)
 
 

@@ -37,9 +37,9 @@ def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
     options = ("--eval_interval=5", "--save_interval=10", "--sample_interval=10", "--decay_steps=4")
     run_train(config, f"--out_dir={whole}", *options)
     with pytest.MonkeyPatch.context() as patch:  # a signal arrives late in the ninth step: the tenth still counts
-        original = Muon.step
+        original = Muon.begin_step
         stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 8 else None
-        patch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
+        patch.setattr(Muon, "begin_step", lambda self, *a: (stop(self), original(self, *a))[1])
         run_stopped(config, f"--out_dir={halves}", *options)
     assert losses(halves)[-1][0] == 10
     run_train(config, f"--out_dir={halves}", *options, "--resume")
@@ -190,9 +190,9 @@ def test_resume_refuses_other_data_but_not_the_same_elsewhere(config, data, tmp_
 
 
 def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
-    original = Muon.step
+    original = Muon.begin_step
     stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 3 else None
-    monkeypatch.setattr(Muon, "step", lambda self, *a: (stop(self), original(self, *a))[1])
+    monkeypatch.setattr(Muon, "begin_step", lambda self, *a: (stop(self), original(self, *a))[1])
     run_stopped(config, "--eval_interval=5", "--sample_interval=5", "--log_interval=4")
     assert losses(tmp_path / "run")[-1][0] == 5 and not records(tmp_path / "run", "val")
     logits = {record["step"]: record["max_attention_logit"] for record in records(tmp_path / "run", "train")}

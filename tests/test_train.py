@@ -86,9 +86,9 @@ def test_a_run_learns_and_writes_what_it_should(config, tmp_path, optimizer, cap
 
 def test_rate_of_every_step_is_the_schedules(config, monkeypatch):
     used = []
-    original = Muon.step
+    original = Muon.begin_step
     monkeypatch.setattr(
-        Muon, "step", lambda self, *a: (used.append([g["lr"] for g in self.param_groups]), original(self))[1]
+        Muon, "begin_step", lambda self, *a: (used.append([g["lr"] for g in self.param_groups]), original(self))[1]
     )
     run_train(config, "--max_steps=10", "--warmup_steps=4", "--decay_steps=3", "--adamw_lr=0.5", "--muon_lr=0.02")
     expected = [schedule_factor(step, "wsd", 10, 4, 3, 0.1) for step in range(1, 11)]
