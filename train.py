@@ -160,7 +160,7 @@ def train(argv, watch):
     parameters = list(model.parameters())
     model.train()
     micro_batch = graphs.MicroBatch(functools.partial(forward_and_backward, model, config), model,
-                                    wants_graph(config, layout, device), accumulation > 1)
+                                    graphs.wanted(config, layout, device), accumulation > 1)
     record, skipped = None, 0
     batches = prefetch(stream, device, range(start + 1, config.max_steps + 1), sequences, config.global_batch_size,
                        micro_batch_size, parallel.rank(), parallel.ranks(), timeout=0.8 * config.step_timeout)
@@ -310,15 +310,6 @@ def open_tokenizer(config):
     for line in tokenizer.notes(encoder):
         print(line)
     return encoder
-
-
-def wants_graph(config, layout, device):
-    """Whether micro-batches are to be replayed as CUDA graphs."""
-    possible = device.type == "cuda" and layout.dense is None
-    if config.cuda_graph and not possible:
-        raise UserError("cuda_graph=True needs a CUDA device and one process without torchrun, because sharding and "
-                        "dispatch ask the host: leave it out")
-    return possible if config.cuda_graph is None else config.cuda_graph
 
 
 def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale):

@@ -4,7 +4,6 @@ inputs into the same gradients. What only a real device can show is in test_gpu.
 import pytest
 import torch
 
-import train
 from errors import UserError
 from kernels import graphs
 from tests.helpers import losses, make_config, run_train, tiny_model, tokens
@@ -141,7 +140,7 @@ def test_a_run_with_graphs_is_the_run_without(pretend, tmp_path, data, monkeypat
                          sample_interval=4, document_mask=True)
     run_train(config, f"--out_dir={tmp_path / 'plain'}")
     assert not pretend["made"]
-    monkeypatch.setattr(train, "wants_graph", lambda *_: True)
+    monkeypatch.setattr(graphs, "wanted", lambda *_: True)
     run_train(config, f"--out_dir={tmp_path / 'replayed'}", "--max_steps=3")
     assert len(pretend["made"]) == 2
     pretend["made"].clear()
