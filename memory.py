@@ -15,7 +15,7 @@ import torch
 
 import parallel
 from errors import UserError
-from kernels import backend
+from kernels import backend, graphs
 from kernels.attention import QUERY_CHUNK
 from kernels.cross_entropy import CHUNK_ELEMENTS, DEFAULT_CHUNK_BYTES
 from muon import local_rows
@@ -107,7 +107,9 @@ def needed(config, model, routes, layout, device, size, forwards):
     updating = copies + 4 * total + max(muon and wire * (muon + 4 * min(muon, 2**27)), 4 * (total - muon))
     head = config.vocab_size * config.hidden_size  # the loss makes its gradient in the forward, from chunks of logits
     kept = size * activations(config, dtype, device) * (PIECES if device.type == "cpu" else 1)
-    computing = int(kept) + 4 * head + (4 * total if forwards > 1 else 0)
+    keeps = graphs.wanted(config, layout, device) and backend.triton_runs(torch.empty(0, dtype=dtype, device=device))
+    gradients = total if forwards > 1 else keeps * sum(n for name, n in local.items() if ".experts." in name)
+    computing = int(kept) + 4 * head + 4 * gradients  # those that are there before the backward
     computing += 4 * 4 * CHUNK_ELEMENTS["cpu"] if device.type == "cpu" else 2 * DEFAULT_CHUNK_BYTES
     if layout.dense is not None:  # gathered: a block, the next one, and the gradients of one; both ends all the time
         computing += (2 * dtype.itemsize + 4) * max(blocks) // layout.ep + 2 * dtype.itemsize * head

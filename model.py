@@ -20,7 +20,7 @@ from errors import UserError
 from kernels.cross_entropy import linear_cross_entropy
 from layers import MLP, Linear, RMSNorm, WeightCopies
 from mla import MHA, MLA, rope_frequencies
-from moe import Experts, MoE, Router, default_scaling_factor
+from moe import Experts, MoE, Router, default_scaling_factor, keep_gradients
 from sampling import next_token
 
 
@@ -246,6 +246,10 @@ class K2(nn.Module):
         """WeightCopies.refresh, which forward calls; none without make_copies()."""
         if self.copies is not None:
             self.copies.refresh(always)
+
+    def keep_gradients(self):
+        """moe.keep_gradients for every layer."""
+        return keep_gradients(self.layers.modules(), self.compute_dtype)
 
     def rope(self, start, length, first_BT=0):
         """cos and sin, each (T, P/2) or (B, T, P/2), for positions start..start+length, less first_BT."""

@@ -11,8 +11,8 @@ import functools
 import torch
 from torch import nn
 
+from kernels import backend, routing
 from kernels import experts as expert_kernels
-from kernels import routing
 
 
 @functools.cache
@@ -59,6 +59,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n_routed_experts, hidden_size, moe_intermediate_size))
         self.held = lambda weight: weight  # expert parallelism: this rank's experts of the stack
         self.gate_up_copy = self.down_copy = None  # both in the compute dtype, where they are made once a step
+        self.kept_grads = None  # where the backward adds to them itself: see kernels/experts.py, into
 
     def copied(self):
         """{attribute for a rounded copy: the parameters that it stacks}."""
@@ -70,7 +71,28 @@ class Experts(nn.Module):
         gate_up, down = self.held(self.gate_up_proj), self.held(self.down_proj)
         order, inverse, counts_E = routing.sort_by_expert(experts_NK, gate_up.shape[0], n_choices)
         copies = None if self.gate_up_copy is None else (self.gate_up_copy, self.down_copy)
-        return expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, gate_up, down, copies, addends)
+        return expert_kernels.experts(x_ND, weights_NK, order, inverse, counts_E, gate_up, down, copies, addends,
+                                      self.kept_grads)
+
+
+def keep_gradients(modules, dtype):
+    """Let the backward of all Experts in `modules` add to their gradients itself from now on, if Triton computes rows
+    of this dtype: autograd would read and write them once more in every micro-batch. Returns ({matrix: its gradient,
+    fp32 and not set yet}, begun), where the caller sets begun, a tensor of one number: 0. before the first micro-batch
+    of a step, which writes anew, 1. before the others. {} and None where autograd goes on doing it.
+
+    For matrices that are whole on this device, and experts that take part in every backward. After it the caller lets
+    parameter.grad be the gradient.
+    """
+    kept, begun = {}, None
+    for experts in (module for module in modules if isinstance(module, Experts)):
+        matrices = experts.gate_up_proj, experts.down_proj
+        if backend.triton_runs(matrices[0].detach()[:0].to(dtype)):
+            begun = torch.zeros((), device=matrices[0].device) if begun is None else begun
+            grads = [torch.empty_like(matrix, dtype=torch.float32) for matrix in matrices]
+            kept |= zip(matrices, grads)
+            experts.kept_grads = (*grads, begun)
+    return kept, begun
 
 
 class LocalDispatch:

@@ -7,7 +7,7 @@ import torch
 import config as settings
 import memory
 import parallel
-from kernels import backend
+from kernels import backend, graphs
 from kernels.selfcheck import pretend
 from model import build, pick_device
 
@@ -26,4 +26,6 @@ def rehearse(values, dense):
     parallel.compile_blocks(model)
     tokens = torch.zeros(rows, config.sequence_length, dtype=torch.int64, device=device)
     with backend.running(device.type == "cuda"):
+        if graphs.wanted(config, parallel.Layout(), device):
+            model.keep_gradients()  # as MicroBatch does
         sum(model(tokens, tokens, first_BT=tokens.int() if config.document_mask else None)).backward()

@@ -159,7 +159,7 @@ def train(argv, watch):
     peak = (metrics.peak_flops(device) or 0) * parallel.ranks()
     parameters = list(model.parameters())
     model.train()
-    replay = wants_graph(config, layout, device)
+    replay = graphs.wanted(config, layout, device)
     micro_batch = graphs.MicroBatch(functools.partial(forward_and_backward, model, config), model, replay,
                                     accumulation > 1)
     update = graphs.Update(functools.partial(update_all, model, optimizer, config), parameters, state.values(), replay,
@@ -311,15 +311,6 @@ def open_tokenizer(config):
     for line in tokenizer.notes(encoder):
         print(line)
     return encoder
-
-
-def wants_graph(config, layout, device):
-    """Whether micro-batches are to be replayed as CUDA graphs."""
-    possible = device.type == "cuda" and layout.dense is None
-    if config.cuda_graph and not possible:
-        raise UserError("cuda_graph=True needs a CUDA device and one process without torchrun, because sharding and "
-                        "dispatch ask the host: leave it out")
-    return possible if config.cuda_graph is None else config.cuda_graph
 
 
 def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale):

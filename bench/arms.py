@@ -21,7 +21,7 @@ import parallel
 from kernels import attention, backend, experts, graphs, newton_schulz
 from model import build, count_parameters, flops_per_token
 from muon import Muon, qk_clip_, route_parameters
-from train import forward_and_backward, wants_graph
+from train import forward_and_backward
 
 RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is
 
@@ -139,7 +139,7 @@ class Nanok2(Arm):
         self.parameters = list(self.model.parameters())
         self.model.train()
         compute = functools.partial(forward_and_backward, self.model, config)
-        replay = graph and wants_graph(config, parallel.Layout(), device)
+        replay = graph and graphs.wanted(config, parallel.Layout(), device)
         self.compute = graphs.MicroBatch(compute, self.model, replay)
         updates = self.optimizer.update, self.clip_and_balance  # one graph in train.py, two here: both are timed
         state = checkpoint.named_tensors(self.model, self.optimizer).values()

@@ -109,7 +109,8 @@ def experts(N, D, F, E, K, dtype=torch.bfloat16):
     inputs = (meta(N, D, dtype=dtype), meta(N, K, dtype=torch.float32), order, order, meta(E, dtype=torch.int64),
               meta(E, 2 * F, D, dtype=dtype), meta(E, D, F, dtype=dtype))
     y, z = triton_experts.forward(*inputs)
-    triton_experts.backward(y, *inputs, z, torch.float32)
+    grads = [meta(*matrix.shape, dtype=torch.float32) for matrix in inputs[-2:]]
+    triton_experts.backward(y, *inputs, z, *grads, meta(dtype=torch.float32))
 
 
 @case

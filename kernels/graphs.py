@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from errors import UserError
+
 LOSS, NORM = 1e-3, 3e-2  # how far a first replay may be off, relatively: attention's backward is not deterministic
 _side = None  # the stream of captures, and of what has to have run on it before
 
@@ -39,12 +41,22 @@ def side_stream():
     return _side
 
 
+def wanted(config, layout, device):
+    """Whether micro-batches are to be replayed as CUDA graphs."""
+    possible = device.type == "cuda" and layout.dense is None
+    if config.cuda_graph and not possible:
+        raise UserError("cuda_graph=True needs a CUDA device and one process without torchrun, because sharding and "
+                        "dispatch ask the host: leave it out")
+    return possible if config.cuda_graph is None else config.cuda_graph
+
+
 class MicroBatch:
     """compute(*inputs), a function of tensors (or None) that runs the model forward and backward and returns one tensor
     of results, as a CUDA graph from the second step on.
 
     model: gradients of its parameters are added up over a step; its expert_counts and max_logits too. replay=False:
     compute is called as it is. adds: whether a step has more than one micro-batch. tell(line): what became of it.
+    With replay the model keeps gradients of experts itself (K2.keep_gradients), whatever comes of the graphs.
 
     Two graphs: one whose gradients begin anew, one that adds to them. They are trusted after a trial: the loss (the
     first of the results) and the gradient norm of the replays against those of the call itself. If a capture or the
@@ -55,17 +67,28 @@ class MicroBatch:
         self.compute, self.model, self.adds, self.tell = compute, model, adds, tell
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.replay, self.steps, self.graphs = replay, 0, {}
+        self.kept, self.begun = None if replay else {}, None  # see moe.keep_gradients
 
     def __call__(self, first, *inputs):
         """The results for these inputs. first: the micro-batch is the first of a step."""
+        if self.kept is None:  # not made before: whether Triton keeps them is known where it computes
+            self.kept, self.begun = self.model.keep_gradients()
         self.steps += first
         if self.replay and not self.graphs and first and self.steps > 1:
             return self._trial(inputs)
         if not self.graphs:
-            return self.compute(*inputs)
+            return self._call(first, inputs)
         self.model.refresh_copies()  # which a replay does not look after
         self._fill(inputs)
         return self._run(first)
+
+    def _call(self, first, inputs):
+        if self.begun is not None:
+            self.begun.fill_(0.0 if first else 1.0)
+        results = self.compute(*inputs)
+        for parameter, grad in self.kept.items():
+            parameter.grad = grad
+        return results
 
     def _run(self, first):
         graph, result = self.graphs[first]
@@ -82,7 +105,7 @@ class MicroBatch:
     def _trial(self, inputs):
         """One micro-batch called, captured and replayed; what it left is then as after one call."""
         before = [statistic.clone() for statistic in self._statistics()]
-        called = aside(lambda: self.compute(*inputs))
+        called = aside(lambda: self._call(True, inputs))
         loss, norms = self._loss_and_norms(called)
         if not math.isfinite(loss) or not norms.isfinite().all():  # nothing to compare with: in the next step, then
             return called
@@ -96,7 +119,7 @@ class MicroBatch:
             self.replay, self.graphs, self.grads = False, {}, []
             self._begin_anew(before)
             tell_why(self.tell, "micro-batches", error)
-            return self.compute(*inputs)
+            return self._call(True, inputs)
         self._begin_anew(before)
         self.tell("CUDA graphs: a micro-batch is one launch from here on (--no-cuda_graph turns them off)")
         return self._run(True)
@@ -104,7 +127,7 @@ class MicroBatch:
     def _capture(self, first, loss, norms):
         """Make one of the two graphs and see whether a replay gives this loss and gradients of these norms."""
         pool = None if first else self.graphs[True][0].pool()
-        self.graphs[first] = capture(lambda: self.compute(*self.inputs), pool)
+        self.graphs[first] = capture(lambda: self._call(first, self.inputs), pool)
         if first:
             self.grads = [parameter.grad for parameter in self.parameters]
         found, found_norms = self._loss_and_norms(self._run(first))

@@ -176,9 +176,15 @@ def _experts(device, dtype, generator):
     weights = torch.rand(300, 3, generator=generator).to(device)
     chosen = torch.rand(300, 7, generator=generator).argsort(1)[:, :3].to(device)  # the last expert stays empty
 
-    def compute(x, weights, gate_up, down):
-        return [experts.experts(x, weights, *routing.sort_by_expert(chosen, 8), gate_up, down)]
-    return _with_gradients(compute, x.to(dtype), weights, gate_up, down)
+    def compute():  # twice: Triton's gradients of the matrices go into what NaN stands in, then they are added to it
+        leaves = [tensor.clone().requires_grad_() for tensor in (x.to(dtype), weights, gate_up, down)]
+        grads = [torch.full_like(matrix, torch.nan) for matrix in leaves[2:]]
+        for begun in (0.0, 1.0):
+            into = (*grads, torch.tensor(begun, device=device)) if backend.triton_runs(leaves[0]) else None
+            y = experts.experts(*leaves[:2], *routing.sort_by_expert(chosen, 8), *leaves[2:], into=into)
+            (y.float() * torch.linspace(-1, 1, y.numel(), device=device).view(y.shape)).sum().backward()
+        return [y.detach(), *(leaf.grad for leaf in leaves[:2]), *(grads if into else (m.grad for m in leaves[2:]))]
+    return compute
 
 
 def _sum_of_rows(device, dtype, generator):

@@ -152,12 +152,20 @@ def by_load_kernel(counts, table, E, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def weight_gradient_kernel(left, right, token_of, experts, out, M, N, GATHER_LEFT: tl.constexpr, EVEN: tl.constexpr,
-                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _store_sum(place, total, add, inside):
+    if add:
+        total += tl.load(place, mask=inside, other=0).to(tl.float32)
+    tl.store(place, total, mask=inside)
+
+
+@triton.jit
+def weight_gradient_kernel(left, right, token_of, experts, begun, out, M, N, GATHER_LEFT: tl.constexpr,
+                           EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     # out[e, m, n] = sum over the rows s of expert e of left[s, m] * right[s, n], in fp32 until it is stored; one of the
-    # two is read at token_of[s]. An expert without rows gets zeros.  Grid: blocks of (M, N), experts by load.
+    # two is read at token_of[s]. An expert without rows gets zeros. Where begun is not 0, the sum is added to out; else
+    # out is not read, for it may hold anything.  Grid: blocks of (M, N), experts by load.
     entry, m_blocks = experts + 3 * tl.program_id(1), tl.cdiv(M, BLOCK_M)
-    expert, start, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    expert, start, end, add = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(begun) != 0
     m = tl.program_id(0) % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // m_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -173,8 +181,12 @@ def weight_gradient_kernel(left, right, token_of, experts, out, M, N, GATHER_LEF
                            mask=real if EVEN else real & (n < N)[None, :], other=0)
         token = tl.load(token_of + first + BLOCK_K + k, mask=first + BLOCK_K + k < end, other=0)
         total = tl.dot(left_KM.T, right_KN, total, input_precision="ieee")
-    place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out + place, total, mask=(m < M)[:, None] & (n < N)[None, :])
+    # In two halves: what is read would not fit into the registers beside the whole sum.
+    half = tl.program_id(0) // m_blocks * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + half[None, :]
+    first_half, other_half = tl.split(total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+    _store_sum(out + place, first_half, add, (m < M)[:, None] & (half < N)[None, :])
+    _store_sum(out + place + BLOCK_N // 2, other_half, add, (m < M)[:, None] & (half + BLOCK_N // 2 < N)[None, :])
 
 
 @triton.jit
@@ -271,22 +283,22 @@ def down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F):
     return dz_S2F, weighted_SF, products.sum(1).view_as(weights_NK), token_S
 
 
-def weight_gradient(product, left, right, token_S, counts_E, dtype):
-    """out_EMN in dtype: per expert the sum over its rows of left^T right. One has a row per token: of "d_down" it is
-    left, of "d_gate_up" right."""
+def weight_gradient(product, left, right, token_S, counts_E, out_EMN, begun):
+    """Per expert the sum over its rows of left^T right. One has a row per token: of "d_down" it is left, of "d_gate_up"
+    right. Written into out_EMN, or added to it where begun, a tensor of one number, is not 0. Returns out_EMN."""
     gather_left = product == "d_down"
     if product in LIBRARY:
         rows = (left if gather_left else right).index_select(0, token_S)
         left, right = (rows, right) if gather_left else (left, rows)
-        return grouped_mm(left.mT, right, offs=counts_E.cumsum(0).to(torch.int32)).to(dtype)
-    M, N, E = left.shape[1], right.shape[1], len(counts_E)
-    out_EMN = torch.empty(E, M, N, dtype=dtype, device=left.device)
+        made_EMN = grouped_mm(left.mT, right, offs=counts_E.cumsum(0).to(torch.int32))
+        return out_EMN.masked_fill_(begun == 0, 0).add_(made_EMN)
+    E, M, N = out_EMN.shape
     b = blocks(product, *((M, N) if gather_left else (N, M // 2)), len(token_S) // E, left.dtype)
     even = M % b["BLOCK_M"] == 0 and N % b["BLOCK_N"] == 0
     experts_E3 = torch.empty(E, 3, dtype=torch.int32, device=left.device)
     by_load_kernel[triton.cdiv(E, 8),](counts_E, experts_E3, E, triton.next_power_of_2(E), 8)
     weight_gradient_kernel[triton.cdiv(M, b["BLOCK_M"]) * triton.cdiv(N, b["BLOCK_N"]), E](
-        left, right, token_S, experts_E3, out_EMN, M, N, gather_left, even, **b)
+        left, right, token_S, experts_E3, begun, out_EMN, M, N, gather_left, even, **b)
     return out_EMN
 
 
@@ -297,13 +309,16 @@ def forward(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, 
     return combine(y_SD, inverse.view_as(weights_NK), weights_NK, first, second), z_S2F
 
 
-def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F, dtype):
-    """Gradients of x, weights, gate_up and down; those of the two matrices in dtype."""
+def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F, gate_up_grad,
+             down_grad, begun):
+    """Gradients of x and weights; those of the two matrices go into gate_up_grad and down_grad: see weight_gradient."""
+    grad_ND, x_ND, weights_NK, gate_up_E2FD, down_EDF = (
+        t.contiguous() for t in (grad_ND, x_ND, weights_NK, gate_up_E2FD, down_EDF))
     dz_S2F, weighted_SF, grad_weights, token_S = down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F)
-    grad_down = weight_gradient("d_down", grad_ND, weighted_SF, token_S, counts_E, dtype)
-    grad_gate_up = weight_gradient("d_gate_up", dz_S2F, x_ND, token_S, counts_E, dtype)
+    weight_gradient("d_down", grad_ND, weighted_SF, token_S, counts_E, down_grad, begun)
+    weight_gradient("d_gate_up", dz_S2F, x_ND, token_S, counts_E, gate_up_grad, begun)
     grad_x = combine(down("dx", dz_S2F, gate_up_E2FD, counts_E), inverse.view_as(weights_NK))
-    return grad_x, grad_weights, grad_gate_up, grad_down
+    return grad_x, grad_weights
 
 
 # ----------------------------------------------------------------------------- which library product is faster
@@ -317,11 +332,12 @@ def kernel_arms(N, top_k, E, D, F, dtype, device):
     counts_E, order = torch.bincount(chosen, minlength=E), chosen.argsort()
     x_ND, a_SF, z_S2F, weights_NK = random(N, D), random(S, F), random(S, 2 * F), random(N, top_k).float()
     gate_up_E2FD, down_EDF, token_S = random(E, 2 * F, D), random(E, D, F), (order // top_k).to(torch.int32)
+    into = lambda matrix: (torch.empty_like(matrix, dtype=torch.float32), torch.zeros((), device=device))
     return {"up": lambda: up(x_ND, gate_up_E2FD, order, counts_E, top_k),
             "y": lambda: down("y", a_SF, down_EDF.mT, counts_E),
             "down_backward": lambda: down_backward(x_ND, down_EDF, order, counts_E, weights_NK, z_S2F),
-            "d_down": lambda: weight_gradient("d_down", x_ND, a_SF, token_S, counts_E, torch.float32),
-            "d_gate_up": lambda: weight_gradient("d_gate_up", z_S2F, x_ND, token_S, counts_E, torch.float32),
+            "d_down": lambda: weight_gradient("d_down", x_ND, a_SF, token_S, counts_E, *into(down_EDF)),
+            "d_gate_up": lambda: weight_gradient("d_gate_up", z_S2F, x_ND, token_S, counts_E, *into(gate_up_E2FD)),
             "dx": lambda: down("dx", z_S2F, gate_up_E2FD, counts_E)}
 
 

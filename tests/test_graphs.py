@@ -231,7 +231,7 @@ def test_a_run_with_graphs_is_the_run_without(pretend, tmp_path, data, monkeypat
                          sample_interval=4, document_mask=True)
     run_train(config, f"--out_dir={tmp_path / 'plain'}")
     assert not pretend["made"]
-    monkeypatch.setattr(train, "wants_graph", lambda *_: True)
+    monkeypatch.setattr(graphs, "wanted", lambda *_: True)
     run_train(config, f"--out_dir={tmp_path / 'replayed'}", "--max_steps=3")
     assert len(pretend["made"]) == 2
     pretend["made"].clear()
