@@ -1,6 +1,7 @@
 """Which kernels run: the decision, the check that auto makes first, what is remembered of it and compiled ahead of it,
 the search for tiles, and a whole run by either kind."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -205,11 +206,11 @@ def test_the_median_time_on_a_cpu(monkeypatch):
 def test_time_on_a_gpu_is_that_of_its_kernels():
     x = torch.ones(2**26, device="cuda")
 
-    def slow_to_launch(again=1):
-        for _ in range(10 * again):
+    def slow_to_launch(times):
+        for _ in range(times):
             time.sleep(1e-3)
             x.add_(1.0)
-    once, twice = (backend.milliseconds(lambda: slow_to_launch(again), CUDA) for again in (1, 2))
+    once, twice = (backend.milliseconds(functools.partial(slow_to_launch, times), CUDA) for times in (10, 20))
     assert once < 10 and 1.8 < twice / once < 2.2
 
 
@@ -241,7 +242,7 @@ def measured(monkeypatch):
     """Names of what is measured on a pretend GPU, where nothing runs."""
     made = []
 
-    def choose_arm(q_shape, value_width, dtype, device, documents):
+    def choose_arm(q_shape, value_width, dtype, device, documents, how):
         made.append("attention")
         attention.ARM[attention.arm_key(q_shape, value_width, dtype, documents)] = "cudnn"
         return "attention: cudnn"
@@ -263,6 +264,29 @@ def test_choices_are_made_once_for_the_same_sizes(measured):
         before = len(measured)
         selfcheck.fastest(small_config(**changes), 2, CUDA)
         assert len(measured) == before + 1, changes
+
+
+@pytest.mark.parametrize("capability, documents, how, asked", [
+    ((9, 0), False, "auto", {"sdpa"}), ((9, 0), False, "full", {"triton", "sdpa"}),
+    ((8, 9), False, "off", {"triton", "sdpa"}), ((9, 0), True, "auto", {"triton", "flex"})])
+def test_arms_that_never_win_on_a_gpu_are_the_last_to_be_asked(monkeypatch, capability, documents, how, asked):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "compile", lambda arm, dynamic: arm)
+    monkeypatch.setattr(attention, "sample", lambda *_: ([torch.ones(1)], None))
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: None)
+    monkeypatch.setattr(backend, "triton_runs", lambda tensor: True)
+    monkeypatch.setattr(backend, "milliseconds", lambda *_: 1.0)
+    broken, made = {attention.ARMS["cudnn"], attention.ARMS["flash"]}, []
+    monkeypatch.setattr(attention, "wrong", lambda arm, *_: made.append(arm) or ("broken" if arm in broken else None))
+
+    def right():
+        made.clear()
+        attention.choose_arm((2, 4, 16, 12), 8, torch.bfloat16, CUDA, documents, how)
+        return {name for name, arm in attention.ARMS.items() if arm in made and arm not in broken}
+    assert right() == asked
+    broken |= {attention.ARMS[name] for name in asked}
+    rest = right()
+    assert len(rest) == 1 and rest <= {"triton", "flex", "math"} - asked
 
 
 # ----------------------------------------------------------------------------- the search for tiles
