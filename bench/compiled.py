@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -21,238 +22,53 @@ SHARED_LIMIT = {90: 227 * 1024, 89: 99 * 1024, 80: 163 * 1024}  # bytes that one
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
          torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1"}
 OPTIONS = {"num_warps", "num_stages", "maxnreg"}
-
-
-def meta(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-CASES = {}  # name -> function that calls launchers with meta tensors
-ARCHITECTURES = {}  # of cases for another than sm_90a
-
-
-def case(function):
-    CASES[function.__name__] = function
-    return function
-
-
-def products(B, M, K, dtype=torch.bfloat16):
-    from kernels.triton_newton_schulz import normalised, symmetric_product
-    normalised(meta(B, M, K, dtype=dtype), dtype, 1.0)
-    gram = symmetric_product(meta(B, M, K, dtype=dtype))
-    symmetric_product(meta(B, K, M, dtype=dtype).mT)
-    symmetric_product(gram, gram, 2.0, -4.8, 3.4)
-
-
-@case
-def newton_schulz_small():
-    products(704, 256, 768)
-
-
-@case
-def newton_schulz_k2():
-    products(4, 2048, 7168)
-
-
-@case
-def newton_schulz_fp32():
-    products(4, 768, 1152, torch.float32)
-
-
-def loss_of_chunk(N, V, dtype=torch.bfloat16):
-    from kernels.triton_cross_entropy import cross_entropy_
-    for write in (True, False):
-        cross_entropy_(meta(N, V, dtype=dtype), meta(N, dtype=torch.int64), 1e-4, -100, write)
-
-
-@case
-def momentum_small():
-    from kernels.triton_momentum import direction, update_
-    moving, noise = meta(64, 512, 768, dtype=torch.float32), meta(64 * 512, dtype=torch.bool)
-    ahead = direction(moving, moving, noise, 0.95, True, torch.bfloat16)
-    update_(moving.view(-1, 768), ahead, meta(dtype=torch.float32), 0.1, 0.7)
-
-
-@case
-def cross_entropy_small():
-    from kernels.triton_cross_entropy import rescale_
-    loss_of_chunk(9472, 50304)
-    for gradient in (meta(9472, 768), meta(50304, 768, dtype=torch.float32)):
-        rescale_(gradient, meta(dtype=torch.float32), 2.0**-19)
-
-
-@case
-def cross_entropy_k2():
-    loss_of_chunk(2816, 163840)
-
-
-@case
-def cross_entropy_odd_and_fp32():
-    loss_of_chunk(1000, 50257)
-    loss_of_chunk(1000, 50304, torch.float32)
-    loss_of_chunk(1000, 257, torch.float32)
-
-
-def route_and_sort(T, B, E, K, n_group=1, topk_group=1):
-    from kernels import triton_routing
-    logits = meta(B * T, E, dtype=torch.float32)
-    triton_routing.route(logits, meta(E, dtype=torch.float32), B, K, n_group, topk_group, True, 2.5)
-    chosen = meta(B * T, K, dtype=torch.int64)
-    triton_routing.route_backward(logits, chosen, meta(B * T, K, dtype=torch.float32), meta(dtype=torch.float32),
-                                  meta(B, E, dtype=torch.int32), True, 2.5)
-    triton_routing.sort_by_expert(chosen, E)
-
-
-def experts(N, D, F, E, K, dtype=torch.bfloat16):
-    from kernels import triton_experts
-    order = meta(N * K, dtype=torch.int64)
-    inputs = (meta(N, D, dtype=dtype), meta(N, K, dtype=torch.float32), order, order, meta(E, dtype=torch.int64),
-              meta(E, 2 * F, D, dtype=dtype), meta(E, D, F, dtype=dtype))
-    y, z = triton_experts.forward(*inputs)
-    grads = [meta(*matrix.shape, dtype=torch.float32) for matrix in inputs[-2:]]
-    triton_experts.backward(y, *inputs, z, *grads, meta(dtype=torch.float32))
-
-
-@case
-def routing_small():
-    route_and_sort(1024, 64, 64, 7)
-
-
-@case
-def routing_k2():
-    route_and_sort(4096, 2, 384, 8)
-
-
-@case
-def routing_deepseek_v3():
-    route_and_sort(4096, 2, 256, 8, 8, 4)
-
-
-@case
-def experts_small():
-    experts(65536, 768, 256, 64, 7)
-
-
-@case
-def experts_k2():
-    experts(8192, 7168, 2048, 384, 8)
-
-
-@case
-def experts_few_rows():
-    experts(256, 768, 256, 64, 7)
-
-
-@case
-def experts_fp32():
-    experts(4096, 768, 256, 64, 7, torch.float32)
-
-
-@case
-def experts_fp16():
-    experts(4096, 768, 256, 64, 7, torch.float16)
-
-
-@case
-def experts_of_odd_width():
-    experts(4096, 720, 208, 64, 7)
-    experts(4096, 720, 200, 64, 7)
-
-
-def experts_elsewhere(architecture):
-    """small and moonlight on a GPU that is no H100, with the tiles that it gets."""
-    from unittest.mock import patch
-    with patch("kernels.expert_tiles.shared_limit", lambda: SHARED_LIMIT[architecture]):
-        experts(32768, 768, 256, 64, 7)
-        experts(8192, 2048, 1408, 64, 6)
-
-
-@case
-def experts_ampere():
-    experts_elsewhere(80)
-
-
-@case
-def experts_ada():
-    experts_elsewhere(89)
-
-
-ARCHITECTURES |= {"experts_ampere": 80, "experts_ada": 89}
-
-
-def attend(B, T, H, Q, V, documents=False, dtype=torch.bfloat16):
-    from kernels import triton_attention
-    q, k, v, o = (meta(B, T, H, width, dtype=dtype).transpose(1, 2) for width in (Q, Q, V, V))
-    first = meta(B, T, dtype=torch.int32) if documents else None
-    triton_attention.forward(q, k, v, 0.1, first)
-    triton_attention.backward(o, q, k, v, o, meta(B, H, T, dtype=torch.float32), 0.1, first)
-    triton_attention.max_logits(q, k, 0.1, first)
-    triton_attention.max_logits(q, k, 0.1, first, meta(B, H, T, dtype=torch.float32), meta(H, dtype=torch.float32))
-
-
-@case
-def attention_small():
-    attend(32, 1024, 12, 96, 64)
-    attend(32, 1000, 12, 96, 64)
-
-
-@case
-def attention_documents():
-    attend(32, 1024, 12, 96, 64, True)
-    attend(32, 1000, 12, 96, 64, True)
-
-
-@case
-def attention_k2():
-    attend(2, 4096, 64, 192, 128)
-    attend(2, 4000, 64, 192, 128)
-
-
-@case
-def attention_k2_documents():
-    attend(2, 4096, 64, 192, 128, True)
-    attend(2, 4000, 64, 192, 128, True)
-
-
-@case
-def attention_narrow():
-    attend(32, 512, 6, 48, 32)
-    attend(32, 256, 4, 24, 16)
-    attend(32, 1024, 12, 64, 64)
-    attend(8, 2048, 16, 128, 128)
-
-
-@case
-def attention_fp32():
-    attend(2, 200, 3, 96, 64, True, torch.float32)
-    attend(1, 256, 2, 192, 128, False, torch.float32)
-
-
-@case
-def decode():
-    from kernels import triton_decode
-    for B, S, H, R, P, dtype in ((1, 4096, 64, 512, 64, torch.bfloat16), (8, 1024, 12, 256, 32, torch.bfloat16),
-                                 (8, 1024, 12, 256, 32, torch.float32)):
-        cache = meta(B, S, R + P, dtype=dtype)
-        triton_decode.latent_decode(meta(B, H, R + P, dtype=dtype), cache, 0.1, R)
-
-
-# ----------------------------------------------------------------------------- compile instead of launching
-
-def launches_of(function):
-    """[(kernel, arguments by name, launch options)] of everything that function() would launch."""
-    from triton.runtime.jit import JITFunction
-    found, original = [], JITFunction.run
-
-    def record(self, *args, grid, warmup, **keywords):
-        options = {key: keywords.pop(key) for key in list(keywords) if key in OPTIONS}
-        found.append((self, dict(zip(self.arg_names, args)) | keywords, options))
-    JITFunction.run = record
-    try:
-        function()
-    finally:
-        JITFunction.run = original
-    return found
+# Calls of kernels/triton_ahead.py, in bf16 for sm_90a unless one of the two tables below says otherwise.
+CASES = {
+    "newton_schulz_small": [["products", 704, 256, 768]],
+    "newton_schulz_k2": [["products", 4, 2048, 7168]],
+    "newton_schulz_fp32": [["products", 4, 768, 1152]],
+    "momentum_small": [["steps", 64 * 512, 768]],
+    "cross_entropy_small": [["loss_of_chunk", 9472, 50304]],
+    "cross_entropy_k2": [["loss_of_chunk", 2816, 163840]],
+    "cross_entropy_odd": [["loss_of_chunk", 1000, 50257]],
+    "cross_entropy_fp32": [["loss_of_chunk", 1000, 50304], ["loss_of_chunk", 1000, 257]],
+    "routing_small": [["route_and_sort", 1024, 64, 64, 7]],
+    "routing_k2": [["route_and_sort", 4096, 2, 384, 8]],
+    "routing_deepseek_v3": [["route_and_sort", 4096, 2, 256, 8, 8, 4]],
+    "experts_small": [["experts", 65536, 768, 256, 64, 7]],
+    "experts_k2": [["experts", 8192, 7168, 2048, 384, 8]],
+    "experts_few_rows": [["experts", 256, 768, 256, 64, 7]],
+    "experts_fp32": [["experts", 4096, 768, 256, 64, 7]],
+    "experts_fp16": [["experts", 4096, 768, 256, 64, 7]],
+    "experts_of_odd_width": [["experts", 4096, 720, 208, 64, 7], ["experts", 4096, 720, 200, 64, 7]],
+    "experts_ampere": [["experts", 32768, 768, 256, 64, 7], ["experts", 8192, 2048, 1408, 64, 6]],
+    "experts_ada": [["experts", 32768, 768, 256, 64, 7], ["experts", 8192, 2048, 1408, 64, 6]],
+    "attention_small": [[call, 32, T, 12, 96, *V] for T in (1024, 1000) for call, *V in (["attend", 64], ["maxima"])],
+    "attention_documents": [["attend", 32, 1024, 12, 96, 64, True], ["attend", 32, 1000, 12, 96, 64, True],
+                            ["maxima", 32, 1000, 12, 96, True]],
+    "attention_k2": [[call, 2, T, 64, 192, *V] for T in (4096, 4000) for call, *V in (["attend", 128], ["maxima"])],
+    "attention_k2_documents": [["attend", 2, T, 64, 192, 128, True] for T in (4096, 4000)],
+    "attention_narrow": [["attend", 32, 512, 6, 48, 32], ["attend", 32, 256, 4, 24, 16], ["maxima", 32, 256, 4, 24],
+                         ["attend", 32, 1024, 12, 64, 64], ["attend", 8, 2048, 16, 128, 128]],
+    "attention_fp32": [["attend", 2, 200, 3, 96, 64, True], ["attend", 1, 256, 2, 192, 128],
+                       ["maxima", 1, 256, 2, 192]],
+    "decode": [["decode", 1, 64, 4096, 512, 64], ["decode", 8, 12, 1024, 256, 32]],
+    "decode_fp32": [["decode", 8, 12, 1024, 256, 32]],
+}
+DTYPE = {name: torch.float32 for name in CASES if name.endswith("fp32")} | {"experts_fp16": torch.float16}
+ARCHITECTURE = {"experts_ampere": 80, "experts_ada": 89}  # with the tiles that fit them
+
+
+def launches_of(name):
+    """[(kernel, arguments by name, launch options)] of everything that a case would launch."""
+    from kernels import triton_ahead
+    limit = SHARED_LIMIT[ARCHITECTURE.get(name, 90)]
+    with patch("kernels.expert_tiles.shared_limit", lambda: limit):
+        found = triton_ahead.launches(CASES[name], DTYPE.get(name, torch.bfloat16))
+    return [(kernel, dict(zip(kernel.arg_names, arguments))
+             | {key: value for key, value in keywords.items() if key not in OPTIONS},
+             {key: value for key, value in keywords.items() if key in OPTIONS})
+            for kernel, arguments, keywords in found]
 
 
 def compile_launch(kernel, arguments, options, architecture=90):
@@ -308,8 +124,8 @@ def rows_of(name, version):
     """What every launch of a case compiles to; whatever another Triton says against it, in one line."""
     try:
         return [{"kernel": kernel.__name__,
-                 **compile_launch(kernel, arguments, options, ARCHITECTURES.get(name, 90))}
-                for kernel, arguments, options in launches_of(CASES[name])]
+                 **compile_launch(kernel, arguments, options, ARCHITECTURE.get(name, 90))}
+                for kernel, arguments, options in launches_of(name)]
     except Exception as error:
         raise UserError(f"Triton {version} does not compile {name} as the one in requirements-dev.txt does: "
                         f"{said(error)}") from error
@@ -330,7 +146,7 @@ def main(parts):
             rows.setdefault(name, []).append(row)
             print(f"{name:24} {row['kernel']:28} {row['registers']:4} registers, {row['spilled']:4} B spilled, "
                   f"{row['shared'] / 1024:6.1f} KB shared, {row['warps']} warps{', wgmma' * row['wgmma']}", flush=True)
-            if row["spilled"] or row["shared"] > SHARED_LIMIT[ARCHITECTURES.get(name, 90)]:
+            if row["spilled"] or row["shared"] > SHARED_LIMIT[ARCHITECTURE.get(name, 90)]:
                 bad.append(f"{name} {row['kernel']}")
     if not parts:
         bench.save("compiled-sm90a", {"cases": rows, "triton": triton_version})

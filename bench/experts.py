@@ -124,9 +124,9 @@ def products(shape, dtype, device):
         flops = N * K * D * width * (2 if product in ("y", "d_down") else 4)
         before = set(triton_experts.LIBRARY)
         triton_experts.LIBRARY.clear()
-        ours = backend.milliseconds(compute)
+        ours = backend.milliseconds(compute, device)
         triton_experts.LIBRARY.add(product)
-        library = backend.milliseconds(compute)
+        library = backend.milliseconds(compute, device)
         triton_experts.LIBRARY.clear()
         triton_experts.LIBRARY.update(before)
         found[product] = {"triton": ours, "grouped_mm": library}

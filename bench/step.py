@@ -78,7 +78,7 @@ def matmul_peak(device, dtype):
     """FLOP/s of a large matmul, the most that anything here could reach."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / (backend.milliseconds(lambda: a @ b) / 1000)
+    return 2 * n**3 / (backend.milliseconds(lambda: a @ b, device) / 1000)
 
 
 @torch.library.custom_op("nanok2_bench::nothing", mutates_args=())

@@ -195,9 +195,9 @@ def arm_key(q_shape, value_width, dtype, documents):
 
 
 def _default_arm(q_BHTQ, documents):
-    if backend.triton_runs(q_BHTQ):
-        return "triton"
-    return "sdpa" if q_BHTQ.is_cuda and not documents else "math"
+    if q_BHTQ.is_cuda and not documents:
+        return "sdpa"  # at lengths where nothing was measured: neither compiled nor checked by us
+    return "triton" if backend.triton_runs(q_BHTQ) else "math"
 
 
 def causal_attention(q_BHTQ, k_BHTQ, v_BHTV, scale, first_BT=None, exact_above=None):
@@ -240,10 +240,10 @@ def latent_decode(q_BHW, cache_BSW, scale, value_width):
     return function(q_BHW, cache_BSW, scale, value_width)
 
 
-def forward_and_backward(arm, tensors, scale, first):
+def forward_and_backward(arm, tensors, scale, first, exact_above=None):
     """(o, max_H, dq, dk, dv) of an arm on q, k, v and the output's gradient."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    output, maximum = arm(*tensors[:3], scale, first)
+    output, maximum = arm(*tensors[:3], scale, first, exact_above)
     return output.detach(), maximum, *torch.autograd.grad(output, tensors[:3], tensors[3].detach())
 
 
@@ -287,29 +287,39 @@ def _wrong_maximum(arm, q, k, v, scale):
         return f"bounds lie {bounds.min():.2g} to {bounds.max():.2g} above the maximum"
 
 
-def choose_arm(q_shape, value_width, dtype, device, documents=False):
+def last_resorts(device, documents, how):
+    """Arms that never win on CUDA: math, without documents flex, which compiles for many seconds, and there from Hopper
+    on Triton's (1.51 ms where cuDNN's takes 1.13, its closest), which how = "full" asks nevertheless."""
+    if device.type != "cuda":
+        return ()
+    if documents:
+        return ("math",)
+    triton_loses = how != "full" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return ("triton",) * triton_loses + ("flex", "math")
+
+
+def choose_arm(q_shape, value_width, dtype, device, documents=False, how="auto"):
     """Measure the arms that can run and are right, forward and backward, at this size; causal_attention takes the
-    fastest from now on. On CUDA those that never win there are asked only if no other is right: math, and without
-    documents flex, which compiles for many seconds. Returns a line to print. Where another rank has chosen:
-    ARM[arm_key(...)] = name."""
+    fastest from now on. last_resorts are asked only if no other is right. Maxima are exact nowhere, as in a step that
+    is not logged. Returns a line to print. Where another rank has chosen: ARM[arm_key(...)] = name."""
     (B, H, T, Q), V, device = q_shape, value_width, torch.device(device)
     tensors, first = sample(B, H, T, Q, V, dtype, device, documents)
-    on_cuda, speeds, reasons = device.type == "cuda", {}, {}
-    last = ("math",) if documents else ("math", "flex")
-    for name in sorted(ARMS, key=lambda name: name in last and on_cuda):  # the others in their order
+    nowhere, speeds, reasons = torch.tensor(1e9, device=device), {}, {}
+    last = last_resorts(device, documents, how)
+    for name in sorted(ARMS, key=lambda name: name in last):  # the others in their order
         if documents and name not in KNOW_DOCUMENTS:
             reasons[name] = "no documents"
         elif name == "triton" and not backend.triton_runs(tensors[0]):
             reasons[name] = "kernels are off"
-        elif name not in ("triton", "sdpa", "math") and not on_cuda:
+        elif name not in ("triton", "sdpa", "math") and device.type != "cuda":
             reasons[name] = "CUDA only"
-        elif not (name in last and on_cuda and speeds):
+        elif not (name in last and speeds):
             arm = torch.compile(ARMS[name], dynamic=False) if name in COMPILED_ALONE else ARMS[name]
             try:
                 reasons[name] = wrong(arm, H, T, Q, V, dtype, device, documents)
                 if reasons[name] is None:
                     speeds[name] = backend.milliseconds(
-                        lambda arm=arm: forward_and_backward(arm, tensors, Q**-0.5, first))
+                        lambda arm=arm: forward_and_backward(arm, tensors, Q**-0.5, first, nowhere), device)
             except Exception as error:  # whatever a library says: it does not compete
                 reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
     key = arm_key(q_shape, V, dtype, documents)

@@ -65,16 +65,30 @@ def triton_runs(tensor):
     return _on and (tensor.is_cuda or INTERPRETED) and tensor.dtype != torch.float64
 
 
-def milliseconds(function, rounds=8, warmup=3):
-    """Median time of function(), the device's work included."""
+def milliseconds(function, device, rounds=8, warmup=3):
+    """Median time of function(). On CUDA that of the device alone: the calls are queued while it is kept busy. Or the
+    time would count that Python takes to launch small kernels, which a compiled or replayed model does not spend."""
     times = []
-    for _ in range(warmup + rounds):
+    for _ in range(warmup):
         synchronize()
         started = time.perf_counter()
         function()
+        launched = time.perf_counter() - started
+    for _ in range(rounds):
         synchronize()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[warmup:])
+        if torch.device(device).type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(int(4e9 * launched) + 1_000_000)  # cycles, of 2 GHz at most: twice the time to launch
+            start.record()
+            function()
+            end.record()
+            synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            started = time.perf_counter()
+            function()
+            times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)
 
 
 def synchronize():

@@ -13,15 +13,20 @@ from kernels import backend
 TILES = {}  # tile_key: tile, for kernels that were measured; the others have `default_tile`
 
 # What was fast on an H100, most promising first, with some for the 99 KB of smaller GPUs. "up" has two sums a tile.
-_ROWS = ((128, 256, 64, 8, 3), (128, 256, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 8, 2),
-         (64, 128, 64, 4, 3), (64, 256, 64, 4, 3))
-_GRADIENT = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3),
-             (64, 256, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 32, 8, 4))
+_ROWS = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 32, 8, 4), (64, 128, 64, 4, 3),
+         (64, 128, 64, 8, 2), (64, 256, 64, 4, 3))
+_GRADIENT = ((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3),
+             (128, 256, 64, 8, 4), (64, 256, 64, 4, 3), (128, 128, 32, 8, 4))
 PROMISING = {
-    "up": ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 8, 3), (128, 128, 32, 8, 3), (64, 64, 64, 4, 3)),
-    "down_backward": ((128, 128, 64, 8, 3), (64, 128, 64, 8, 4), (64, 128, 64, 4, 3), (128, 64, 64, 8, 3),
-                      (64, 128, 32, 8, 4)),
+    "up": ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3)),
+    "down_backward": ((128, 128, 64, 8, 3), (64, 128, 64, 8, 4), (64, 128, 32, 8, 4), (64, 128, 64, 4, 3),
+                      (128, 64, 64, 8, 3)),
     "y": _ROWS, "dx": _ROWS, "d_down": _GRADIENT, "d_gate_up": _GRADIENT}
+# And what runs unmeasured, if not the first of those: at any expert width, and at narrow ones (F <= 512), whose sums
+# are short or whose matrices are small.
+DEFAULT = {"y": (128, 256, 32, 8, 4), "d_down": (128, 128, 64, 4, 3)}
+NARROW = {"up": (128, 64, 64, 8, 3), "y": (128, 128, 64, 4, 3), "down_backward": (64, 128, 64, 8, 4),
+          "d_gate_up": (256, 128, 64, 8, 3)}
 
 
 def tile_key(kernel, D, F, rows_per_expert, dtype):
@@ -35,9 +40,8 @@ def default_tile(kernel, D, F, rows_per_expert, dtype):
         return (64, 32, 32, 4, 2) if kernel in ("up", "down_backward") else (64, 64, 32, 4, 2)
     if rows_per_expert < 96 and not kernel.startswith("d_"):
         return (64, 256, 64, 4, 3) if kernel in ("y", "dx") else (64, 128, 64, 4, 3)
-    if kernel == "y":  # a short sum: small tiles, of which several run at once, hide each other's beginning and end
-        return (64, 128, 64, 8, 2) if F <= 512 else (128, 256, 32, 8, 4)
-    return (64, 128, 64, 8, 4) if kernel == "down_backward" and F <= 512 else PROMISING[kernel][0]
+    tile = DEFAULT.get(kernel, PROMISING[kernel][0])
+    return NARROW.get(kernel, tile) if F <= 512 else tile
 
 
 def fits(kernel, tile, dtype, shared):

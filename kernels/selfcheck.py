@@ -22,7 +22,7 @@ from kernels import (
 )
 
 PATIENCE = 120  # seconds for processes that compile
-SHARE = "kernels.triton_ahead:compile_share"
+COMPILE = "kernels.triton_ahead:compile_in_turn"
 
 
 def failures(device, dtype):
@@ -75,21 +75,25 @@ def compile_ahead(config, rows, device, wait=False, rehearse=None):
     known = f"checked {dtype}", _name(config, rows, True)
     if how == "full" or not all(tuning.recall(device, name) for name in known):
         chunk = cross_entropy.chunk_rows(N, vocab, dtype.itemsize, "cuda")
-        calls = [["attend", rows, T, H, Q, V, config.document_mask], ["loss_of_chunk", chunk, vocab]]
+        calls = [["loss_of_chunk", chunk, vocab]]
+        if not config.document_mask:
+            calls += [["maxima", rows, T, H, Q]]
+        if "triton" not in attention.last_resorts(device, config.document_mask, how):
+            calls += [["attend", rows, T, H, Q, V, config.document_mask]]
         if routed:
             _, K, E, D, F, _ = routed
             calls += [["experts", N, D, F, E, K],
                       ["route_and_sort", T, rows, config.n_routed_experts, K, config.n_group, config.topk_group]]
+        ahead.start("kernels", COMPILE, [[CHECKED + calls, config.dtype]] * ahead.workers(), device)
         if rehearse and config.compile is not False:
             kinds = {index < config.first_k_dense_replace or not routed for index in range(config.num_hidden_layers)}
             ahead.start("blocks", rehearse, [[dataclasses.asdict(config), dense] for dense in kinds], device)
-        ahead.start("kernels", SHARE, ahead.shares(CHECKED + calls, dtype), device)
         if routed and how != "off":
             tiles = tuning.tiles_to_try(routed, how)
             turns = [{kernel: tried[i] for kernel, tried in tiles.items() if i < len(tried)}
                      for i in range(1, max(map(len, tiles.values())))]
             calls = [["with_tiles", turn, N, D, F, E, K] for turn in turns]
-            ahead.start("tiles", SHARE, ahead.shares(calls, dtype), device)
+            ahead.start("tiles", COMPILE, [[calls, config.dtype, 10]] * ahead.workers(), device)
     if wait:
         ahead.finish("kernels", PATIENCE)
         ahead.finish("blocks", PATIENCE / 2)  # which use the device: it is free when speeds are measured
@@ -115,7 +119,8 @@ def fastest(config, rows, device):
     name = _name(config, rows, on)
     if cuda and config.kernels_tuning != "full" and (choices := tuning.recall(device, name)):
         return [], choices
-    lines, library = [attention.choose_arm(*attending, device, config.document_mask)], None
+    lines = [attention.choose_arm(*attending, device, config.document_mask, config.kernels_tuning)]
+    library = None
     expert_tiles.TILES.clear()
     if routed and on:
         from kernels import triton_experts
@@ -162,7 +167,7 @@ def _with_gradients(function, *tensors):
 
 def _routing(device, dtype, generator):
     logits, bias = torch.randn(300, 24, generator=generator).to(device), torch.zeros(24, device=device)
-    return _with_gradients(lambda l: routing.route(l, bias, 3, 4, 4, 2), logits)
+    return _with_gradients(lambda l: routing.route(l, bias, 3, 2, 2, 1), logits)
 
 
 def _router(device, dtype, generator):
@@ -193,14 +198,12 @@ def _sum_of_rows(device, dtype, generator):
     return lambda: [experts.sum_rows(rows, places)]
 
 
-def _attention(device, dtype, generator):
-    q, k, v = (torch.randn(2, 3, 200, width, generator=generator).to(device, dtype) for width in (96, 96, 64))
-    starts = (torch.arange(200, device=device, dtype=torch.int32) // 70 * 70).expand(2, 200).contiguous()
-
-    def compute(q, k, v):
-        return [*attention.causal_attention(q, k, v, 0.1), attention.max_logit(q.detach(), k.detach(), 0.1),
-                *attention.causal_attention(q, k, v, 0.1, starts)]
-    return _with_gradients(compute, q, k, v)
+def _maximum(device, dtype, generator):
+    """Of attention the rest is checked, arm by arm, where it is chosen."""
+    q, k = (torch.randn(2, 3, 200, 96, generator=generator).to(device, dtype) for _ in range(2))
+    hidden = torch.full((200, 200), float("-inf"), device=device).triu(1)
+    lse = (0.1 * q.float() @ k.float().mT + hidden).logsumexp(3)
+    return lambda: [attention.max_logit(q, k, 0.1), attention.max_logit(q, k, 0.1, None, lse)]
 
 
 def _decoding(device, dtype, generator):
@@ -232,10 +235,10 @@ def _momentum(device, dtype, generator):
 
 
 CASES = {"router": _router, "routing": _routing, "experts": _experts, "sum of rows": _sum_of_rows,
-         "attention": _attention, "decoding": _decoding, "cross-entropy": _cross_entropy,
+         "maximum": _maximum, "decoding": _decoding, "cross-entropy": _cross_entropy,
          "Newton-Schulz": _newton_schulz, "momentum": _momentum}
 
 # What the cases launch, as ahead.py lists it.
-CHECKED = [["route_and_sort", 100, 3, 24, 4, 4, 2], ["route_and_sort", 300, 1, 8, 3], ["experts", 300, 64, 48, 8, 3],
-           ["attend", 2, 200, 3, 96, 64], ["attend", 2, 200, 3, 96, 64, True], ["decode", 2, 4, 100, 64, 16],
+CHECKED = [["route_and_sort", 100, 3, 24, 2, 2, 1], ["route_and_sort", 300, 1, 8, 3], ["experts", 300, 64, 48, 8, 3],
+           ["maxima", 2, 200, 3, 96], ["decode", 2, 4, 100, 64, 16],
            ["loss_of_chunk", 100, 777], ["products", 2, 256, 320], ["steps", 20, 70]]

@@ -1,10 +1,11 @@
 """A worker that compiles Triton's kernels before a run needs them: ahead.py starts several.
 
 In every worker the launchers run on meta tensors, which lists what the self-check and a run of these sizes will launch;
-each compiles its share of that list, and Triton's cache on disk hands it over. Next: ../bench/compiled.py, which judges
+they compile it in turns, and Triton's cache on disk hands it over. Next: ../bench/compiled.py, which judges
 what is compiled.
 """
 
+import os
 import sys
 
 import torch
@@ -13,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from errors import said
 from kernels import (
+    ahead,
     triton_attention,
     triton_cross_entropy,
     triton_decode,
@@ -34,6 +36,11 @@ def attend(B, T, H, Q, V, documents=False, dtype=torch.bfloat16):
     first = meta(B, T, dtype=torch.int32) if documents else None
     triton_attention.forward(q, k, v, 0.1, first)
     triton_attention.backward(o, q, k, v, o, meta(B, H, T, dtype=torch.float32), 0.1, first)
+
+
+def maxima(B, T, H, Q, documents=False, dtype=torch.bfloat16):
+    q, k = (meta(B, T, H, Q, dtype=dtype).transpose(1, 2) for _ in range(2))
+    first = meta(B, T, dtype=torch.int32) if documents else None
     triton_attention.max_logits(q, k, 0.1, first)
     triton_attention.max_logits(q, k, 0.1, first, meta(B, H, T, dtype=torch.float32), meta(H, dtype=torch.float32))
 
@@ -86,7 +93,7 @@ def decode(B, H, S, R, P, dtype=torch.bfloat16):
 
 
 CALLS = {function.__name__: function
-         for function in (attend, route_and_sort, experts, with_tiles, loss_of_chunk, products, steps, decode)}
+         for function in (attend, maxima, route_and_sort, experts, with_tiles, loss_of_chunk, products, steps, decode)}
 
 
 # ----------------------------------------------------------------------------- a worker
@@ -115,9 +122,16 @@ def _kind(value, constant):
     return (value == 1, value % 16 == 0, -2**31 <= value < 2**31) if whole else repr(value)
 
 
-def compile_share(calls, dtype, part, count):
-    """Compile every count-th launch, from `part` on, and the launcher that calls it. The grid does not matter."""
-    for kernel, arguments, keywords in launches(calls, getattr(torch, dtype))[part::count]:
+def compile_in_turn(calls, dtype, niceness=0):
+    """Compile what the other workers have not begun, what takes longest first, and the launchers that call it. The grid
+    does not matter."""
+    os.nice(niceness)
+    slowness = lambda launch: launch[0].src.count("dot") + 4 * launch[0].src.count("argmax")
+    todo = sorted(launches(calls, getattr(torch, dtype)), key=slowness, reverse=True)
+    for turn in ahead.turns():
+        if turn >= len(todo):
+            break
+        kernel, arguments, keywords = todo[turn]
         try:
             compiled = kernel.run(*arguments, grid=(1,), warmup=True, **keywords)
             driver.active.launcher_cls(compiled.src, compiled.metadata)

@@ -8,8 +8,7 @@ needs no output of any expert (the idea of SonicMoE, arXiv 2512.14080, section 3
 
 Rows lie in expert order and no expert's rows are padded: a tile belongs to one expert, its last rows are masked. How
 many tiles there are is known only on the device; the grid has room for all cases, programs without one return at once.
-A tile's blocks of columns are neighbours in the grid: they run together and share its rows in the cache. So do the
-tiles of some experts (in_turn).
+A tile's blocks of columns are neighbours in the grid: they run together and share its rows in the cache.
 Shapes: experts.py. M, N, K in a kernel are the sides of its matmul.   Next: experts.py, triton_routing.py (tile_map).
 """
 
@@ -25,7 +24,6 @@ from kernels.expert_tiles import TILES, blocks, tile_key
 from kernels.triton_routing import tile_map
 
 LIBRARY = set()  # the products that F.grouped_mm computes, of "y", "dx", "d_down", "d_gate_up": see choose_products
-IN_L2 = 16 * 2**20  # bytes of matrices that may stay there, of 40 to 126 MB that GPUs have
 
 # ----------------------------------------------------------------------------- kernels
 
@@ -235,18 +233,12 @@ def combine(rows_SD, place_NJ, weights_NJ=None, first=None, second=None):
     return out_ND
 
 
-def in_turn(weight_EKN):
-    """How many experts take turns where rows are gathered: each has its tokens in ascending order, so that those that
-    run together read the same rows, once from memory and then from L2; their matrices must have room there too."""
-    return max(1, IN_L2 // (weight_EKN[0].numel() * weight_EKN.element_size()))
-
-
 def up(x_ND, gate_up_E2FD, order, counts_E, top_k):
     """z_S2F and a_SF: the rows' products with gate and up of their experts, and SwiGLU of them."""
     (E, F2, D), S = gate_up_E2FD.shape, len(order)
     z_S2F, a_SF = (torch.empty(S, width, dtype=x_ND.dtype, device=x_ND.device) for width in (F2, F2 // 2))
     b = blocks("up", D, F2 // 2, S // E, x_ND.dtype)
-    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"], in_turn(gate_up_E2FD))
+    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
     n_blocks = triton.cdiv(F2 // 2, b["BLOCK_N"])
     up_kernel[n_tiles * n_blocks,](
         x_ND, gate_up_E2FD, order, tiles, z_S2F, a_SF, D, F2 // 2, n_blocks, top_k, D % b["BLOCK_K"] == 0, **b)
@@ -276,7 +268,7 @@ def down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F):
     n_blocks = triton.cdiv(F, b["BLOCK_N"])
     make = torch.empty if S == weights_NK.numel() else torch.zeros  # choices of other ranks stay 0
     products = make(weights_NK.numel(), n_blocks, device=grad_ND.device)
-    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"], in_turn(down_EDF))
+    tiles, n_tiles = tile_map(counts_E, S, b["BLOCK_M"])
     down_backward_kernel[n_tiles * n_blocks,](
         grad_ND, down_EDF, order, tiles, weights_NK, z_S2F, dz_S2F, weighted_SF, products, token_S, D, F, n_blocks,
         top_k, D % b["BLOCK_K"] == 0, **b)
@@ -371,11 +363,11 @@ def choose_products(N, top_k, E, D, F, dtype, device):
         return "expert products: triton"
     told, faster = [], set()
     for product, compute in product_arms(N, top_k, E, D, F, dtype, device).items():
-        expected, ours = compute().float(), backend.milliseconds(compute)
+        expected, ours = compute().float(), backend.milliseconds(compute, device)
         LIBRARY.add(product)
         try:
             right = (compute() - expected).norm() <= 1e-2 * expected.norm()
-            library = backend.milliseconds(compute) if right else math.inf
+            library = backend.milliseconds(compute, device) if right else math.inf
         except RuntimeError:  # out of memory, or not for this GPU
             library = math.nan
         LIBRARY.clear()

@@ -232,34 +232,25 @@ def sort_by_expert(experts_NK, n_keys):
 
 
 @triton.jit
-def tile_map_kernel(counts, tiles, n_tiles, E, group, ROWS: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
-    # (expert, first row, end of the expert's rows) of every tile of ROWS rows; no rows beyond the last tile. `group`
-    # experts take turns: the first tile of each, the second of each that has one, ...
+def tile_map_kernel(counts, tiles, n_tiles, E, ROWS: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
+    # (expert, first row, end of the expert's rows) of every tile of ROWS rows; no rows beyond the last tile.
     tile, e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E_PAD)
     count = tl.load(counts + e, mask=e < E, other=0).to(tl.int32)
     tiles_E = (count + ROWS - 1) // ROWS
     row_ends, tile_ends = tl.cumsum(count, 0), tl.cumsum(tiles_E, 0)
     here = (tile[:, None] >= (tile_ends - tiles_E)[None, :]) & (tile[:, None] < tile_ends[None, :])
-    expert = tl.sum(tl.where(here, e[None, :], 0), 1)
-    turn = tl.sum(tl.where(here, tile[:, None] - (tile_ends - tiles_E)[None, :], 0), 1)
-    first = tl.sum(tl.where(here, (row_ends - count)[None, :], 0), 1) + turn * ROWS
-    # Before it: all tiles of earlier groups, and of its group as many turns, of experts in front of it one more.
-    other, theirs = e[None, :], tiles_E[None, :]
-    turns = tl.minimum(theirs, turn[:, None] + (other < expert[:, None]).to(tl.int32))
-    mine = (expert // group)[:, None]
-    before = tl.sum(tl.where(other // group < mine, theirs, tl.where(other // group == mine, turns, 0)), 1)
-    place = tiles + 3 * tl.where(tile < tl.sum(tiles_E, 0), before, tile)
-    tl.store(place, expert, mask=tile < n_tiles)
-    tl.store(place + 1, first, mask=tile < n_tiles)
-    tl.store(place + 2, tl.sum(tl.where(here, row_ends[None, :], 0), 1), mask=tile < n_tiles)
+    first = (row_ends - count)[None, :] + (tile[:, None] - (tile_ends - tiles_E)[None, :]) * ROWS
+    tl.store(tiles + 3 * tile, tl.sum(tl.where(here, e[None, :], 0), 1), mask=tile < n_tiles)
+    tl.store(tiles + 3 * tile + 1, tl.sum(tl.where(here, first, 0), 1), mask=tile < n_tiles)
+    tl.store(tiles + 3 * tile + 2, tl.sum(tl.where(here, row_ends[None, :], 0), 1), mask=tile < n_tiles)
 
 
-def tile_map(counts_E, n_rows, rows, group=1):
+def tile_map(counts_E, n_rows, rows):
     """(tiles, 3) int32 for row tiles of `rows` rows, and how many tiles there can be: every expert may have one that is
-    not full. Tiles of `group` experts take turns."""
+    not full."""
     E = len(counts_E)
     n_tiles = min(triton.cdiv(n_rows, rows) + E, max(n_rows, 1))
     tiles = torch.empty(n_tiles, 3, dtype=torch.int32, device=counts_E.device)
     block, E_pad = _block(n_tiles, E)
-    tile_map_kernel[triton.cdiv(n_tiles, block),](counts_E, tiles, n_tiles, E, group, rows, E_pad, block)
+    tile_map_kernel[triton.cdiv(n_tiles, block),](counts_E, tiles, n_tiles, E, rows, E_pad, block)
     return tiles, n_tiles

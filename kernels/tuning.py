@@ -112,13 +112,13 @@ def choose_tiles(routed, device, how):
     """Search the experts' tiles at these sizes and let expert_tiles.TILES hold them; returns a line to print."""
     from kernels import triton_experts
     N, K, E, D, F, dtype = routed
-    best, line = search(triton_experts.tile_arms(*routed, device), tiles_to_try(routed, how), SECONDS[how] / 2)
+    best, line = search(triton_experts.tile_arms(*routed, device), tiles_to_try(routed, how), SECONDS[how] / 2, device)
     expert_tiles.TILES.update({expert_tiles.tile_key(kernel, D, F, N * K // E, dtype): tile
                                for kernel, tile in best.items()})
     return line
 
 
-def search(arms, tiles, seconds):
+def search(arms, tiles, seconds, device):
     """({kernel: fastest tile}, a line to print) of {kernel: function(tile)} and {kernel: tiles, the default first}.
     Each kernel has its share of the seconds. A tile that fails, or has another result than the default, does not
     compete; one must win by 2 %: less is noise."""
@@ -133,7 +133,7 @@ def search(arms, tiles, seconds):
                 right = right or result
                 if all((a - b).norm(dtype=torch.float32) <= 1e-2 * b.norm(dtype=torch.float32)
                        for a, b in zip(result, right)):
-                    speeds[tile] = backend.milliseconds(functools.partial(arm, tile), rounds=5, warmup=2)
+                    speeds[tile] = backend.milliseconds(functools.partial(arm, tile), device, rounds=5, warmup=2)
                 else:
                     told.append(f"{kernel} {tile} is wrong")
             except Exception as error:  # a compiler's, or too much shared memory: no tile for this GPU, and said

@@ -1,6 +1,7 @@
 """What other processes compile before a run needs it: the same kernels, found in the cache, or no harm."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -24,6 +25,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 POPEN = subprocess.Popen
 
 
+@pytest.fixture(autouse=True)
+def never_ends(monkeypatch):
+    """What a worker reads until the run ends, as the standard input of processes that a test runs."""
+    ends = os.pipe()
+    monkeypatch.setattr(subprocess, "run", functools.partial(subprocess.run, stdin=ends[0]))
+    yield
+    for end in ends:
+        os.close(end)
+
+
 def run_on_pretend_driver(code, **environment):
     """A Python process where Triton sees an H100 that is not there."""
     head = """
@@ -43,21 +54,21 @@ from kernels import selfcheck, triton_ahead as ahead
 def test_workers_share_what_a_check_launches_and_fill_the_cache_for_a_launch(tmp_path):
     """And one that cannot be compiled is told and left out."""
     done = run_on_pretend_driver("""
-calls = selfcheck.CHECKED
+calls = [*selfcheck.CHECKED, ["attend", 2, 200, 3, 96, 64]]
 kinds = [kernel.__name__ for kernel, *_ in ahead.launches(calls, torch.bfloat16)]
-print("all", *kinds)
+print("all", *kinds, flush=True)
 launches = ahead.launches([["loss_of_chunk", 128, 512]], torch.bfloat16)
-launches.insert(1, (types.SimpleNamespace(__name__="broken", run=lambda *a, **k: 1 / 0), (), {}))
+launches.insert(1, (types.SimpleNamespace(__name__="broken", src="", run=lambda *a, **k: 1 / 0), (), {}))
 ahead.launches = lambda *_: launches
-for part in range(2):
-    ahead.compile_share([], "bfloat16", part, 2)
+sys.argv = ["-c", '[[[], "bfloat16"], [[], "bfloat16", 1]]']
+ahead.ahead.serve(ahead.compile_in_turn, 0)
 """, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
     assert "broken does not compile ahead: ZeroDivisionError" in done.stderr
     kinds, *launchers = done.stdout.splitlines()
     sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("triton_*.py"))
     assert set(re.findall(r"def (\w+_kernel)\(", sources)) == set(kinds.split()[1:])
-    assert launchers == ["launcher of cross_entropy_kernel"] * 2 + ["launcher of rescale_kernel"] * 2
+    assert sorted(launchers) == ["launcher of cross_entropy_kernel"] * 2 + ["launcher of rescale_kernel"] * 2
     compiled = sorted(tmp_path.rglob("*.cubin"))
     assert len(compiled) == 4
     # A launch finds them: of the same kinds of arguments, on other pointers and sizes.
@@ -78,37 +89,56 @@ def pretend_workers(monkeypatch, code):
 
 def test_workers_that_fail_or_hang_do_not_hold_up_the_run(monkeypatch, capfd):
     pretend_workers(monkeypatch, "import sys; sys.exit('no CUDA')")
-    ahead.start("kernels", "a:b", ahead.shares([], torch.bfloat16), torch.device("cuda:0"))
-    assert len(ahead._running["kernels"]) == 3
+    assert ahead.workers() == 2
+    ahead.start("kernels", "a:b", [[]] * 3, torch.device("cuda:0"))
     ahead.finish("kernels", 60)
     assert "no CUDA" in capfd.readouterr().err and not ahead._running
     pretend_workers(monkeypatch, "import time; time.sleep(1000)")
-    ahead.start("kernels", "a:b", ahead.shares([], torch.bfloat16), torch.device("cuda:0"))
-    started, processes = time.monotonic(), ahead._running["kernels"]
+    ahead.start("kernels", "a:b", [[]] * 3, torch.device("cuda:0"))
+    started, (_, process) = time.monotonic(), ahead._running["kernels"]
     ahead.finish("kernels", 0.2)
-    assert time.monotonic() - started < 60 and all(process.returncode for process in processes)
-    assert "for 3 processes that compile kernels; 3 were not done" in capfd.readouterr().out
+    assert time.monotonic() - started < 60 and process.returncode
+    assert "for 3 processes that compile kernels; some were not done" in capfd.readouterr().out
     ahead.finish("kernels", 0.2)  # nothing was started
 
 
 def test_what_fails_in_a_worker_is_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["-c", "[1, 0]"])
     monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     with pytest.raises(SystemExit, match="rehearse in a process of its own failed .ZeroDivisionError"):
         def rehearse(a, b):
             return a / b
-        ahead.serve(rehearse, 0)
+        ahead.work(rehearse, [1, 0], 1)
+
+
+def test_each_turn_is_taken_by_one_worker(tmp_path):
+    """Three of them, in which every order is carried out too."""
+    code = """
+import sys, time
+from kernels import ahead
+def work(order):
+    with open(f"{sys.argv[1]}/{order}", "w") as file:
+        for turn in ahead.turns():
+            if turn >= 300:
+                break
+            print(turn, file=file)
+            time.sleep(0.001)
+sys.argv.append("[[1], [2], [3]]")
+ahead.serve(work, 0)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True)
+    taken = [[int(line) for line in (tmp_path / order).read_text().split()] for order in "123"]
+    assert sorted(sum(taken, [])) == list(range(300)) and all(turns == sorted(turns) for turns in taken)
 
 
 def test_a_worker_ends_with_the_process_that_started_it():
     code = ("import sys, time, torch; from kernels import ahead; torch.cuda.set_device = lambda index: 0\n"
-            "sys.argv.append('[1000]'); ahead.serve(time.sleep, 0)")
-    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE)
+            "sys.argv.append('[[1000], [1000]]'); ahead.serve(time.sleep, 1)")
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     timer = threading.Timer(120, worker.kill)
     timer.start()
     worker.stdin.close()
-    assert worker.wait() == 1
+    assert worker.wait() == 1 and worker.stdout.read() == b""  # which its forks hold open until they end
     timer.cancel()
 
 
@@ -117,6 +147,7 @@ def test_workers_start_only_for_what_is_not_remembered(monkeypatch):
     monkeypatch.setattr(ahead, "start", lambda what, function, orders, _: started.append((what, orders)))
     monkeypatch.setattr(ahead, "wake_inductor", lambda: None)
     monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = settings.Config(**vars(small_config(dtype="bfloat16")))
     selfcheck.compile_ahead(config, 2, CPU)
     assert not started
@@ -124,14 +155,15 @@ def test_workers_start_only_for_what_is_not_remembered(monkeypatch):
     assert [what for what, _ in started] == ["kernels", "tiles"]
     from kernels import triton_ahead
     calls = [{name for name, *_ in orders[0][0]} for _, orders in started]
-    assert calls[0] == set(triton_ahead.CALLS) - {"with_tiles"} and calls[1] == {"with_tiles"}
+    assert calls[0] == set(triton_ahead.CALLS) - {"with_tiles", "attend"} and calls[1] == {"with_tiles"}
     tuning.remember(CUDA, {"checked torch.bfloat16": True, selfcheck._name(config, 2, True): {"attention": []}})
     selfcheck.compile_ahead(config, 2, CUDA)
     assert len(started) == 2
     config.kernels_tuning = "full"
     selfcheck.compile_ahead(config, 2, CUDA, rehearse="train:rehearse")
-    assert [what for what, _ in started[2:]] == ["blocks", "kernels", "tiles"]
-    assert sorted(dense for _, dense in started[2][1]) == [False, True]
+    assert [what for what, _ in started[2:]] == ["kernels", "blocks", "tiles"]
+    assert sorted(dense for _, dense in started[3][1]) == [False, True]
+    assert {name for name, *_ in started[2][1][0][0]} == set(triton_ahead.CALLS) - {"with_tiles"}
 
 
 def test_a_rehearsal_takes_the_arm_that_mostly_wins_and_launches_nothing(monkeypatch):

@@ -1,12 +1,15 @@
 """Which kernels run: the decision, the check that auto makes first, what is remembered of it and compiled ahead of it,
 the search for tiles, and a whole run by either kind."""
 
+import functools
 import json
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 import torch
@@ -157,6 +160,60 @@ def test_processes_that_write_at_once_lose_nothing():
     assert sorted(path.name for path in tuning.path().parent.iterdir()) == ["kernels.json", "kernels.lock"]
 
 
+# ----------------------------------------------------------------------------- how time is measured
+
+class PretendDevice:
+    """torch.cuda with a device of a clock of its own, in milliseconds, on which what is queued waits for its turn."""
+
+    def __init__(self, python):
+        self.python, self.host, self.device = python, 0.0, 0.0
+
+    def queue(self, milliseconds):
+        self.device = max(self.device, self.host) + milliseconds
+
+    def call(self):
+        """Three kernels of 0.1 ms, each of which Python takes a while to launch."""
+        for _ in range(3):
+            self.host += self.python
+            self.queue(0.1)
+
+    def synchronize(self):
+        self.host = self.device = max(self.host, self.device)
+
+    def event(self, enable_timing):
+        event = types.SimpleNamespace(elapsed_time=lambda later: later.at - event.at)
+        event.record = lambda: setattr(event, "at", max(self.device, self.host))
+        return event
+
+
+@pytest.mark.parametrize("python", [0.0, 0.05, 2.0])
+def test_what_python_takes_to_launch_does_not_count_on_a_gpu(monkeypatch, python):
+    pretend = PretendDevice(python)
+    monkeypatch.setattr(backend, "synchronize", pretend.synchronize)
+    monkeypatch.setattr(backend.time, "perf_counter", lambda: pretend.host / 1000)
+    monkeypatch.setattr(torch.cuda, "Event", pretend.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: pretend.queue(cycles / 2e6))
+    assert backend.milliseconds(pretend.call, CUDA) == pytest.approx(0.3)
+
+
+def test_the_median_time_on_a_cpu(monkeypatch):
+    seconds = iter([0, 1, 0, 1, 0, 1, 0, 2, 0, 9, 0, 3])
+    monkeypatch.setattr(backend.time, "perf_counter", lambda: next(seconds))
+    assert backend.milliseconds(lambda: None, CPU, rounds=3, warmup=3) == 3000.0
+
+
+@pytest.mark.gpu
+def test_time_on_a_gpu_is_that_of_its_kernels():
+    x = torch.ones(2**26, device="cuda")
+
+    def slow_to_launch(times):
+        for _ in range(times):
+            time.sleep(1e-3)
+            x.add_(1.0)
+    once, twice = (backend.milliseconds(functools.partial(slow_to_launch, times), CUDA) for times in (10, 20))
+    assert once < 10 and 1.8 < twice / once < 2.2
+
+
 # ----------------------------------------------------------------------------- choices
 
 def small_config(**changes):
@@ -169,7 +226,7 @@ def small_config(**changes):
 
 
 def test_choices_made_on_another_rank_are_adopted(monkeypatch):
-    monkeypatch.setattr(backend, "milliseconds", lambda *_: 1.0)
+    monkeypatch.setattr(backend, "milliseconds", lambda *_, **__: 1.0)
     lines, choices = selfcheck.fastest(small_config(), 2, CPU)
     assert "attention 12/8" in lines[0] and not tuning.path().exists()  # nothing is remembered of a CPU
     key, tile = ("up", 32, 16, 5, "torch.float32"), (64, 32, 32, 4, 2)
@@ -185,7 +242,7 @@ def measured(monkeypatch):
     """Names of what is measured on a pretend GPU, where nothing runs."""
     made = []
 
-    def choose_arm(q_shape, value_width, dtype, device, documents):
+    def choose_arm(q_shape, value_width, dtype, device, documents, how):
         made.append("attention")
         attention.ARM[attention.arm_key(q_shape, value_width, dtype, documents)] = "cudnn"
         return "attention: cudnn"
@@ -209,6 +266,29 @@ def test_choices_are_made_once_for_the_same_sizes(measured):
         assert len(measured) == before + 1, changes
 
 
+@pytest.mark.parametrize("capability, documents, how, asked", [
+    ((9, 0), False, "auto", {"sdpa"}), ((9, 0), False, "full", {"triton", "sdpa"}),
+    ((8, 9), False, "off", {"triton", "sdpa"}), ((9, 0), True, "auto", {"triton", "flex"})])
+def test_arms_that_never_win_on_a_gpu_are_the_last_to_be_asked(monkeypatch, capability, documents, how, asked):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "compile", lambda arm, dynamic: arm)
+    monkeypatch.setattr(attention, "sample", lambda *_: ([torch.ones(1)], None))
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: None)
+    monkeypatch.setattr(backend, "triton_runs", lambda tensor: True)
+    monkeypatch.setattr(backend, "milliseconds", lambda *_: 1.0)
+    broken, made = {attention.ARMS["cudnn"], attention.ARMS["flash"]}, []
+    monkeypatch.setattr(attention, "wrong", lambda arm, *_: made.append(arm) or ("broken" if arm in broken else None))
+
+    def right():
+        made.clear()
+        attention.choose_arm((2, 4, 16, 12), 8, torch.bfloat16, CUDA, documents, how)
+        return {name for name, arm in attention.ARMS.items() if arm in made and arm not in broken}
+    assert right() == asked
+    broken |= {attention.ARMS[name] for name in asked}
+    rest = right()
+    assert len(rest) == 1 and rest <= {"triton", "flex", "math"} - asked
+
+
 # ----------------------------------------------------------------------------- the search for tiles
 
 def arms_with(times, wrong=(), failing=()):
@@ -218,24 +298,24 @@ def arms_with(times, wrong=(), failing=()):
             raise RuntimeError("out of resource: shared memory")
         arm.took = times[tile]
         return torch.ones(3) * (1.1 if tile in wrong else 1), torch.tensor(7)
-    return {"up": arm}, lambda function, **_: function() and arm.took
+    return {"up": arm}, lambda function, device, **_: function() and arm.took
 
 
 def test_the_fastest_right_tile_wins_if_it_is_more_than_noise(monkeypatch):
     arms, milliseconds = arms_with({"a": 1.0, "b": 0.99, "c": 0.5, "d": 0.2, "e": 0.8}, wrong="d", failing="c")
     monkeypatch.setattr(backend, "milliseconds", milliseconds)
-    best, line = tuning.search(arms, {"up": list("abcde")}, 60)
+    best, line = tuning.search(arms, {"up": list("abcde")}, 60, CPU)
     assert best == {"up": "e"} and "up d is wrong" in line and "up c fails (RuntimeError: out of resource" in line
-    assert tuning.search(arms, {"up": ["a", "b"]}, 60)[0] == {"up": "a"}
-    assert tuning.search(arms, {"up": ["c", "e"]}, 60)[0] == {"up": "e"}  # the default does not run here
-    assert tuning.search(arms, {"up": ["c"]}, 60)[0] == {}
+    assert tuning.search(arms, {"up": ["a", "b"]}, 60, CPU)[0] == {"up": "a"}
+    assert tuning.search(arms, {"up": ["c", "e"]}, 60, CPU)[0] == {"up": "e"}  # the default does not run here
+    assert tuning.search(arms, {"up": ["c"]}, 60, CPU)[0] == {}
 
 
 def test_the_search_ends_with_its_seconds_but_measures_every_default(monkeypatch):
     arms, milliseconds = arms_with({"a": 1.0, "b": 0.5})
     monkeypatch.setattr(backend, "milliseconds", milliseconds)
     arms = {"up": arms["up"], "y": arms["up"]}
-    assert tuning.search(arms, {"up": ["a", "b"], "y": ["a", "b"]}, 0)[0] == {"up": "a", "y": "a"}
+    assert tuning.search(arms, {"up": ["a", "b"], "y": ["a", "b"]}, 0, CPU)[0] == {"up": "a", "y": "a"}
 
 
 @pytest.mark.parametrize("shared", [99 * 1024, 164 * 1024, 227 * 1024])

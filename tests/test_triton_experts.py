@@ -147,7 +147,7 @@ def test_products_are_given_to_whoever_is_faster_and_right(monkeypatch):
             "d_down": arm("d_down", lambda: torch.zeros(3), 2.0, 1.0),
             "d_gate_up": arm("d_gate_up", lambda: torch.linalg.cholesky(-torch.ones(1, 1)), 2.0, 1.0)}
     monkeypatch.setattr(triton_experts, "product_arms", lambda *_: {name: arm[0] for name, arm in arms.items()})
-    monkeypatch.setattr(backend, "milliseconds", lambda compute: next(
+    monkeypatch.setattr(backend, "milliseconds", lambda compute, device: next(
         times[name in library] for name, (function, times) in arms.items() if function is compute))
     line = triton_experts.choose_products(16, 2, 4, 8, 16, torch.bfloat16, DEVICE)
     assert library == {"dx"} and "dx 2.00 (1.00), d_down 2.00 (inf), d_gate_up 2.00 (nan)" in line
