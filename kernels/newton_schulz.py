@@ -13,7 +13,7 @@ Shapes: B matrices, M their short side, K their long one. Next: triton_newton_sc
 
 import torch
 
-from kernels import backend
+from kernels import backend, graphs
 
 COEFFICIENTS = {
     "jordan": [(3.4445, -4.7750, 2.0315)],
@@ -149,13 +149,7 @@ def newton_schulz_replayed(G, **options):
 def _capture(G, options):
     """(graph of newton_schulz, the tensor that it reads, the tensor that it writes)."""
     held = G.clone(memory_format=torch.contiguous_format)
-    side = torch.cuda.Stream()  # libraries and Triton's compiler get ready outside the capture, as its manual asks
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        newton_schulz(held, **options)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graphs.aside(lambda: newton_schulz(held, **options))
     pool = next(iter(_graphs.values()))[0].pool() if _graphs else None
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
-        result = newton_schulz(held, **options)
+    graph, result = graphs.capture(lambda: newton_schulz(held, **options), pool)
     return graph, held, result
