@@ -131,7 +131,7 @@ class MicroBatch:
         if first:
             self.grads = [parameter.grad for parameter in self.parameters]
         found, found_norms = self._loss_and_norms(self._run(first))
-        off = (found_norms - norms).abs() / (norms + 1e-2 * norms.mean())
+        off = (found_norms - norms).abs() / (norms + 1e-2 * norms.mean()).clamp(min=1e-30)
         if not abs(found - loss) <= LOSS * abs(loss) or not off.max() <= NORM:
             raise RuntimeError(f"its replay gives a loss of {found:.6g}, the micro-batch itself {loss:.6g}, and the "
                                f"norm of a gradient is off by {100 * off.max():.3g} %")
@@ -192,7 +192,8 @@ class Update:
             self.graph = capture(self.update, self.pool())
             graph, replayed = self.graph
             graph.replay()
-            off = (self._moved(before) - moved).abs() / (moved + 1e-2 * moved.mean())
+            scale = (moved + 1e-2 * moved.mean()).clamp(min=1e-30)  # a step may move nothing
+            off = (self._moved(before) - moved).abs() / scale
             if not off.max() <= NORM:
                 raise RuntimeError(f"its replay moves a tensor otherwise than it should, by {100 * off.max():.3g} %")
         except RuntimeError as error:

@@ -149,7 +149,7 @@ def newton_schulz_replayed(G, **options):
 def _capture(G, options):
     """(graph of newton_schulz, the tensor that it reads, the tensor that it writes)."""
     held = G.clone(memory_format=torch.contiguous_format)
-    compute = lambda: newton_schulz(held, **options)
-    graphs.aside(compute)
-    graph, result = graphs.capture(compute, next(iter(_graphs.values()))[0].pool() if _graphs else None)
+    graphs.aside(lambda: newton_schulz(held, **options))
+    pool = next(iter(_graphs.values()))[0].pool() if _graphs else None
+    graph, result = graphs.capture(lambda: newton_schulz(held, **options), pool)
     return graph, held, result

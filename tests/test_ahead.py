@@ -102,6 +102,18 @@ def test_workers_that_fail_or_hang_do_not_hold_up_the_run(monkeypatch, capfd):
     ahead.finish("kernels", 0.2)  # nothing was started
 
 
+@pytest.mark.parametrize("module", ["kernels.triton_ahead", "rehearsal"])
+def test_what_is_imported_before_workers_fork_asks_nothing_of_a_device(module):
+    """A fork cannot use CUDA once its parent has."""
+    code = f"""
+import torch
+for name in ("is_available", "device_count", "_lazy_init", "get_device_properties", "current_device"):
+    setattr(torch.cuda, name, lambda *_: 1 / 0)
+import {module}
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+
+
 def test_what_fails_in_a_worker_is_one_line(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
