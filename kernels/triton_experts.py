@@ -157,6 +157,14 @@ def _store_sum(place, total, add, inside):
 
 
 @triton.jit
+def _store_half(place, half, add, m, n, M, N, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    # Both quarters of a half of a sum; n: the columns of the first one.
+    low, high = tl.split(half.reshape(BLOCK_M, 2, WIDTH // 2).permute(0, 2, 1))
+    _store_sum(place, low, add, (m < M)[:, None] & (n < N)[None, :])
+    _store_sum(place + WIDTH // 2, high, add, (m < M)[:, None] & (n + WIDTH // 2 < N)[None, :])
+
+
+@triton.jit
 def weight_gradient_kernel(left, right, token_of, experts, begun, out, M, N, GATHER_LEFT: tl.constexpr,
                            EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     # out[e, m, n] = sum over the rows s of expert e of left[s, m] * right[s, n], in fp32 until it is stored; one of the
@@ -179,12 +187,12 @@ def weight_gradient_kernel(left, right, token_of, experts, begun, out, M, N, GAT
                            mask=real if EVEN else real & (n < N)[None, :], other=0)
         token = tl.load(token_of + first + BLOCK_K + k, mask=first + BLOCK_K + k < end, other=0)
         total = tl.dot(left_KM.T, right_KN, total, input_precision="ieee")
-    # In two halves: what is read would not fit into the registers beside the whole sum.
-    half = tl.program_id(0) // m_blocks * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-    place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + half[None, :]
-    first_half, other_half = tl.split(total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
-    _store_sum(out + place, first_half, add, (m < M)[:, None] & (half < N)[None, :])
-    _store_sum(out + place + BLOCK_N // 2, other_half, add, (m < M)[:, None] & (half + BLOCK_N // 2 < N)[None, :])
+    # In quarters: what is read would not fit into the registers beside the whole sum.
+    quarter = tl.program_id(0) // m_blocks * BLOCK_N + tl.arange(0, BLOCK_N // 4)
+    place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + quarter[None, :]
+    low, high = tl.split(total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+    _store_half(out + place, low, add, m, quarter, M, N, BLOCK_M, BLOCK_N // 2)
+    _store_half(out + place + BLOCK_N // 2, high, add, m, quarter + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
 
 
 @triton.jit

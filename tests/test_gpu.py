@@ -7,8 +7,9 @@ import torch
 
 import guard
 import parallel
+import train
 from dispatch import ExpertParallel
-from kernels import attention, backend, experts, graphs, triton_experts
+from kernels import attention, backend, experts, graphs, selfcheck, triton_experts
 from muon import Muon
 from tests.helpers import losses, make_config, run_script, run_train, tiny_model, tokens
 from tests.test_model import CHEAP, recomputed
@@ -17,7 +18,10 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own():
+def as_in_a_process_of_its_own(monkeypatch):
+    """But nothing is compiled ahead in others: several of these tests run at once, on tiny models."""
+    monkeypatch.setattr(selfcheck, "compile_ahead", lambda *_, **__: None)
+    monkeypatch.setattr(train, "compile_ahead", lambda *_, **__: None)
     torch._dynamo.reset()
     with backend.running(False):
         yield
@@ -87,7 +91,7 @@ def test_a_selective_block_computes_nothing_dear_again(arm):
 
 
 # Two layers, one of each kind: most of the time goes into compiling them.
-SHORT = dict(device="cuda", dtype="bfloat16", num_hidden_layers=2, moe_intermediate_size=32)
+SHORT = dict(device="cuda", dtype="bfloat16", num_hidden_layers=2, moe_intermediate_size=32, kernels_tuning="off")
 
 
 @pytest.mark.parametrize("words", [(), ("--no-compile",), ("--dtype=float16",), ("--dtype=float32",),
