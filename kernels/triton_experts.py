@@ -88,6 +88,11 @@ def down_kernel(rows, weight, tiles, out, K, N, stride_k, stride_n, n_blocks, EV
 
 
 @triton.jit
+def _halves(total):
+    return tl.split(total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
 def _swiglu_backward(b, w, z, dz, weighted_a, place, real, column, F):
     # Writes dz and w a for some columns of b; returns the rows' sums of a b.
     write = real[:, None] & (column < F)[None, :]
@@ -128,7 +133,7 @@ def down_backward_kernel(grad, down, order, tiles, weights, z, dz, weighted_a, g
             down_tile += BLOCK_K * F
         w = tl.load(weights + choice, mask=real, other=0).to(tl.float32)[:, None]
         # In two halves: the whole epilogue at once would not fit into the registers.
-        left, right = tl.split(b.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+        left, right = _halves(b)
         half = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         product = _swiglu_backward(left, w, z, dz, weighted_a, place, real, half, F)
         product += _swiglu_backward(right, w, z, dz, weighted_a, place, real, half + BLOCK_N // 2, F)
@@ -149,13 +154,6 @@ def by_load_kernel(counts, table, E, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(place, e, mask=e < E)
     tl.store(place + 1, first, mask=e < E)
     tl.store(place + 2, first + rows, mask=e < E)
-
-
-@triton.jit
-def _store_sum(place, total, add, inside):
-    if add:
-        total += tl.load(place, mask=inside, other=0).to(tl.float32)
-    tl.store(place, total, mask=inside)
 
 
 @triton.jit
@@ -181,12 +179,17 @@ def weight_gradient_kernel(left, right, token_of, experts, begun, out, M, N, GAT
                            mask=real if EVEN else real & (n < N)[None, :], other=0)
         token = tl.load(token_of + first + BLOCK_K + k, mask=first + BLOCK_K + k < end, other=0)
         total = tl.dot(left_KM.T, right_KN, total, input_precision="ieee")
-    # In two halves: what is read would not fit into the registers beside the whole sum.
-    half = tl.program_id(0) // m_blocks * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-    place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + half[None, :]
-    first_half, other_half = tl.split(total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
-    _store_sum(out + place, first_half, add, (m < M)[:, None] & (half < N)[None, :])
-    _store_sum(out + place + BLOCK_N // 2, other_half, add, (m < M)[:, None] & (half + BLOCK_N // 2 < N)[None, :])
+    # In quarters: what is read would not fit into the registers beside the whole sum.
+    half, other = _halves(total)
+    quarters = _halves(half) + _halves(other)
+    row = out + expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N
+    for i in tl.static_range(4):
+        part = quarters[i]
+        column = tl.program_id(0) // m_blocks * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        inside = (m < M)[:, None] & (column < N)[None, :]
+        if add:
+            part += tl.load(row + column[None, :], mask=inside, other=0).to(tl.float32)
+        tl.store(row + column[None, :], part, mask=inside)
 
 
 @triton.jit
@@ -312,8 +315,6 @@ def forward(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, 
 def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F, gate_up_grad,
              down_grad, begun):
     """Gradients of x and weights; those of the two matrices go into gate_up_grad and down_grad: see weight_gradient."""
-    grad_ND, x_ND, weights_NK, gate_up_E2FD, down_EDF = (
-        t.contiguous() for t in (grad_ND, x_ND, weights_NK, gate_up_E2FD, down_EDF))
     dz_S2F, weighted_SF, grad_weights, token_S = down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F)
     weight_gradient("d_down", grad_ND, weighted_SF, token_S, counts_E, down_grad, begun)
     weight_gradient("d_gate_up", dz_S2F, x_ND, token_S, counts_E, gate_up_grad, begun)
