@@ -176,32 +176,17 @@ def _computed_with(gate_up, down, gate_up_copy, down_copy):
     return gate_up if gate_up_copy is None else gate_up_copy, down if down_copy is None else down_copy
 
 
-@torch.library.custom_op("nanok2::experts_backward", mutates_args=())
+@torch.library.custom_op("nanok2::experts_backward", mutates_args=("gate_up_grad", "down_grad"))
 def _experts_backward(grad_ND: Tensor, x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor,
-                      counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, z_S2F: Tensor, dtype: torch.dtype
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                      counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, z_S2F: Tensor, gate_up_grad: Tensor,
+                      down_grad: Tensor, begun: Tensor) -> tuple[Tensor, Tensor]:
     from kernels import triton_experts
-    grads = [torch.empty(m.shape, dtype=dtype, device=m.device) for m in (gate_up_E2FD, down_EDF)]
-    return *triton_experts.backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F,
-                                    *grads, torch.zeros((), device=x_ND.device)), *grads
+    return triton_experts.backward(grad_ND.contiguous(), x_ND.contiguous(), weights_NK.contiguous(), order, inverse,
+                                   counts_E, gate_up_E2FD.contiguous(), down_EDF.contiguous(), z_S2F, gate_up_grad,
+                                   down_grad, begun)
 
 
 @_experts_backward.register_fake
-def _(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F, dtype):
-    return (x_ND.new_empty(x_ND.shape), weights_NK.new_empty(weights_NK.shape),
-            *(matrix.new_empty(matrix.shape, dtype=dtype) for matrix in (gate_up_E2FD, down_EDF)))
-
-
-@torch.library.custom_op("nanok2::experts_backward_into", mutates_args=("gate_up_grad", "down_grad"))
-def _experts_backward_into(grad_ND: Tensor, x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor,
-                           counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, z_S2F: Tensor,
-                           gate_up_grad: Tensor, down_grad: Tensor, begun: Tensor) -> tuple[Tensor, Tensor]:
-    from kernels import triton_experts
-    return triton_experts.backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F,
-                                   gate_up_grad, down_grad, begun)
-
-
-@_experts_backward_into.register_fake
 def _(grad_ND, x_ND, weights_NK, *others):
     return x_ND.new_empty(x_ND.shape), weights_NK.new_empty(weights_NK.shape)
 
@@ -219,12 +204,13 @@ def _backward(ctx, grad_ND, _):
         return (None,) * 14
     *saved, gate_up_grad, down_grad, begun = ctx.saved_tensors
     if begun is None:
-        grad_x, grad_weights, *grads = _experts_backward(grad_ND, *saved, ctx.dtype)
+        grads = made = [torch.empty(m.shape, dtype=ctx.dtype, device=m.device) for m in saved[5:7]]
+        begun = grad_ND.new_zeros(())
     else:
-        grad_x, grad_weights = _experts_backward_into(grad_ND, *saved, gate_up_grad, down_grad, begun)
-        grads = None, None
+        grads, made = (gate_up_grad, down_grad), (None, None)
+    grad_x, grad_weights = _experts_backward(grad_ND, *saved, *grads, begun)
     grad_addends = [None if shape is None else grad_ND.view(shape) for shape in ctx.shapes]
-    return grad_x, grad_weights, None, None, None, *grads, None, None, *grad_addends, None, None, None
+    return grad_x, grad_weights, None, None, None, *made, None, None, *grad_addends, None, None, None
 
 
 _experts.register_autograd(_backward, setup_context=_keep_for_backward)

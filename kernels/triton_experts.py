@@ -86,6 +86,11 @@ def down_kernel(rows, weight, tiles, out, K, N, stride_k, stride_n, n_blocks, EV
 
 
 @triton.jit
+def _halves(total):
+    return tl.split(total.reshape(total.shape[0], 2, total.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
 def _swiglu_backward(b, w, z, dz, weighted_a, place, real, column, F):
     # Writes dz and w a for some columns of b; returns the rows' sums of a b.
     write = real[:, None] & (column < F)[None, :]
@@ -126,7 +131,7 @@ def down_backward_kernel(grad, down, order, tiles, weights, z, dz, weighted_a, g
             down_tile += BLOCK_K * F
         w = tl.load(weights + choice, mask=real, other=0).to(tl.float32)[:, None]
         # In two halves: the whole epilogue at once would not fit into the registers.
-        left, right = tl.split(b.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+        left, right = _halves(b)
         half = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         product = _swiglu_backward(left, w, z, dz, weighted_a, place, real, half, F)
         product += _swiglu_backward(right, w, z, dz, weighted_a, place, real, half + BLOCK_N // 2, F)
@@ -157,9 +162,9 @@ def _store_sum(place, total, add, inside):
 
 
 @triton.jit
-def _store_half(place, half, add, m, n, M, N, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+def _store_half(place, half, add, m, n, M, N, WIDTH: tl.constexpr):
     # Both quarters of a half of a sum; n: the columns of the first one.
-    low, high = tl.split(half.reshape(BLOCK_M, 2, WIDTH // 2).permute(0, 2, 1))
+    low, high = _halves(half)
     _store_sum(place, low, add, (m < M)[:, None] & (n < N)[None, :])
     _store_sum(place + WIDTH // 2, high, add, (m < M)[:, None] & (n + WIDTH // 2 < N)[None, :])
 
@@ -190,9 +195,9 @@ def weight_gradient_kernel(left, right, token_of, experts, begun, out, M, N, GAT
     # In quarters: what is read would not fit into the registers beside the whole sum.
     quarter = tl.program_id(0) // m_blocks * BLOCK_N + tl.arange(0, BLOCK_N // 4)
     place = expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + quarter[None, :]
-    low, high = tl.split(total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
-    _store_half(out + place, low, add, m, quarter, M, N, BLOCK_M, BLOCK_N // 2)
-    _store_half(out + place + BLOCK_N // 2, high, add, m, quarter + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2)
+    low, high = _halves(total)
+    _store_half(out + place, low, add, m, quarter, M, N, BLOCK_N // 2)
+    _store_half(out + place + BLOCK_N // 2, high, add, m, quarter + BLOCK_N // 2, M, N, BLOCK_N // 2)
 
 
 @triton.jit
@@ -312,8 +317,6 @@ def forward(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, 
 def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F, gate_up_grad,
              down_grad, begun):
     """Gradients of x and weights; those of the two matrices go into gate_up_grad and down_grad: see weight_gradient."""
-    grad_ND, x_ND, weights_NK, gate_up_E2FD, down_EDF = (
-        t.contiguous() for t in (grad_ND, x_ND, weights_NK, gate_up_E2FD, down_EDF))
     dz_S2F, weighted_SF, grad_weights, token_S = down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F)
     weight_gradient("d_down", grad_ND, weighted_SF, token_S, counts_E, down_grad, begun)
     weight_gradient("d_gate_up", dz_S2F, x_ND, token_S, counts_E, gate_up_grad, begun)
