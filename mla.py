@@ -8,6 +8,7 @@ Shapes: B batch, T positions, S cached positions, D hidden_size, H heads, R kv_l
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,13 @@ def rotate_tail(x_BTHQ, start, rope):
 
 
 # ----------------------------------------------------------------------------- attention
+
+@dataclass
+class Cache:
+    """Per layer the latent and RoPE key of every position so far (B, S, kv_lora_rank + qk_rope_head_dim)."""
+    layers: list
+    length: int = 0
+
 
 def cached_attention(scores_BHTS, start):
     """Softmax in fp32 over the cached keys, with query t standing at position start + t."""

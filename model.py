@@ -9,6 +9,7 @@ Shapes: B batch, T positions, D hidden_size, H heads, V vocabulary, E routed exp
 
 import functools
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +20,7 @@ from torch.utils import checkpoint
 from errors import UserError
 from kernels.cross_entropy import linear_cross_entropy
 from layers import MLP, Linear, RMSNorm, WeightCopies
-from mla import MHA, MLA, rope_frequencies
+from mla import MHA, MLA, Cache, rope_frequencies
 from moe import Experts, MoE, Router, default_scaling_factor, keep_gradients
 from sampling import next_token
 
@@ -288,19 +289,25 @@ class K2(nn.Module):
         for name, buffer in self.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
-        for name, parameter in self.named_parameters():
-            part, first = local_rows(parameter)
-            if parameter.ndim == 1:
-                part.fill_(1.0)
-                continue
-            rows = max(1, 2**20 // parameter.shape[1:].numel())
-            last = first + len(part)
-            for block in range(first // rows, -(-last // rows) if len(part) else 0):
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{block}".encode()))
-                start, end = block * rows, min((block + 1) * rows, parameter.shape[0])
-                drawn = torch.randn((end - start, *parameter.shape[1:]), generator=generator)
-                low, high = max(start, first), min(end, last)
-                part[low - first:high - first] = drawn[low - start:high - start] * self.config.initializer_range
+        def draw(name, shape, part, first, rows, block):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{block}".encode()))
+            start, end = block * rows, min((block + 1) * rows, shape[0])
+            drawn = torch.randn((end - start, *shape[1:]), generator=generator)
+            low, high = max(start, first), min(end, first + len(part))
+            part[low - first:high - first] = drawn[low - start:high - start] * self.config.initializer_range
+
+        with ThreadPoolExecutor() as pool:  # drawing takes a core seconds for every hundred million
+            jobs = []
+            for name, parameter in self.named_parameters():
+                part, first = local_rows(parameter)
+                if parameter.ndim == 1:
+                    part.fill_(1.0)
+                    continue
+                rows = max(1, 2**20 // parameter.shape[1:].numel())
+                blocks = range(first // rows, -(-(first + len(part)) // rows) if len(part) else 0)
+                jobs += [pool.submit(draw, name, parameter.shape, part.detach(), first, rows, i) for i in blocks]
+            for job in jobs:
+                job.result()
         return self
 
     # ------------------------------------------------------------------------- generation
@@ -343,13 +350,6 @@ class K2(nn.Module):
                 history, window = torch.cat((history, fresh), dim=1), torch.cat((window, fresh), dim=1)
         finally:
             self.train(was_training)
-
-
-@dataclass
-class Cache:
-    """Per layer the latent and RoPE key of every position so far (B, S, kv_lora_rank + qk_rope_head_dim)."""
-    layers: list
-    length: int = 0
 
 
 def pick_device(name):

@@ -67,7 +67,7 @@ def compile_ahead(config, rows, device, wait=False, rehearse=None):
     """Let other processes compile what the check, the search for tiles and a run of these sizes will launch, unless
     what would be measured is remembered: it was compiled then. wait: until they have, those of an earlier call too.
     rehearse: "module:name" of a function that lets torch.compile fill its cache, of a config and whether its block is
-    dense."""
+    dense; whoever compiles the blocks waits for it with ahead.finish("blocks", ...)."""
     if device.type != "cuda" or config.kernels == "torch" or not find_spec("triton") or backend.INTERPRETED:
         return
     ((_, H, T, Q), V, dtype), routed = sizes(config, rows)
@@ -96,7 +96,6 @@ def compile_ahead(config, rows, device, wait=False, rehearse=None):
             ahead.start("tiles", COMPILE, [[calls, config.dtype, 10]] * ahead.workers(), device)
     if wait:
         ahead.finish("kernels", PATIENCE)
-        ahead.finish("blocks", PATIENCE / 2)  # which use the device: it is free when speeds are measured
     elif config.compile is not False:
         ahead.wake_inductor()
 
