@@ -2,7 +2,6 @@
 it: what no worker has done, the run compiles itself. Next: triton_ahead.py (a worker), selfcheck.py (the orders).
 """
 
-import importlib
 import json
 import os
 import subprocess
@@ -97,7 +96,7 @@ def wake_inductor():
     """Import torch.compile's back end and let it start its own processes before it is needed; `finish` waits for the
     thread: two must not import the same."""
     def wake():
-        importlib.import_module("torch._inductor.compile_fx")
+        import torch._inductor.compile_fx  # noqa: F401  (takes seconds)
         from torch._inductor.async_compile import AsyncCompile
         AsyncCompile.warm_pool()
         AsyncCompile.wakeup()

@@ -83,8 +83,7 @@ def test_twins_refuse_what_they_would_lose():
         three_micro_batches(nowhere())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute, compiled", [("none", False), ("selective", True), ("full", False)])
 def test_blocks_leave_the_same_gradients(recompute, compiled):
     found = []
     for keeps in (False, True):
@@ -110,7 +109,7 @@ def test_without_triton_autograd_goes_on():
 # ---------------------------------------------------------------------- replayed micro-batches
 
 
-@pytest.mark.parametrize("poisoned, fails", [(None, None), (1, None), (None, 1)])
+@pytest.mark.parametrize("poisoned, fails", [(1, None), (None, 1)])
 def test_replays_skipped_steps_and_failed_captures_leave_what_calls_leave(
         pretend, monkeypatch, poisoned, fails):  # noqa: F811
     """One block with experts, attention by its twin: what is interpreted takes its time."""
