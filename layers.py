@@ -19,7 +19,8 @@ class _RoundedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, copy_OI, *weights):
         if copy_OI is None:
-            copy_OI = (torch.cat(weights) if len(weights) > 1 else weights[0]).to(x.dtype)
+            rounded = [weight.to(x.dtype) for weight in weights]
+            copy_OI = torch.cat(rounded) if len(rounded) > 1 else rounded[0]
         ctx.save_for_backward(x, copy_OI)
         ctx.rows = [len(weight) for weight in weights]
         return F.linear(x.flatten(0, -2), copy_OI).unflatten(0, x.shape[:-1])
@@ -78,7 +79,7 @@ class MLP(nn.Module):
         return {"gate_up_copy": [self.gate_proj.weight, self.up_proj.weight]}
 
     def forward(self, x):
-        if x.dtype == torch.float32:
+        if x.dtype == self.gate_proj.weight.dtype:  # fp32, or FSDP2's: what is stacked would be kept
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up = linear(x, [self.gate_proj.weight, self.up_proj.weight], self.gate_up_copy).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)

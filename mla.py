@@ -69,6 +69,7 @@ class RotateTail(torch.autograd.Function):
 
 
 def rotate_tail(x_BTHQ, start, rope):
+    """For a tensor whose storage begins with it, such as the result of an operator."""
     x_BTHQ = x_BTHQ.contiguous()
     tail = x_BTHQ[..., start:]  # by strides, the one scatter that Inductor never makes a copy of all
     return torch.as_strided_scatter(x_BTHQ, apply_rope(tail, rope), tail.size(), tail.stride(), start)
@@ -150,7 +151,7 @@ class MLA(nn.Module):
 
     def keys_and_values(self, latent_BTR, k_rope_BT1P):
         """k (B, T, H, Q), the RoPE key in every head, and v (B, T, H, U)."""
-        if latent_BTR.dtype == torch.float32:
+        if latent_BTR.dtype == self.kv_b_proj.weight.dtype:  # as in MLP
             k_nope, v = self.kv_b_proj(latent_BTR).unflatten(-1, (self.H, -1)).split((self.N, self.U), dim=-1)
             return torch.cat((k_nope, k_rope_BT1P.expand(-1, -1, self.H, -1)), dim=-1), v
         # The matmul spreads the RoPE key over the heads: [latent | key] times [W 0; 0 1], exact since 0 and 1 are. So k

@@ -62,8 +62,9 @@ class Experts(nn.Module):
         self.kept_grads = None  # where the backward adds to them itself: see kernels/experts.py, into
 
     def copied(self):
-        """{attribute for a rounded copy: the parameters that it stacks}."""
-        return {"gate_up_copy": [self.gate_up_proj], "down_copy": [self.down_proj]}
+        """{attribute for a rounded copy: the parameters that it stacks}; none for the twins, which do not read them."""
+        on = backend.triton_runs(self.gate_up_proj)
+        return {"gate_up_copy": [self.gate_up_proj], "down_copy": [self.down_proj]} if on else {}
 
     def forward(self, x_ND, weights_NK, experts_NK, n_choices=None, addends=()):
         """The weighted sum of every row's experts, plus the addends. n_choices: how many of the choices are experts

@@ -30,7 +30,7 @@ from data.loader import TrainStream, ValidationSet, prefetch
 from data.shards import read_meta
 from errors import UserError
 from generate import encode_prompt, stream_text
-from kernels import ahead, graphs
+from kernels import graphs
 from kernels.cross_entropy import IGNORE
 from kernels.selfcheck import compile_ahead
 from model import build, count_parameters, flops_per_token, pick_device
@@ -56,7 +56,7 @@ def train(argv, watch):
     layout = parallel.make_layout(config, device)
     micro_batch_size, accumulation = parallel.split_batch(config)
     if parallel.local_rank() == 0:
-        compile_ahead(config, micro_batch_size, device, rehearse=parallel.ranks() == 1 and "rehearsal:rehearse")
+        compile_ahead(config, micro_batch_size, device)
     parallel.announce(f"reading {config.data}", device)
     tokens_per_step = config.global_batch_size * config.sequence_length
 
@@ -138,7 +138,6 @@ def train(argv, watch):
     best_loss = parallel.once(runs.best_loss, run, manifest.get("best_loss"))
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
     if config.compile or (config.compile is None and device.type == "cuda"):
-        ahead.finish("blocks", patience=60)  # what was rehearsed is in torch.compile's cache then
         parallel.compile_blocks(model)
         print("the first step compiles the blocks ...", flush=True)
 

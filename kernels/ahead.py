@@ -34,7 +34,8 @@ def start(what, function, orders, device):
     code = (f"import sys; sys.path.insert(0, {root!r}); from kernels import ahead; from {module} import {name}; "
             f"ahead.serve({name}, {index})")
     _running[what] = len(orders), subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(orders)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        [sys.executable, "-c", code, json.dumps(orders)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        start_new_session=True)  # Ctrl-C is the run's: they end with it
 
 
 def serve(function, index):

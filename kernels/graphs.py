@@ -18,10 +18,13 @@ _side = None  # the stream of captures, and of what has to have run on it before
 def capture(function, pool=None):
     """(graph, result of function): what function() launches, as a graph; nothing of it has run yet. Graphs of one pool
     share the memory of what is between, so their replays must stand on one stream."""
-    graph = torch.cuda.CUDAGraph()
-    # "thread_local": other threads (prefetch, a save, NCCL's watchdog) may go on with what they do
-    with torch.cuda.graph(graph, pool=pool, stream=side_stream(), capture_error_mode="thread_local"):
-        result = function()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # "thread_local": other threads (prefetch, a save, NCCL's watchdog) may go on with what they do
+        with torch.cuda.graph(graph, pool=pool, stream=side_stream(), capture_error_mode="thread_local"):
+            result = function()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails would leave the other one
     return graph, result
 
 
@@ -109,20 +112,22 @@ class MicroBatch:
         loss, norms = self._loss_and_norms(called)
         if not math.isfinite(loss) or not norms.isfinite().all():  # nothing to compare with: in the next step, then
             return called
-        self.inputs = [given if given is None else given.clone() for given in inputs]
+        self.inputs, reason = [given if given is None else given.clone() for given in inputs], None
         try:
             self._begin_anew(before)
             self._capture(True, loss, norms)
             if self.adds:
                 self._capture(False, loss, 2 * norms)
         except RuntimeError as error:  # whatever a driver says, or a lack of memory
-            self.replay, self.graphs, self.grads = False, {}, []
-            self._begin_anew(before)
-            tell_why(self.tell, "micro-batches", error)
-            return self._call(True, inputs)
+            reason = why(error)  # the error itself would keep alive what was captured
         self._begin_anew(before)
-        self.tell("CUDA graphs: a micro-batch is one launch from here on (--no-cuda_graph turns them off)")
-        return self._run(True)
+        if reason is None:
+            self.tell("CUDA graphs: a micro-batch is one launch from here on (--no-cuda_graph turns them off)")
+            return self._run(True)
+        self.replay, self.graphs, self.grads = False, {}, []
+        self.tell(f"CUDA graph: not used for micro-batches, the run goes on without it: {reason}")
+        torch.cuda.empty_cache()
+        return self._call(True, inputs)
 
     def _capture(self, first, loss, norms):
         """Make one of the two graphs and see whether a replay gives this loss and gradients of these norms."""
@@ -170,47 +175,47 @@ class Update:
     def __call__(self):
         """What update() returns."""
         places = [None if p.grad is None else p.grad.data_ptr() for p in self.parameters]
+        if self.graph is not None:
+            graph, result, captured = self.graph
+            if places != captured:  # it would read what lies there now
+                return self.update()
+            graph.replay()
+            return result
         settled, self.places = places == self.places, places
-        if not self.replay or not settled:
-            return self.update()
-        if self.graph is None:
-            return self._trial()
-        graph, result = self.graph
-        graph.replay()
-        return result
+        return self._trial() if self.replay and settled else self.update()
 
     @torch.no_grad()
     def _trial(self):
+        """The update called, captured and replayed, all from the same state."""
+        before, graph, reason = [], None, None
         try:
             before = [tensor.clone() for tensor in self.state]
-        except torch.OutOfMemoryError:
-            return self._without("its trial needs a copy of weights and optimizer state, for which there is no room")
-        aside(self.update)
-        moved = self._moved(before)
-        try:
+            aside(self.update)
+            moved = self._moved(before)
             torch._foreach_copy_(self.state, before)
-            self.graph = capture(self.update, self.pool())
-            graph, replayed = self.graph
+            graph, result = capture(self.update, self.pool())
             graph.replay()
             scale = (moved + 1e-2 * moved.mean()).clamp(min=1e-30)  # a step may move nothing
-            off = (self._moved(before) - moved).abs() / scale
-            if not off.max() <= NORM:
-                raise RuntimeError(f"its replay moves a tensor otherwise than it should, by {100 * off.max():.3g} %")
-        except RuntimeError as error:
+            off = ((self._moved(before) - moved).abs() / scale).max()
+            if not off <= NORM:
+                raise RuntimeError(f"its replay moves a tensor otherwise than it should, by {100 * off:.3g} %")
+        except RuntimeError as error:  # as above
+            reason = why(error)
+        if reason is None:
+            self.graph = graph, result, self.places
+            return result
+        if before:
             torch._foreach_copy_(self.state, before)
-            return self._without(error)
-        return replayed
+        self.replay, before, graph = False, None, None
+        self.tell(f"CUDA graph: not used for the optimizer's step, the run goes on without it: {reason}")
+        torch.cuda.empty_cache()
+        return self.update()
 
     def _moved(self, before):
         return torch.stack([(now - then).float().norm() for now, then in zip(self.state, before)]).cpu()
 
-    def _without(self, reason):
-        self.replay, self.graph = False, None
-        tell_why(self.tell, "the optimizer's step", reason)
-        return self.update()
 
-
-def tell_why(tell, what, reason):
-    """One line about a graph that there will not be."""
-    line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-    tell(f"CUDA graph: not used for {what}, the run goes on without it: {line:.200}")
+def why(error):
+    """The first line of an error, or of the one that it came from: the end of a capture says nothing of the cause."""
+    error = error.__context__ or error
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.200}"

@@ -3,11 +3,11 @@ values and gradients. Which is the fastest where libraries compete with them: at
 Next: backend.py, ../tests/test_triton_*.py.
 """
 
-import dataclasses
 from importlib.util import find_spec
 
 import torch
 
+from errors import said
 from kernels import (
     ahead,
     attention,
@@ -63,11 +63,9 @@ def _name(config, rows, on):
         " default tiles" * (config.kernels_tuning == "off"))
 
 
-def compile_ahead(config, rows, device, wait=False, rehearse=None):
+def compile_ahead(config, rows, device, wait=False):
     """Let other processes compile what the check, the search for tiles and a run of these sizes will launch, unless
-    what would be measured is remembered: it was compiled then. wait: until they have, those of an earlier call too.
-    rehearse: "module:name" of a function that lets torch.compile fill its cache, of a config and whether its block is
-    dense; whoever compiles the blocks waits for it with ahead.finish("blocks", ...)."""
+    what would be measured is remembered: it was compiled then. wait: until they have, those of an earlier call too."""
     if device.type != "cuda" or config.kernels == "torch" or not find_spec("triton") or backend.INTERPRETED:
         return
     ((_, H, T, Q), V, dtype), routed = sizes(config, rows)
@@ -85,9 +83,6 @@ def compile_ahead(config, rows, device, wait=False, rehearse=None):
             calls += [["experts", N, D, F, E, K],
                       ["route_and_sort", T, rows, config.n_routed_experts, K, config.n_group, config.topk_group]]
         ahead.start("kernels", COMPILE, [[CHECKED + calls, config.dtype]] * ahead.workers(), device)
-        if rehearse and config.compile is not False:
-            kinds = {index < config.first_k_dense_replace or not routed for index in range(config.num_hidden_layers)}
-            ahead.start("blocks", rehearse, [[dataclasses.asdict(config), dense] for dense in kinds], device)
         if routed and how != "off":
             tiles = tuning.tiles_to_try(routed, how)
             turns = [{kernel: tried[i] for kernel, tried in tiles.items() if i < len(tried)}
@@ -100,15 +95,6 @@ def compile_ahead(config, rows, device, wait=False, rehearse=None):
         ahead.wake_inductor()
 
 
-def pretend(config, rows):
-    """For a process that only fills torch.compile's caches: our kernels are not launched, and attention is the arm that
-    will probably be chosen."""
-    from kernels import triton_ahead
-    triton_ahead.launch_nothing()
-    arm = "triton" if config.document_mask else "cudnn"
-    attention.ARM[attention.arm_key(*sizes(config, rows)[0], config.document_mask)] = arm
-
-
 def fastest(config, rows, device):
     """What computes attention and the experts' matmuls fastest at the sizes of one micro-batch of `rows` sequences, and
     with which tiles: as remembered, or measured now. Returns lines to print and the choices in plain values, which
@@ -117,7 +103,11 @@ def fastest(config, rows, device):
     on, cuda = backend.triton_runs(torch.empty(0, dtype=attending[2], device=device)), device.type == "cuda"
     name = _name(config, rows, on)
     if cuda and config.kernels_tuning != "full" and (choices := tuning.recall(device, name)):
-        return [], choices
+        try:
+            adopt(choices)
+            return [], choices
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            print(f"kernels: what {tuning.path()} says of this run makes no sense ({said(error)}): measured again")
     lines = [attention.choose_arm(*attending, device, config.document_mask, config.kernels_tuning)]
     library = None
     expert_tiles.TILES.clear()
@@ -138,10 +128,14 @@ def fastest(config, rows, device):
 
 
 def adopt(choices):
-    """Take the choices that `fastest` made, perhaps on another rank or another day."""
-    attention.ARM = {tuple(key): name for key, name in choices["attention"]}
+    """Take the choices that `fastest` made, perhaps on another rank or another day. What still compiles for a choice
+    is no longer needed."""
+    ahead.finish("tiles", 0)
+    attention.ARM = {tuple(key): name for key, name in choices["attention"] if name is None or attention.ARMS[name]}
     expert_tiles.TILES.clear()
-    expert_tiles.TILES.update({tuple(key): tuple(tile) for key, tile in choices["tiles"]})
+    for key, (*tile,) in choices["tiles"]:
+        block_m, block_n, block_k, warps, stages = tile
+        expert_tiles.TILES[tuple(key)] = block_m, block_n, block_k, warps, stages
     if choices["library"] is not None:
         from kernels import triton_experts
         triton_experts.LIBRARY = set(choices["library"])

@@ -1,8 +1,6 @@
 """What other processes compile before a run needs it: the same kernels, found in the cache, or no harm."""
 
-import dataclasses
 import functools
-import json
 import os
 import re
 import subprocess
@@ -14,11 +12,8 @@ import pytest
 import torch
 
 import config as settings
-import moe
-import parallel
-import rehearsal
-from kernels import ahead, attention, backend, selfcheck, tuning
-from tests.helpers import ROOT, tiny_config
+from kernels import ahead, backend, selfcheck, tuning
+from tests.helpers import ROOT
 from tests.test_kernel_choice import leave_as_it_was, small_config  # noqa: F401  (a fixture)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -102,14 +97,13 @@ def test_workers_that_fail_or_hang_do_not_hold_up_the_run(monkeypatch, capfd):
     ahead.finish("kernels", 0.2)  # nothing was started
 
 
-@pytest.mark.parametrize("module", ["kernels.triton_ahead", "rehearsal"])
-def test_what_is_imported_before_workers_fork_asks_nothing_of_a_device(module):
+def test_what_is_imported_before_workers_fork_asks_nothing_of_a_device():
     """A fork cannot use CUDA once its parent has."""
-    code = f"""
+    code = """
 import torch
 for name in ("is_available", "device_count", "_lazy_init", "get_device_properties", "current_device"):
     setattr(torch.cuda, name, lambda *_: 1 / 0)
-import {module}
+import kernels.triton_ahead
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
 
@@ -117,10 +111,10 @@ import {module}
 def test_what_fails_in_a_worker_is_one_line(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    with pytest.raises(SystemExit, match="rehearse in a process of its own failed .ZeroDivisionError"):
-        def rehearse(a, b):
+    with pytest.raises(SystemExit, match="divide in a process of its own failed .ZeroDivisionError"):
+        def divide(a, b):
             return a / b
-        ahead.work(rehearse, [1, 0], 1)
+        ahead.work(divide, [1, 0], 1)
 
 
 def test_each_turn_is_taken_by_one_worker(tmp_path):
@@ -172,26 +166,6 @@ def test_workers_start_only_for_what_is_not_remembered(monkeypatch):
     selfcheck.compile_ahead(config, 2, CUDA)
     assert len(started) == 2
     config.kernels_tuning = "full"
-    selfcheck.compile_ahead(config, 2, CUDA, rehearse="train:rehearse")
-    assert [what for what, _ in started[2:]] == ["kernels", "blocks", "tiles"]
-    assert sorted(dense for _, dense in started[3][1]) == [False, True]
+    selfcheck.compile_ahead(config, 2, CUDA)
+    assert [what for what, _ in started[2:]] == ["kernels", "tiles"]
     assert {name for name, *_ in started[2][1][0][0]} == set(triton_ahead.CALLS) - {"with_tiles"}
-
-
-def test_a_rehearsal_takes_the_arm_that_mostly_wins_and_launches_nothing(monkeypatch):
-    from kernels import triton_ahead
-    monkeypatch.setattr(triton_ahead.JITFunction, "run", triton_ahead.JITFunction.run)  # to be put back
-    selfcheck.pretend(small_config(), 2)
-    assert list(attention.ARM) == [attention.arm_key((2, 4, 16, 12), 8, torch.float32, False)]
-    assert list(attention.ARM.values()) == ["cudnn"] and triton_ahead.JITFunction.run(1, grid=2) is None
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_rehearsal_compiles_one_block_of_a_kind_forward_and_backward(monkeypatch, dense):
-    compiled = []
-    monkeypatch.setattr(parallel, "compile_blocks", lambda model: compiled.extend(model.layers))
-    config = settings.Config(**vars(tiny_config()) | {"sequence_length": 16, "micro_batch_size": 2, "dtype": "float32",
-                                                      "device": "cpu", "document_mask": True})
-    rehearsal.rehearse(json.loads(json.dumps(dataclasses.asdict(config))), dense)
-    assert len(compiled) == 1 and isinstance(compiled[0].mlp, moe.MoE) != dense
-    assert all(parameter.grad is not None for parameter in compiled[0].parameters())

@@ -141,12 +141,16 @@ def test_an_error_of_the_micro_batch_itself_is_not_swallowed(pretend):
 
 
 class Replayable:
-    """A capture of an update: nothing has run, and a replay runs all of it, and then spoils it if told so."""
+    """A capture of an update: nothing has run, and a replay runs all of it, with the gradients that lay there when it
+    was captured, and then spoils it if told so."""
 
-    def __init__(self, function, spoil):
+    def __init__(self, function, spoil, parameters=()):
         self.function, self.spoil, self.result = function, spoil, torch.zeros(())
+        self.grads = [(p, p.grad) for p in parameters]
 
     def replay(self):
+        for p, grad in self.grads:
+            p.grad = grad
         self.result.copy_(self.function())
         self.spoil()
 
@@ -158,13 +162,13 @@ def updated(replay, monkeypatch, spoil=lambda p: None, fails=None, move=()):
     named = [(f"{name}_proj.weight", torch.nn.Parameter(torch.randn(4, 6, generator=generator))) for name in "abc"]
     optimizer, made, told, left = Muon(named, 0.02), [], [], []
     state = [p for _, p in named] + list(optimizer.named_state().values())
-    buffers = [torch.empty(4, 6) for _ in named]
+    buffers, others = ([torch.empty(4, 6) for _ in named] for _ in range(2))
 
     def capture(function, pool):
         assert pool == 7
         if fails:
             raise fails
-        made.append(Replayable(function, lambda: spoil(named[0][1])))
+        made.append(Replayable(function, lambda: spoil(named[0][1]), [p for _, p in named]))
         return made[-1], made[-1].result
 
     def update():
@@ -174,8 +178,8 @@ def updated(replay, monkeypatch, spoil=lambda p: None, fails=None, move=()):
     monkeypatch.setattr(graphs, "aside", lambda function: function())
     run = graphs.Update(update, [p for _, p in named], state, replay, lambda: 7, told.append)
     for step in range(6):
-        for (_, p), buffer in zip(named, buffers):
-            p.grad = torch.empty(4, 6) if step in move else buffer
+        for (_, p), buffer in zip(named, others if step in move else buffers):
+            p.grad = buffer
             p.grad.copy_(torch.randn(4, 6, generator=generator))
         optimizer.begin_step()
         assert run() == 1.0
@@ -183,7 +187,7 @@ def updated(replay, monkeypatch, spoil=lambda p: None, fails=None, move=()):
     return left, told, made
 
 
-@pytest.mark.parametrize("move", [(), (4,)])
+@pytest.mark.parametrize("move", [(), (4,), (3, 4), (3, 4, 5)])
 def test_replayed_updates_are_the_updates(monkeypatch, move):
     left, told, made = updated(True, monkeypatch, move=move)
     assert len(made) == 1 and not told
@@ -202,27 +206,26 @@ def test_an_update_whose_replay_is_wrong_or_fails_goes_on_without(monkeypatch, f
     assert_same(left, updated(False, monkeypatch)[0])
 
 
-def test_an_update_without_room_for_a_trial_goes_on_without(monkeypatch):
-    clone = torch.Tensor.clone
-
-    def full(tensor, **options):
-        if tensor.shape == (4, 6) and not isinstance(tensor, torch.nn.Parameter):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return clone(tensor, **options)
+@pytest.mark.parametrize("function", ["clone", "norm"])
+def test_an_update_without_room_for_a_trial_goes_on_without(monkeypatch, function):
+    original, trial = getattr(torch.Tensor, function), graphs.Update._trial
     expected = updated(False, monkeypatch)[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(graphs.Update, "_trial", with_patched_clone(graphs.Update._trial, full))
-        left, told, _ = updated(True, monkeypatch)
-    assert len(told) == 1 and "there is no room" in told[0]
-    assert_same(left, expected)
 
+    def full(self):
+        turns = iter(range(10))
 
-def with_patched_clone(function, clone):
-    def patched(self):
+        def limited(tensor, *args, **options):
+            if next(turns) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(tensor, *args, **options)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.Tensor, "clone", clone)
-            return function(self)
-    return patched
+            patch.setattr(torch.Tensor, function, limited)
+            return trial(self)
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.Update, "_trial", full)
+        left, told, _ = updated(True, monkeypatch)
+    assert len(told) == 1 and "CUDA out of memory" in told[0]
+    assert_same(left, expected)
 
 
 def test_a_run_with_graphs_is_the_run_without(pretend, tmp_path, data, monkeypatch):

@@ -12,6 +12,7 @@ import config as settings
 import memory
 import parallel
 from errors import UserError
+from kernels import backend
 from layers import MLP, linear
 from mla import MLA, RotateTail, apply_rope
 from model import build
@@ -164,12 +165,16 @@ def test_copies_follow_every_way_to_change_a_weight(tmp_path):
         assert written.called
 
 
-def test_copies_are_of_all_matrices_of_the_blocks_and_in_no_state_dict():
+@pytest.mark.parametrize("triton", [False, True])
+def test_copies_are_of_all_matrices_of_the_blocks_and_in_no_state_dict(triton, monkeypatch):
+    """Those of experts are read by Triton's kernels alone."""
+    monkeypatch.setattr(backend, "INTERPRETED", True)
     model = tiny_model(q_lora_rank=24)
     names, state = {id(p): name for name, p in model.named_parameters()}, set(model.state_dict())
-    model.make_copies()
+    with backend.running(triton):
+        model.make_copies()
     copied = sorted(names[id(weight)] for weight in model.copies.weights)
-    others = ("gate.weight", "kv_b_proj.weight")
+    others = ("gate.weight", "kv_b_proj.weight", *(() if triton else ("gate_up_proj", "down_proj")))
     assert copied == sorted(name for name, p in model.named_parameters() if p.ndim > 1
                             and name.startswith("model.layers") and not name.endswith(others))
     assert set(model.state_dict()) == state

@@ -23,7 +23,7 @@ ORDER = [
     ["muon", "config", "hf_weights"],
     ["parallel"],
     ["checkpoint", "metrics", "hf", "guard", "memory"],
-    ["generate", "runs", "rehearsal"],
+    ["generate", "runs"],
     ["export"],
     ["train"],
 ]
