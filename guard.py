@@ -196,7 +196,7 @@ class Guard:
             raise parallel.Restart(words) from error
         raise UserError(f"out of memory in {self.doing} ({said(error)}). What lowers it: --micro_batch_size "
                         f"(now {size}), --activation_checkpointing=full, a shorter --sequence_length, more ranks, "
-                        f"--ep. From the last checkpoint:  {command(self.config.out_dir)}") from error
+                        f"--ep, --no-cuda_graph. From the last checkpoint:  {command(self.config.out_dir)}") from error
 
 
 def command(run, *words):
