@@ -107,10 +107,13 @@ def needed(config, model, routes, layout, device, size, forwards):
     updating = copies + 4 * total + max(muon and wire * (muon + 4 * min(muon, 2**27)), 4 * (total - muon))
     head = config.vocab_size * config.hidden_size  # the loss makes its gradient in the forward, from chunks of logits
     kept = size * activations(config, dtype, device) * (PIECES if device.type == "cpu" else 1)
-    keeps = graphs.wanted(config, layout, device) and backend.triton_runs(torch.empty(0, dtype=dtype, device=device))
+    graphed = graphs.wanted(config, layout, device)
+    keeps = graphed and backend.triton_runs(torch.empty(0, dtype=dtype, device=device))
     gradients = total if forwards > 1 else keeps * sum(n for name, n in local.items() if ".experts." in name)
     computing = int(kept) + 4 * head + 4 * gradients  # those that are there before the backward
     computing += 4 * 4 * CHUNK_ELEMENTS["cpu"] if device.type == "cpu" else 2 * DEFAULT_CHUNK_BYTES
+    if graphed:  # which keep all of that for themselves: what a validation takes, a block at a time, comes on top
+        computing += int(kept) // config.num_hidden_layers + 2 * DEFAULT_CHUNK_BYTES
     if layout.dense is not None:  # gathered: a block, the next one, and the gradients of one; both ends all the time
         computing += (2 * dtype.itemsize + 4) * max(blocks) // layout.ep + 2 * dtype.itemsize * head
     elif dtype.itemsize < 4:  # rounded weights are kept for the backward

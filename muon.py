@@ -134,6 +134,7 @@ class Muon(torch.optim.Optimizer):
         # Rows travel as Newton-Schulz will see them; fp16 could not hold the momentum before its normalisation.
         self.wire_dtype = torch.bfloat16 if ns_dtype == torch.bfloat16 else torch.float32
         self.exchange = exchange
+        self.orthogonalise = newton_schulz_replayed  # whoever captures all of update() takes newton_schulz instead
         self.traffic = {"collectives": 0, "bytes": 0}  # what this rank's exchanges have sent so far
         device = self.param_groups[0]["params"][0].device
         number = lambda: torch.zeros((), device=device)
@@ -265,7 +266,7 @@ class Muon(torch.optim.Optimizer):
             if sources:
                 torch._foreach_copy_([job.part(matrices, move) for move in job.inward.stays + job.inward.receives],
                                      sources)
-            updates = {shape: newton_schulz_replayed(stacked.view(-1, *shape), **self.ns_options).to(self.wire_dtype)
+            updates = {shape: self.orthogonalise(stacked.view(-1, *shape), **self.ns_options).to(self.wire_dtype)
                        .reshape(-1, shape[1]) for shape, stacked in matrices.items()}
             going = self._depart(job.outward, lambda move, job=job, updates=updates: job.part(updates, move))
             finish(job.outward.stays, [job.part(updates, move) for move in job.outward.stays])

@@ -32,6 +32,7 @@ from errors import UserError
 from generate import encode_prompt, stream_text
 from kernels import graphs
 from kernels.cross_entropy import IGNORE
+from kernels.newton_schulz import newton_schulz
 from kernels.selfcheck import compile_ahead
 from model import build, count_parameters, flops_per_token, pick_device
 from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, schedule_factor
@@ -160,6 +161,8 @@ def train(argv, watch):
     parameters = list(model.parameters())
     model.train()
     replay = graphs.wanted(config, layout, device)
+    if replay:
+        optimizer.orthogonalise = newton_schulz  # no small graphs beside the one of all
     micro_batch = graphs.MicroBatch(functools.partial(forward_and_backward, model, config), model, replay,
                                     accumulation > 1)
     update = graphs.Update(functools.partial(update_all, model, optimizer, config), parameters, state.values(), replay,

@@ -141,6 +141,8 @@ class Nanok2(Arm):
         compute = functools.partial(forward_and_backward, self.model, config)
         replay = graph and graphs.wanted(config, parallel.Layout(), device)
         self.compute = graphs.MicroBatch(compute, self.model, replay)
+        if replay:
+            self.optimizer.orthogonalise = newton_schulz.newton_schulz
         updates = self.optimizer.update, self.clip_and_balance  # one graph in train.py, two here: both are timed
         state = checkpoint.named_tensors(self.model, self.optimizer).values()
         self.replays = [graphs.Update(update, self.parameters, state, replay, self.compute.pool) for update in updates]
