@@ -328,9 +328,15 @@ def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale):
 
 
 def update_all(model, optimizer, config):
-    """What the gradients of a step change, but for the counts of optimizer.begin_step(). Returns how many heads QK-clip
-    scaled down, a tensor or 0; asks the host for nothing."""
+    """What the gradients of a step change, but for the counts of optimizer.begin_step(); asks the host for nothing.
+    Returns what clip_and_balance does."""
     optimizer.update()
+    return clip_and_balance(model, config)
+
+
+def clip_and_balance(model, config):
+    """What follows the optimizer: QK-clip, the routers' biases, the rounded copies of what has moved. Returns how many
+    heads QK-clip scaled down, a tensor or 0."""
     clipped = 0
     if config.optimizer == "muonclip":
         clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)

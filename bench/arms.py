@@ -20,8 +20,8 @@ import owners
 import parallel
 from kernels import attention, backend, experts, graphs, newton_schulz
 from model import build, count_parameters, flops_per_token
-from muon import Muon, qk_clip_, route_parameters
-from train import forward_and_backward
+from muon import Muon, route_parameters
+from train import clip_and_balance, forward_and_backward
 
 RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is
 
@@ -143,7 +143,8 @@ class Nanok2(Arm):
         self.compute = graphs.MicroBatch(compute, self.model, replay)
         if replay:
             self.optimizer.orthogonalise = newton_schulz.newton_schulz
-        updates = self.optimizer.update, self.clip_and_balance  # one graph in train.py, two here: both are timed
+        # one graph in train.py, two here: both are timed
+        updates = self.optimizer.update, functools.partial(clip_and_balance, self.model, config)
         state = checkpoint.named_tensors(self.model, self.optimizer).values()
         self.replays = [graphs.Update(update, self.parameters, state, replay, self.compute.pool) for update in updates]
         self.scale, self.small_batches = torch.ones((), device=device), {}
@@ -169,12 +170,6 @@ class Nanok2(Arm):
         parallel.scale_gradients(self.parameters, min(1.0, self.config.grad_clip / (norm + 1e-6)))
         self.optimizer.begin_step()
         self.replays[0]()
-
-    def clip_and_balance(self):
-        if self.config.optimizer == "muonclip":
-            qk_clip_(self.model.layers, self.model.max_logits, self.config.qk_clip_tau)
-        self.model.update_router_biases(self.config.bias_update_rate)
-        self.model.refresh_copies(always=True)
 
     def after(self):
         self.replays[1]()

@@ -62,8 +62,8 @@ class MicroBatch:
     With replay the model keeps gradients of experts itself (K2.keep_gradients), whatever comes of the graphs.
 
     Two graphs: one whose gradients begin anew, one that adds to them. They are trusted after a trial: the loss (the
-    first of the results) and the gradient norm of the replays against those of the call itself. If a capture or the
-    trial fails, or memory does not suffice, the run goes on without.
+    first of the results) and the norm of every gradient, of the replays against those of the call itself. If a capture
+    or the trial fails, or memory does not suffice, the run goes on without.
     """
 
     def __init__(self, compute, model, replay, adds=True, tell=print):

@@ -133,8 +133,7 @@ def adopt(choices):
     ahead.finish("tiles", 0)
     attention.ARM = {tuple(key): name for key, name in choices["attention"] if name is None or attention.ARMS[name]}
     expert_tiles.TILES.clear()
-    for key, (*tile,) in choices["tiles"]:
-        block_m, block_n, block_k, warps, stages = tile
+    for key, (block_m, block_n, block_k, warps, stages) in choices["tiles"]:
         expert_tiles.TILES[tuple(key)] = block_m, block_n, block_k, warps, stages
     if choices["library"] is not None:
         from kernels import triton_experts
