@@ -155,10 +155,13 @@ class Nanok2(Arm):
 
     @contextlib.contextmanager
     def switched(self):
-        grouped = (lambda *_: False) if self.loops else experts._grouped_is_best
+        never = lambda *_: False
+        grouped = never if self.loops else experts._grouped_is_best
+        operator = never if self.loops else experts._operator_is_best
         replay = 0 if self.loops else newton_schulz.REPLAY_ELEMENTS
         with backend.running(self.triton), replaced(attention, "ARM", self.attention_arms), \
-                replaced(experts, "_grouped_is_best", grouped), replaced(newton_schulz, "REPLAY_ELEMENTS", replay), \
+                replaced(experts, "_grouped_is_best", grouped), replaced(experts, "_operator_is_best", operator), \
+                replaced(newton_schulz, "REPLAY_ELEMENTS", replay), \
                 replaced(newton_schulz, "_graphs", self.small_batches):  # or one arm would use up the room of others
             yield
 

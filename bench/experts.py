@@ -63,17 +63,20 @@ def layer(shape, dtype, device):
     def as_trained(logits, x, gate_up, down):
         return forward(logits, x, *masters, copies=(gate_up.detach(), down.detach()))
 
-    def arm(function, on=False, grouped=True):
+    def arm(function, on=False, grouped=True, operator=False):
         def run():
             before, experts._grouped_is_best = experts._grouped_is_best, lambda *_: grouped
+            before_it, experts._operator_is_best = experts._operator_is_best, lambda *_: operator
             with backend.running(on):
                 y, balance = function(logits, x, gate_up, down)
                 torch.autograd.backward((y, balance), (grad, torch.ones_like(balance)))
-            experts._grouped_is_best = before
+            experts._grouped_is_best, experts._operator_is_best = before, before_it
             logits.grad = x.grad = gate_up.grad = down.grad = masters[0].grad = masters[1].grad = None
         return run
 
     arms = {"loop": arm(forward, grouped=False), "grouped_mm": arm(forward)}
+    if device == "cpu":
+        arms["rows in the cache"] = arm(forward, operator=True)
     if device == "cuda":
         arms["compiled grouped_mm"] = arm(torch.compile(forward, dynamic=False))
         arms["triton"], arms["triton, as trained"] = arm(forward, on=True), arm(as_trained, on=True)

@@ -1,8 +1,8 @@
 """The routed experts: gather rows into expert order, a SwiGLU MLP per expert, weighted sum back into token order.
 
-Two twins compute the MLPs: a Python loop over experts (clear, and level with the other in fp32 on a CPU) and
-F.grouped_mm (one call for all experts). Everything around them is shared. triton_experts.py does all of it in six
-launches. Next: ../moe.py, which calls `experts`.
+Two twins compute the MLPs: a Python loop over experts (clear) and F.grouped_mm (one call for all experts). Everything
+around them is shared. One operator has it all: triton_experts.py in six launches, and loop_experts.py on a CPU, where
+the weights have the rows' dtype. Next: ../moe.py, which calls `experts`.
 
 Shapes: N tokens, K choices per token, D model width, F expert width, E experts; S = N*K sorted rows.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import backend
+from kernels import backend, loop_experts
 
 
 class PermuteRows(torch.autograd.Function):
@@ -114,12 +114,12 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, 
     in x's dtype, if the caller keeps them, and else made here. Gradients are in the matrices' own dtype; Triton's
     kernels write them from their fp32 sums, unrounded, the twins round them to x's dtype first.
 
-    into: (gate_up_grad, down_grad, begun) where the caller keeps the matrices' gradients; Triton's kernels alone can.
+    into: (gate_up_grad, down_grad, begun) where the caller keeps the matrices' gradients; the operator alone can.
     The backward adds to both itself, or writes them anew, whatever they held, where begun, a tensor of one number, is
     0; autograd then gets no gradient of the matrices. It saves a later micro-batch of a step 8 of 16 bytes a weight.
     """
     top_k, matrices = weights_NK.shape[1], (gate_up_E2FD, down_EDF)
-    if backend.triton_runs(x_ND):
+    if backend.triton_runs(x_ND) or _operator_is_best(x_ND, gate_up_E2FD):
         if copies is None:
             copies = [None if m.dtype == x_ND.dtype else m.detach().to(x_ND.dtype) for m in matrices]
         first, second = (*addends, None, None)[:2]
@@ -146,13 +146,16 @@ def add_all(y_ND, addends):
 
 
 def _grouped_is_best(x_ND, gate_up_E2FD):
-    # bf16 only: on a CPU in fp32 the two are level (python -m bench.experts), and torch.compile knows grouped_mm in
-    # nothing else. It wants strides that are multiples of 16 bytes, and does not exist on MPS.
+    # bf16 only: torch.compile knows grouped_mm in nothing else. It wants strides that are multiples of 16 bytes, and does not exist on MPS.
     aligned = x_ND.shape[1] % 8 == 0 and gate_up_E2FD.shape[1] % 16 == 0
     return aligned and x_ND.dtype == torch.bfloat16 and x_ND.device.type in ("cpu", "cuda")
 
 
-# ----------------------------------------------------------------------------- the Triton kernels as an operator
+def _operator_is_best(x_ND, gate_up_E2FD):  # where Triton does not run
+    return x_ND.device.type == "cpu" and x_ND.dtype == gate_up_E2FD.dtype in (torch.float32, torch.float64)
+
+
+# ----------------------------------------------------------------------------- the operator
 
 # The matrices come twice: for autograd as the parameters that they are, and in x's dtype, None where that is the same.
 
@@ -161,15 +164,21 @@ def _experts(x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor, c
              down_EDF: Tensor, gate_up_copy: Tensor | None = None, down_copy: Tensor | None = None,
              first: Tensor | None = None, second: Tensor | None = None, gate_up_grad: Tensor | None = None,
              down_grad: Tensor | None = None, begun: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    from kernels import triton_experts
     gate_up, down = _computed_with(gate_up_E2FD, down_EDF, gate_up_copy, down_copy)
-    return triton_experts.forward(x_ND.contiguous(), weights_NK.contiguous(), order, inverse, counts_E,
+    return _kernels(x_ND).forward(x_ND.contiguous(), weights_NK.contiguous(), order, inverse, counts_E,
                                   gate_up.contiguous(), down.contiguous(), first, second)
 
 
 @_experts.register_fake
 def _(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, *others):
     return x_ND.new_empty(x_ND.shape), x_ND.new_empty(len(order), gate_up_E2FD.shape[1])
+
+
+def _kernels(x_ND):
+    if backend.triton_runs(x_ND):
+        from kernels import triton_experts
+        return triton_experts
+    return loop_experts
 
 
 def _computed_with(gate_up, down, gate_up_copy, down_copy):
@@ -180,8 +189,7 @@ def _computed_with(gate_up, down, gate_up_copy, down_copy):
 def _experts_backward(grad_ND: Tensor, x_ND: Tensor, weights_NK: Tensor, order: Tensor, inverse: Tensor,
                       counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, z_S2F: Tensor, gate_up_grad: Tensor,
                       down_grad: Tensor, begun: Tensor) -> tuple[Tensor, Tensor]:
-    from kernels import triton_experts
-    return triton_experts.backward(grad_ND.contiguous(), x_ND.contiguous(), weights_NK.contiguous(), order, inverse,
+    return _kernels(x_ND).backward(grad_ND.contiguous(), x_ND.contiguous(), weights_NK.contiguous(), order, inverse,
                                    counts_E, gate_up_E2FD.contiguous(), down_EDF.contiguous(), z_S2F, gate_up_grad,
                                    down_grad, begun)
 

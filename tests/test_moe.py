@@ -99,10 +99,11 @@ def double_loop(moe, x_ND):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("mlp", ["mlp_loop", "mlp_grouped"])
+@pytest.mark.parametrize("mlp", ["operator", "mlp_loop", "mlp_grouped"])
 @pytest.mark.parametrize("bias", [0.0, 5.0])  # 5: one expert takes a choice of every token, others may be empty
 def test_experts_equal_the_double_loop_with_gradients(monkeypatch, mlp, bias):
     monkeypatch.setattr(expert_kernels, "_grouped_is_best", lambda *_: mlp == "mlp_grouped")
+    monkeypatch.setattr(expert_kernels, "_operator_is_best", lambda *_: mlp == "operator")
     results = []
     for compute in (lambda moe, x: moe(x)[0], lambda moe, x: double_loop(moe, x.flatten(0, 1)).view_as(x)):
         moe = make_moe()
@@ -116,6 +117,34 @@ def test_experts_equal_the_double_loop_with_gradients(monkeypatch, mlp, bias):
         assert torch.allclose(ours, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("begun", [0.0, 1.0])
+def test_the_operator_on_some_of_the_experts_equals_float64_and_adds_to_gradients(begun):
+    """Expert parallelism: choices of experts that another rank holds (number 4) have no row here; expert 2 has none."""
+    generator = torch.Generator().manual_seed(5)
+    chosen = torch.tensor([[0, 1], [4, 3], [3, 0], [4, 4], [1, 3], [0, 4]])
+    random = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+    inputs = random(6, 16), random(6, 2), random(4, 16, 16), random(4, 16, 8)
+    addends, grad, kept = (random(6, 16), random(2, 3, 16)), random(6, 16), (random(4, 16, 16), random(4, 16, 8))
+    x, weights, gate_up, down = (t.clone().requires_grad_() for t in inputs)
+    expected = []
+    for n in range(6):
+        held = [(k, e) for k, e in enumerate(chosen[n].tolist()) if e < 4]
+        parts = [weights[n, k] * (down[e] @ expert_kernels.swiglu(gate_up[e] @ x[n])) for k, e in held]
+        expected.append(sum(parts, torch.zeros(16)))
+    expected = torch.stack(expected) + addends[0] + addends[1].flatten(0, 1)
+    grads = torch.autograd.grad(expected, (x, weights, gate_up, down), grad)
+    rows = routing.sort_by_expert(chosen, 4, int((chosen < 4).sum()))
+    x, weights, gate_up, down = (t.float().requires_grad_() for t in inputs)
+    into = [t.float() for t in kept]
+    y = expert_kernels.experts(x, weights, *rows, gate_up, down, None, [a.float() for a in addends],
+                               (*into, torch.tensor(begun)))
+    y.backward(grad.float())
+    assert torch.allclose(y.double(), expected, atol=1e-4)
+    ours = x.grad, weights.grad, *(after - begun * before.float() for after, before in zip(into, kept))
+    for got, wanted in zip(ours, grads):
+        assert torch.allclose(got.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_a_token_does_not_depend_on_the_others():
     moe, x = make_moe(), torch.randn(2, 9, 16)
     assert torch.allclose(moe(x)[0][:, :4], moe(x[:, :4])[0], atol=1e-6)
@@ -126,6 +155,7 @@ def test_only_chosen_rows_are_computed(monkeypatch):
     for name in ("mlp_loop", "mlp_grouped"):
         original = getattr(expert_kernels, name)
         monkeypatch.setattr(expert_kernels, name, lambda x, *rest, f=original: (rows.append(len(x)), f(x, *rest))[1])
+    monkeypatch.setattr(expert_kernels, "_operator_is_best", lambda *_: False)
     make_moe()(torch.randn(2, 50, 16))
     assert rows == [2 * 50 * 2]
 
