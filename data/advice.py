@@ -15,7 +15,7 @@ from shlex import quote
 from data.files import Account, suffix_of, walk
 
 # Sources of prepare.py that want no files, with the options of their example.
-SOURCES = {"stdlib": "--vocab_size=2048", "tinystories": "", "openwebtext": "--tokenizer=gpt2",
+SOURCES = {"stdlib": "--vocab_size=2048", "packages": "", "tinystories": "", "openwebtext": "--tokenizer=gpt2",
            "fineweb": "--tokenizer=gpt2 --limit=1000000", "fineweb-edu": "--tokenizer=gpt2 --limit=1000000",
            "fineweb-gpt2-shards": "--shards=10", "random": ""}
 # Its words for files that end so; all others may be text.

@@ -73,8 +73,11 @@ class Account:
             names = {what: ", ".join(self.names.get(f"{subject} {what}", [])) for what in counts}
             yield f"{subject:9} " + ", ".join(f"{n:,} {what}" + (f" ({names[what]}" + ", ..." * (n > 3) + ")"
                                               if names[what] else "") for what, n in counts.items() if n)
+        for name, part in self.about.get("installed", {}).items():
+            yield f"{name:28} {part['bytes']:>11,} bytes, licence: {part['licence']}"
         for what, value in self.about.items():
-            yield f"{what:9} {'none: documents run together' if value is None else value}"
+            if what != "installed":
+                yield f"{what:9} {'none: documents run together' if value is None else value}"
 
 
 def list_files(names, pattern, account=None):

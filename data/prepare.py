@@ -1,10 +1,10 @@
 """Text to shards:  python -m data.prepare SOURCE [FILES...] [--tokenizer=...] [--out=data/NAME]
 
-stdlib: the Python standard library's own source on this machine; needs no download. text: any text files, one document
-each, or with --split_on every part between two separators. stdin: the same, piped. jsonl, parquet, csv: files, folders
-or globs with a column of texts (or of chats). tinystories, openwebtext, fineweb, fineweb-edu: from Hugging Face, as is
-any other dataset, also one on disk, by hf REPO. random: tokens without a text, for speed tests. fineweb-gpt2-shards:
-ready-made GPT-2 tokens, 100 million a shard.
+stdlib: the Python standard library's own source on this machine; needs no download. packages: that and the source of
+all packages that nanok2 requires, 90 MB. text: any text files, one document each, or with --split_on every part between
+two separators. stdin: the same, piped. jsonl, parquet, csv: files, folders or globs with a column of texts (or of
+chats). tinystories, openwebtext, fineweb, fineweb-edu: from Hugging Face, as is any other dataset, also one on disk, by
+hf REPO. random: tokens without a text, for speed tests. fineweb-gpt2-shards: ready-made GPT-2 tokens, 100 million each.
 A document goes to the val split by a hash of its text, so that the same text never stands in both; where that leaves a
 split empty, the end of the text is val. What was read, left out and altered is said at the end and stands in meta.json.
 Next: ../configs/debug.py trains on the result.
@@ -47,7 +47,7 @@ def parse(argv):
     parser = errors.ArgumentParser(prog="python -m data.prepare", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("source", help="where the text comes from",
-        choices=["stdlib", "text", "stdin", "jsonl", "parquet", "csv", *sources.KNOWN, "hf", "random",
+        choices=[*sources.INSTALLED, "text", "stdin", "jsonl", "parquet", "csv", *sources.KNOWN, "hf", "random",
                  "fineweb-gpt2-shards"])
     add("files", nargs="*", help="files, folders to search for files, or globs; for hf: a repository, folder or file")
     add("--out", help="folder of the shards (default data/SOURCE)")
@@ -118,7 +118,7 @@ def check(args):
 def documents(args, files, account):
     """(iterator, total, unit): yields (position, split, text, bytes in the source) of every distinct, non-empty
     document. The split is --val_split's, which comes first, or drawn by a hash of the text."""
-    seen, line_ends = set(), args.source in ("text", "stdin", "stdlib")
+    seen, line_ends = set(), args.source in ("text", "stdin", *sources.INSTALLED)
     take = lambda found: itertools.islice(distinct(found, seen, account, line_ends), args.limit)
     repo, name, _ = sources.KNOWN.get(args.source, (next(iter(args.files), None), None, None))
     opened = lambda split: sources.documents(
@@ -288,7 +288,8 @@ def main(argv=None):
         return fetch_shards(args, out)
     names = args.files if args.source != "hf" or Path(args.files[0]).exists() else []
     account = Account()
-    files = sources.stdlib_files() if args.source == "stdlib" else list_files(names, args.pattern, account)
+    installed = args.source in sources.INSTALLED
+    files = sources.installed_files(args.source, account) if installed else list_files(names, args.pattern, account)
     how = {key: value for key, value in vars(args).items()
            if key not in ("out", "overwrite", "workers", "no_streaming") and value is not None}
     how |= {"found": len(files), "bytes": sum(file.stat().st_size for file in files)}
@@ -297,7 +298,7 @@ def main(argv=None):
         before = prepared and read_meta(out).get("prepared_by") or {}
         if args.source != "stdin" and {key: value for key, value in before.items() if value is not None} == how:
             made = (out / "meta.json").stat().st_mtime_ns
-            if newer := [file for file in files if args.source != "stdlib" and file.stat().st_mtime_ns > made]:
+            if newer := [file for file in files if not installed and file.stat().st_mtime_ns > made]:
                 raise UserError(f"{out} is older than {newer[0]}: add --overwrite to make it anew of what that is now")
             print(f"{out} is ready (made earlier in the same way)")
             return out

@@ -1,4 +1,4 @@
-"""Where documents come from: local text, jsonl, parquet and csv files, standard input, Hugging Face datasets.
+"""Where documents come from: installed source, local text, jsonl, parquet and csv files, standard input, Hugging Face.
 
 `documents` streams them, so that a corpus may be larger than memory. Datasets are read by the package `datasets` and
 parquet files by pyarrow, which comes with it, and only they need it; `open_hf` is also what training from
@@ -7,9 +7,12 @@ data="hf:REPO" reads. Next: prepare.py.
 
 import csv
 import functools
+import importlib.metadata
 import itertools
 import json
+import platform
 import re
+import string
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,6 +27,10 @@ KNOWN = {"tinystories": ("roneneldan/TinyStories", None, "validation"),
          "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", None),
          "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", None)}
 PATTERNS = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet", "csv": "*.csv*"}  # what counts in a folder
+INSTALLED = ("stdlib", "packages")  # sources that are on this machine already
+# Packages is the source of these and of all that they require: what pip install -r requirements.txt brings, no more.
+REQUIREMENTS = ("matplotlib", "numpy", "regex", "safetensors", "tiktoken", "torch", "tqdm")
+LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))  # of UTF-8
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}  # datasets'
 CSV = "those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES"
 DELIMITERS = ",;\t|"
@@ -92,12 +99,71 @@ def _numbered(dataset, column, where, row):
         raise UserError(f"{where}, after row {row}: {error}") from error
 
 
+def installed_files(source, account):
+    """The files of a source of INSTALLED, in a fixed order; account is told what of, their bytes, the licence."""
+    parts = {f"Python {platform.python_version()}": ("PSF-2.0", stdlib_files())}
+    for name, package in _required(account) if source == "packages" else ():
+        parts[f"{name} {package.version}"] = _licence(package.metadata), _package_files(package, account)
+    account.about["installed"] = {
+        name: {"files": len(files), "bytes": sum(file.stat().st_size for file in files), "licence": licence}
+        for name, (licence, files) in parts.items()}
+    return [file for _, files in parts.values() for file in files]
+
+
 def stdlib_files():
     """The .py files of the running Python's standard library, without tests, installed packages and the code tables of
     `encodings`, which are numbers rather than source."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "turtledemo", "encodings"}
     return [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
+
+
+def _required(account):
+    """[(name, distribution)] of REQUIREMENTS and of all that they require, sorted; what is not installed is counted."""
+    from packaging.requirements import Requirement  # comes with matplotlib
+    found, waiting = {}, list(REQUIREMENTS)
+    while waiting:
+        name = re.sub("[-_.]+", "-", waiting.pop()).lower()
+        if name not in found:
+            try:
+                found[name] = importlib.metadata.distribution(name)
+                needs = map(Requirement, found[name].requires or [])
+                waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+            except importlib.metadata.PackageNotFoundError:
+                found[name] = account.add("packages", "not installed, left out", name)
+    return sorted((name, package) for name, package in found.items() if package)
+
+
+def _package_files(package, account):
+    """The .py files of an installed package, whose docstrings are nearly all the documentation that packages bring,
+    without tests, copies of other packages, and what a program seems to have written, as tables are."""
+    files = []
+    for entry in sorted(package.files or []):
+        path, folders = Path(entry.locate()), entry.parts[:-1]
+        if entry.suffix != ".py" or ".." in folders:  # commands, which lie outside
+            continue
+        why_not = ("of a package but gone" if not path.is_file() else
+                   "of tests, left out" if any(folder.startswith("test") for folder in folders) else
+                   "copies of other packages, left out" if "_vendor" in folders else
+                   "that look generated, left out" if _generated(path.read_bytes()) else "")
+        if why_not:
+            account.add("files", why_not, path)
+        else:
+            files.append(path)
+    return files
+
+
+def _generated(raw):
+    """Whether lines of source are longer, on average, than people write, or fewer of its marks letters."""
+    marks = raw.translate(None, b" \t\r\n")
+    return len(raw) > 90 * (raw.count(b"\n") + 1) or len(marks.translate(None, LETTERS)) > 0.55 * len(marks)
+
+
+def _licence(about):
+    """What a package's metadata name as its licence: an expression, one line, classifiers, or the head of a text."""
+    head, *more = (about.get("License") or "").strip().split("\n")
+    classified = [line.split(" :: ")[-1] for line in about.get_all("Classifier", []) if line.startswith("License ::")]
+    return about.get("License-Expression") or not more and head or ", ".join(classified) or head or "not stated"
 
 
 def jsonl_rows(file, path):
@@ -203,7 +269,7 @@ def documents(source, files=(), split_on=None, repo=None, split="train", name=No
         texts = (text for path in files if counts[path] for _, text in columns.texts(
             parquet_rows(path, account, text_column, chat), text_column, path, account, chat, unit="row"))
         return enumerate(texts, 1), sum(counts.values()), " rows"
-    if source in ("text", "stdlib", "jsonl", "csv"):
+    if source in ("text", *INSTALLED, "jsonl", "csv"):
         def table(file, path):
             rows = (jsonl_rows(file, path) if source == "jsonl" else
                     csv_rows(file, path, delimiter, account, no_quotes))
