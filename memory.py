@@ -7,6 +7,7 @@ On a CPU the peak of a process is met within a quarter; compiled blocks keep les
 Shapes: D hidden_size, H heads, Q and U widths of a query and a value, R latent, F width of an MLP, K experts a token.
 """
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -22,7 +23,19 @@ from muon import local_rows
 
 PYTORCH = 80 * 2**20  # what its libraries take when they first run
 PIECES = 1.35  # on a CPU, of what activations take: the allocator keeps pieces that it cannot use (measured)
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # of <malloc.h>
 SURE, TIGHT = 1.0, 0.8  # refused beyond SURE times what is free, warned of beyond TIGHT times
+
+
+def keep_freed(device):
+    """On a CPU let the C library keep what is freed, as PyTorch does on a GPU: it would hand large blocks back to the
+    system, and every step take as many again, zeroed page by page (5 % of a step of configs/debug.py). For this process
+    and glibc, which alone has the lever."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if device.type == "cpu" and mallopt:
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(TOP_PAD, 2**26)
+        mallopt(MMAP_THRESHOLD, 2**30) or mallopt(MMAP_THRESHOLD, 2**25)  # older ones: 32 MiB at most
 
 
 def require(config, model, routes, layout, device):

@@ -146,7 +146,8 @@ def add_all(y_ND, addends):
 
 
 def _grouped_is_best(x_ND, gate_up_E2FD):
-    # bf16 only: torch.compile knows grouped_mm in nothing else. It wants strides that are multiples of 16 bytes, and does not exist on MPS.
+    # bf16 only: torch.compile knows grouped_mm in nothing else. It wants strides that are multiples of 16 bytes, and
+    # does not exist on MPS.
     aligned = x_ND.shape[1] % 8 == 0 and gate_up_E2FD.shape[1] % 16 == 0
     return aligned and x_ND.dtype == torch.bfloat16 and x_ND.device.type in ("cpu", "cuda")
 

@@ -15,13 +15,16 @@ import torch.nn.functional as F
 
 def forward(x_ND, weights_NK, order_S, inverse, counts_E, gate_up_E2FD, down_EDF, first=None, second=None):
     """(y_ND with the addends in it, z_S2F: gate and up of every row, for the backward)."""
-    top_k, width = weights_NK.shape[1], down_EDF.shape[2]
-    token_S, weights_S1 = order_S // top_k, weights_NK.flatten().index_select(0, order_S).unsqueeze(1)
+    counts, width = counts_E.tolist(), down_EDF.shape[2]
+    token_S, weights_S1 = order_S // weights_NK.shape[1], weights_NK.flatten().index_select(0, order_S).unsqueeze(1)
     z_S2F, y_SD = x_ND.new_empty(len(order_S), 2 * width), _rows(x_ND, order_S)
-    for expert, part in _parts(counts_E):
-        z_n2F = torch.mm(x_ND.index_select(0, token_S[part]), gate_up_E2FD[expert].T, out=z_S2F[part])
-        hidden_nF = F.silu(z_n2F[:, :width]).mul_(z_n2F[:, width:]).mul_(weights_S1[part])
-        torch.mm(hidden_nF, down_EDF[expert].T, out=y_SD[part])
+    for token_n, weights_n1, z_n2F, y_nD, gate_up_D2F, down_FD in zip(
+            *(rows.split(counts) for rows in (token_S, weights_S1, z_S2F, y_SD[:-1])),
+            gate_up_E2FD.mT.unbind(), down_EDF.mT.unbind()):
+        if len(token_n):
+            torch.mm(x_ND.index_select(0, token_n), gate_up_D2F, out=z_n2F)
+            gate_nF, up_nF = z_n2F.split(width, dim=1)
+            torch.mm(F.silu(gate_nF).mul_(up_nF).mul_(weights_n1), down_FD, out=y_nD)
     y_ND = _sum_choices(y_SD, inverse.view_as(weights_NK))
     for addend in (first, second):
         if addend is not None:
@@ -33,37 +36,28 @@ def backward(grad_ND, x_ND, weights_NK, order_S, inverse, counts_E, gate_up_E2FD
              down_grad, begun):
     """Gradients of x and weights; those of the two matrices go into gate_up_grad and down_grad, which are added to
     where begun is not 0."""
-    top_k, width, kept = weights_NK.shape[1], down_EDF.shape[2], float(begun != 0)
-    token_S, weights_S1 = order_S // top_k, weights_NK.flatten().index_select(0, order_S).unsqueeze(1)
-    grad_x_SD, grad_weights_S = _rows(x_ND, order_S), x_ND.new_empty(len(order_S))
-    if not kept:
-        empty = (counts_E == 0).nonzero().flatten()
-        gate_up_grad.index_fill_(0, empty, 0.0)
-        down_grad.index_fill_(0, empty, 0.0)
-    for expert, part in _parts(counts_E):
-        x_nD, grad_nD = (rows.index_select(0, token_S[part]) for rows in (x_ND, grad_ND))
-        gate_nF, up_nF = z_S2F[part].split(width, dim=1)
-        silu_nF = F.silu(gate_nF)
-        hidden_nF, grad_nF = silu_nF * up_nF, grad_nD @ down_EDF[expert]
-        torch.sum(grad_nF * hidden_nF, 1, out=grad_weights_S[part])
-        down_grad[expert].addmm_(grad_nD.T, hidden_nF.mul_(weights_S1[part]), beta=kept)
-        grad_nF.mul_(weights_S1[part])
-        grad_z = torch.empty_like(z_S2F[part])
-        torch.mul(grad_nF, silu_nF, out=grad_z[:, width:])
-        torch.ops.aten.silu_backward.grad_input(grad_nF.mul_(up_nF), gate_nF, grad_input=grad_z[:, :width])
-        gate_up_grad[expert].addmm_(grad_z.T, x_nD, beta=kept)
-        torch.mm(grad_z, gate_up_E2FD[expert], out=grad_x_SD[part])
+    counts, width, kept = counts_E.tolist(), down_EDF.shape[2], int(begun != 0)
+    token_S, weights_S1 = order_S // weights_NK.shape[1], weights_NK.flatten().index_select(0, order_S).unsqueeze(1)
+    grad_z_S2F, grad_x_SD, grad_weights_S = torch.empty_like(z_S2F), _rows(x_ND, order_S), x_ND.new_empty(len(order_S))
+    halves = (half for z in (z_S2F, grad_z_S2F) for half in z.split(width, dim=1))
+    for (token_n, weights_n1, grad_weights_n, grad_x_nD, grad_z_n2F, gate_nF, up_nF, grad_gate_nF, grad_up_nF, gate_up,
+         down_DF, grad_gate_up, grad_down) in zip(
+            *(x.split(counts) for x in (token_S, weights_S1, grad_weights_S, grad_x_SD[:-1], grad_z_S2F, *halves)),
+            *(matrices.unbind() for matrices in (gate_up_E2FD, down_EDF, gate_up_grad, down_grad))):
+        if len(token_n):
+            x_nD, grad_nD = x_ND.index_select(0, token_n), grad_ND.index_select(0, token_n)
+            silu_nF, grad_nF = F.silu(gate_nF), grad_nD @ down_DF
+            hidden_nF = silu_nF * up_nF
+            torch.sum(grad_nF * hidden_nF, 1, out=grad_weights_n)
+            grad_down.addmm_(grad_nD.T, hidden_nF.mul_(weights_n1), beta=kept)
+            torch.mul(grad_nF.mul_(weights_n1), silu_nF, out=grad_up_nF)
+            torch.ops.aten.silu_backward.grad_input(grad_nF.mul_(up_nF), gate_nF, grad_input=grad_gate_nF)
+            grad_gate_up.addmm_(grad_z_n2F.T, x_nD, beta=kept)
+            torch.mm(grad_z_n2F, gate_up, out=grad_x_nD)
+        elif not kept:
+            grad_gate_up.zero_(), grad_down.zero_()
     grad_weights = weights_NK.new_zeros(weights_NK.numel()).index_copy_(0, order_S, grad_weights_S)
     return _sum_choices(grad_x_SD, inverse.view_as(weights_NK)), grad_weights.view_as(weights_NK)
-
-
-def _parts(counts_E):
-    """(expert, slice of its rows) of every expert that has any."""
-    end = 0
-    for expert, count in enumerate(counts_E.tolist()):
-        start, end = end, end + count
-        if count:
-            yield expert, slice(start, end)
 
 
 def _rows(x_ND, order_S):

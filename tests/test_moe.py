@@ -46,6 +46,14 @@ def test_route_equals_the_literal_reference(shape, data):
         assert weights[t].tolist() == pytest.approx(expected_weights, rel=1e-5)
 
 
+def test_the_choice_on_a_cpu_is_that_of_a_stable_sort():
+    values = torch.randn(200, 33, generator=torch.Generator().manual_seed(0)).mul(2).round() / 4 + 0.1  # many ties
+    values[5], values[6, ::2], values[7, 3], values[8, 4] = -7.0, float("-inf"), float("nan"), float("inf")
+    for k in (1, 4, 33):
+        expected = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(routing._lowest_index_topk(values, k), expected)
+
+
 def test_bias_selects_but_does_not_weigh():
     logits = torch.randn(20, 6)
     weights, chosen, _ = routing.choose(logits, torch.tensor([0, 0, 0, 9.0, 9.0, 0]), 2)
