@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kernels import attention, cross_entropy
 from kernels.cross_entropy import IGNORE, cross_entropy_twin, linear_cross_entropy
-from kernels.newton_schulz import newton_schulz
+from kernels.newton_schulz import COEFFICIENTS, SAFETY, newton_schulz
 
 
 def naive_attention(q, k, v, scale):
@@ -126,3 +126,19 @@ def test_transpose_batch_padding_and_zero():
     assert torch.equal(newton_schulz(torch.zeros(3, 5)), torch.zeros(3, 5))
     assert newton_schulz(torch.full((3, 5), 1e-30)).norm() > 0.5  # no additive epsilon swallows small gradients
     assert newton_schulz(torch.randn(2, 3, 5, 7)).shape == (2, 3, 5, 7)
+
+
+@pytest.mark.parametrize("table", ["jordan", "you", "polar_express"])
+@pytest.mark.parametrize("shape", [(9, 32, 128), (3, 128, 48), (2, 20, 40)])
+def test_the_steps_in_the_space_of_the_gram_matrix_are_those_one_after_another(table, shape):
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    G[0] = G[0, :, :1] * G[0, :1]  # of rank one
+    G[1] *= torch.logspace(0, -6, shape[2])
+    X = G.double() / G.double().norm(dim=(-2, -1), keepdim=True) / SAFETY[table]
+    rows = COEFFICIENTS[table]
+    for step in range(5):
+        a, b, c = rows[min(step, len(rows) - 1)]
+        gram = X @ X.mT
+        X = a * X + (b * gram + c * gram @ gram) @ X
+    assert (newton_schulz(G.double(), coefficients=table) - X).abs().max() < 1e-10
+    assert (newton_schulz(G, coefficients=table) - X).abs().max() < 3e-4
