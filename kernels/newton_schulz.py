@@ -84,7 +84,7 @@ def _step_triton(X_BMK, a, b, c):
 def _steps_of_grams(X_BMK, rows):
     """The steps of all rows (a, b, c), in fp32 or wider: with P = aI + bG + cG^2 a step makes PX of X and PGP of G, so
     that X is multiplied once, by the product of all P. Five steps are 17 products of M x M x M and 2 of M x M x K, not
-    5 and 10. In fp32 it is within 7e-4 of float64 (Frobenius, relative, up to a condition of 1e6); step after step: 2e-4."""
+    5 and 10. In fp32 it is within 7e-4 of float64 (Frobenius, relative, at a condition of 1e6); one by one: 2e-4."""
     gram_BMM, product_BMM = torch.bmm(X_BMK, X_BMK.mT), None
     for step, (a, b, c) in enumerate(rows, 1):
         P_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
