@@ -28,8 +28,9 @@ import runs
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
 from data.shards import read_meta
+from data.tasks import open_tasks
 from errors import UserError
-from evaluate import evaluate, open_tasks, result_line, run_tasks
+from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
 from kernels import graphs
 from kernels.cross_entropy import IGNORE

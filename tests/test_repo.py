@@ -17,7 +17,8 @@ from tests.helpers import ROOT, small_run
 ORDER = [
     ["errors"],
     ["sampling", "kernels", "layers", "owners", "data.advice", "data.shards", "data.tokenizer", "data.convert",
-     "data.published", "data.bpe", "data.words", "data.files", "data.columns", "data.sources"],
+     "data.published", "data.bpe", "data.words", "data.files", "data.columns", "data.sources",
+     "data.tasks"],
     ["mla", "moe", "dispatch", "data.loader", "data.stream", "data.prepare"],
     ["model"],
     ["muon", "config", "hf_weights"],
