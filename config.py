@@ -94,7 +94,7 @@ class Config(ModelConfig):
     log_interval: int = setting(10, "steps between records and terminal lines", "watching")
     eval_interval: int = setting(250, "steps between validations, besides saves and the end; 0: never", "watching")
     eval_batches: int = setting(20, "validation size in batches of global_batch_size sequences, at most", "watching")
-    eval_tasks: str | list = setting((), "tasks at validations, by comma: evaluate.py's or FILE.jsonl", "watching")
+    eval_tasks: list = setting((), "tasks at validations, as evaluate.py takes them: ['piqa', 'my.jsonl']", "watching")
     eval_task_items: int = setting(200, "first items of each: cheap, and accuracy has a deviation of 3.5 %", "watching")
     save_interval: int = setting(1000, "steps between checkpoints; 0: only at the end", "watching")
     async_save: bool = setting(
@@ -128,8 +128,7 @@ class Config(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.sample_prompts = list(self.sample_prompts)
-        self.eval_tasks = self.eval_tasks.split(",") if isinstance(self.eval_tasks, str) else list(self.eval_tasks)
+        self.sample_prompts, self.eval_tasks = list(self.sample_prompts), list(self.eval_tasks)
 
     def router_is_idle(self):
         """Whether the only weight that a token's expert has is always 1; a new run is refused then."""

@@ -154,7 +154,7 @@ def run_tasks(model, tasks, batch_tokens=None, watch=None):
         if scores is None:
             return
         single, nats = len(task.items[0].endings) == 1, []
-        values = {name: [] for name in ("accuracy", "accuracy_per_byte", "bits_per_byte")[::1 + single]}
+        values = {"accuracy": [], **({} if single else {"accuracy_per_byte": []}), "bits_per_byte": []}
         for item, found in zip(task.items, scores.split([len(item.endings) for item in task.items])):
             sizes = torch.tensor([len(ending.encode()) for ending in item.endings])
             nats.append(-float(found[item.gold, 0]))
@@ -187,8 +187,12 @@ def evaluate_data(model, encoder, folder, settings, limit, batch_tokens):
     validation = ValidationSet(data, length, limit or most, encoder=encoder)
     if validation.max_id() >= model.config.vocab_size:
         raise UserError(f"the data has token id {validation.max_id()}, the model only {model.config.vocab_size} ids")
-    separator = tokenizers.end_of_text(encoder) if encoder and settings.get("document_mask") else None
-    starts = lambda ids: None if separator is None else document_starts(ids, separator)
+    starts = lambda ids: None
+    if settings.get("document_mask"):
+        if encoder is None:
+            raise UserError("the model reads documents apart (document_mask), and without its tokenizer nothing says "
+                            "where they start")
+        starts = lambda ids: document_starts(ids, tokenizers.end_of_text(encoder))
     size = max((batch_tokens or TOKENS) // length, 1)
     watch = Progress("validation", -(-validation.tokens // (length * size)))
     found = evaluate(model, validation, starts, size, model.lm_head.weight.device, watch)
@@ -246,9 +250,8 @@ def main(argv=None):
     if args.data or not (args.text or tasks):
         if not args.data and published:
             raise UserError(f"{args.model} does not say what it was trained on: give --data, --text or --tasks")
-        settings = manifest.get("config", {})
         report["data"] = tell("data", evaluate_data(
-            model, encoder, args.data, settings, args.limit, args.batch_tokens))
+            model, encoder, args.data, manifest.get("config", {}), args.limit, args.batch_tokens))
     if args.text:
         if encoder is None:
             raise UserError(f"{args.model} has no tokenizer that can be read: give shards, --data")

@@ -68,7 +68,8 @@ def encode(encoder, item, context):
         n = len(ids) - next((i for i, (a, b) in enumerate(zip(alone, ids)) if a != b), min(len(alone), len(ids)))
         if not 0 < n <= context or n == len(ids):
             raise UserError(f"{item.where}: ending {number} is {n} tokens behind {len(ids) - n} others, but must be at "
-                            f"least 1 and at most {context}, the model's context, behind at least 1")
+                            f"least 1 and at most {context}, the model's context, behind at least 1: leave the item "
+                            "out, by a limit that ends before it or by a FILE.jsonl without it")
         rows.append((torch.from_numpy(ids.astype(np.int64)), n))
     return rows
 
