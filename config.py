@@ -94,6 +94,8 @@ class Config(ModelConfig):
     log_interval: int = setting(10, "steps between records and terminal lines", "watching")
     eval_interval: int = setting(250, "steps between validations, besides saves and the end; 0: never", "watching")
     eval_batches: int = setting(20, "validation size in batches of global_batch_size sequences, at most", "watching")
+    eval_tasks: list = setting((), "tasks at validations, as evaluate.py takes them: ['piqa', 'my.jsonl']", "watching")
+    eval_task_items: int = setting(200, "first items of each: cheap, and accuracy has a deviation of 3.5 %", "watching")
     save_interval: int = setting(1000, "steps between checkpoints; 0: only at the end", "watching")
     async_save: bool = setting(
         False, "write checkpoints beside the training, from a copy in host memory", "watching")
@@ -126,7 +128,7 @@ class Config(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.sample_prompts = list(self.sample_prompts)
+        self.sample_prompts, self.eval_tasks = list(self.sample_prompts), list(self.eval_tasks)
 
     def router_is_idle(self):
         """Whether the only weight that a token's expert has is always 1; a new run is refused then."""
@@ -137,7 +139,7 @@ class Config(ModelConfig):
         self.check_model()
         positive = ("sequence_length", "global_batch_size", "micro_batch_size", "max_steps", "ns_steps", "log_interval",
                     "keep_checkpoints", "max_skipped_steps", "step_timeout", "dp_replicate", "dp_shard", "ep",
-                    "eval_batches")
+                    "eval_batches", "eval_task_items")
         not_negative = ("warmup_steps", "decay_steps", "eval_interval", "save_interval", "sample_interval", "seed",
                         "muon_lr", "adamw_lr", "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio",
                         "z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences")
@@ -163,7 +165,9 @@ class Config(ModelConfig):
                 (not streamed or self.tokenizer, f"data={streamed} is tokenised here: set --tokenizer, as in gpt2"),
                 (not streamed or self.packing == "concat",
                  f"packing='best_fit' needs folders of shards: prepare {streamed}, or set --packing=concat"),
-                (all(type(prompt) is str for prompt in self.sample_prompts), "sample_prompts must be texts"),
+                (all(type(text) is str for text in self.sample_prompts + self.eval_tasks),
+                 "sample_prompts and eval_tasks must be texts"),
+                (not self.eval_tasks or self.eval_interval, "eval_tasks run at validations: set --eval_interval"),
                 (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder"),
                 (not self.skip_sequences or re.search(r"step_\d+/*$", str(self.resume)),
                  "skip_sequences would skip again at every restart: set --resume to a step folder")):

@@ -1,7 +1,7 @@
 """Watching a run: metrics.jsonl, the terminal line, samples.md, W&B, the curves, memory and MFU.
 
-metrics.jsonl is always written and is the truth; W&B gets the same keys under train/ and val/. None of them can stop a
-run: what fails is said once, and how much was lost at the end.
+metrics.jsonl is always written and is the truth; W&B gets the same keys under train/, val/ and task/NAME/. None of them
+can stop a run: what fails is said once, and how much was lost at the end.
 """
 
 import collections
@@ -93,7 +93,8 @@ class RunLog:
                   for key, value in fields.items()}
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **fields}
         self.attempt("metrics.jsonl", lambda: self.file.write(json.dumps(record) + "\n"))
-        numbers = {f"{kind}/{key}": v for key, v in fields.items() if isinstance(v, (int, float))}
+        under = f"task/{fields['task']}" if kind == "task" else kind
+        numbers = {f"{under}/{key}": v for key, v in fields.items() if isinstance(v, (int, float))}
         if self.wandb and self.wandb.thread.is_alive():
             self.wandb.records.put((numbers, step))
         return record

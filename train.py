@@ -5,7 +5,7 @@
 The whole run in one function, top to bottom: settings, data, run folder, model, optimizer, resume, the loop. Every rank
 runs all of it. In out_dir lie config.json, metrics.jsonl, samples.md, curves.png, tokenizer/ and checkpoints/.
 The parts, in reading order: model.py, mla.py, moe.py, muon.py, data/loader.py, parallel.py, checkpoint.py, guard.py,
-runs.py, metrics.py.
+runs.py, metrics.py, evaluate.py.
 """
 
 import dataclasses
@@ -28,7 +28,9 @@ import runs
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
 from data.shards import read_meta
+from data.tasks import open_tasks
 from errors import UserError
+from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
 from kernels import graphs
 from kernels.cross_entropy import IGNORE
@@ -72,6 +74,8 @@ def train(argv, watch):
     if largest >= config.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its "
                         f"tokenizer: set --vocab_size={largest + 1} or more")
+    tasks = parallel.once(open_tasks, config.eval_tasks, config.eval_task_items, encoder,
+                          config.max_position_embeddings)
 
     # ------------------------------------------------------------------ run folder
     kernels = parallel.choose_kernels(config, device)
@@ -257,6 +261,9 @@ def train(argv, watch):
             log.write("val", step, tokens=tokens, **validated)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
             print(f"step {step}: validation {shown}", flush=True)
+            for result in run_tasks(model, tasks, watch=watch):
+                log.write("task", step, tokens=tokens, **result)
+                print(f"step {step}: {result_line(result['task'], result)}", flush=True)
         if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not watch.agreed:
             watch.beat(f"the samples of step {step}", patient=True)
             for prompt in config.sample_prompts:
@@ -343,29 +350,6 @@ def clip_and_balance(model, config):
     model.update_router_biases(config.bias_update_rate)
     model.refresh_copies(always=True)  # what a replay writes is not counted
     return clipped
-
-
-@torch.no_grad()
-def evaluate(model, validation, starts, batch_size, device, watch):
-    """Cross-entropy over the validation set, always the same tokens, shared among the ranks; leaves no trace in the
-    training. None if a signal came before the end, or if the loss is not finite."""
-    model.eval()
-    total, count = 0.0, 0
-    for i, (inputs, targets) in enumerate(validation.batches(batch_size, parallel.rank(), parallel.ranks())):
-        watch.beat("a validation batch", patient=i == 0)
-        inputs = inputs.to(device)
-        loss_sum, _ = model(inputs, targets.to(device), first_BT=starts(inputs))
-        mine = torch.tensor([loss_sum.item(), int((targets != IGNORE).sum()), bool(watch.signal)], dtype=torch.float64)
-        loss_sum, targets_here, watch.agreed = parallel.add_up(mine).tolist()
-        if watch.agreed:
-            break
-        total, count = total + loss_sum, count + targets_here
-    model.train()
-    if watch.agreed or not math.isfinite(total):
-        return None
-    loss = total / count
-    bits_per_byte = total / math.log(2) / validation.bytes if validation.bytes else None
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte}
 
 
 def sample(model, encoder, prompt, config, step, log):

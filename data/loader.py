@@ -175,12 +175,8 @@ class TrainStream:
         return (inputs if self.packing == "concat" else inputs.masked_fill_(inputs == IGNORE, self.separator)), targets
 
     def starts(self, inputs_BT):
-        """(B, T) int32, with document_mask: where in its row the document of each position starts, which is where the
-        last separator stands, or 0. None without."""
-        if not self.document_mask:
-            return None
-        position_T = torch.arange(inputs_BT.shape[1], device=inputs_BT.device)
-        return torch.where(inputs_BT == self.separator, position_T, 0).cummax(dim=1).values.int()
+        """document_starts with document_mask, None without."""
+        return document_starts(inputs_BT, self.separator) if self.document_mask else None
 
     def places(self):
         """How far the streamed sources were read, as JSON. It saves a resumed run the tokenising of what came before,
@@ -208,6 +204,13 @@ class TrainStream:
         return {"data": data, "sequence_length": self.T, "seed": self.seed, "packing": self.packing}
 
 
+def document_starts(inputs_BT, separator):
+    """(B, T) int32: where in its row the document of each position starts, which is where the last separator stands,
+    or 0."""
+    position_T = torch.arange(inputs_BT.shape[1], device=inputs_BT.device)
+    return torch.where(inputs_BT == separator, position_T, 0).cummax(dim=1).values.int()
+
+
 class ValidationSet:
     """The first `sequences` windows of the val split of every folder, the last one padded with IGNORE targets, so
     that a split shorter than one sequence is evaluated too. `bytes`: of text behind just these targets, None where it
@@ -222,8 +225,8 @@ class ValidationSet:
         counts = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
         found = [source.text_bytes(count, encoder or _own_tokenizer(folder))
                  for folder, source, count in zip(folders, self.sources, counts)]
-        self.bytes = None if None in found else sum(found)
-        self.bytes_per_token = self.bytes and self.bytes / sum(counts)
+        self.tokens, self.bytes = sum(counts), None if None in found else sum(found)
+        self.bytes_per_token = self.bytes and self.bytes / self.tokens
 
     def batches(self, batch_size, rank=0, ranks=1):
         """Yields this rank's share as (inputs, targets), (B, T) tensors; the last batch is smaller if need be, and the
