@@ -56,6 +56,7 @@ def train(argv, watch):
     parallel.start()
     config, config_file = parallel.once(settings.load, argv)
     device = pick_device(config.device)
+    memory.keep_freed(device)
     layout = parallel.make_layout(config, device)
     micro_batch_size, accumulation = parallel.split_batch(config)
     if parallel.local_rank() == 0:
