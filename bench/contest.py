@@ -24,7 +24,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -164,9 +163,8 @@ def train_runs(state, folder, text, stage, wanted, interval=None):
         for learner in learners.values():
             learner.close()
     learners.clear()
-    keys.clear()
-    gc.collect()  # models and graphs, before the next ones are made
-    if text.device.type == "cuda":
+    if text.device.type == "cuda":  # models and graphs, before the next ones are made
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -206,15 +204,13 @@ def sweep(state, folder, text, arms, steps, share):
         asked = {name: _beyond_the_edge(about["losses"]) for name, about in found.items()}
     for name, about in found.items():
         best = min(about["losses"], key=about["losses"].get)
-        if not math.isfinite(about["losses"][best]):
-            raise UserError(f"{name} diverges at every rate tried ({', '.join(f'{r:.2g}' for r in about['losses'])}): "
-                            "lower --muon_lr, where the search begins")
-        about["best"] = best
+        about["best"] = best if math.isfinite(about["losses"][best]) else None
         about["losses"] = {f"{rate:.4g}": loss if math.isfinite(loss) else None
                            for rate, loss in sorted(about["losses"].items())}
         shown = ", ".join(f"{rate}: {'diverged' if loss is None else f'{loss:.4f}'}"
                           for rate, loss in about["losses"].items())
-        print(f"{name}: rate {best:.4g} of {shown} ({about['steps']} steps, seed {about['seed']})", flush=True)
+        chosen = "no rate" if about["best"] is None else f"rate {best:.4g}"
+        print(f"{name}: {chosen} of {shown} ({about['steps']} steps, seed {about['seed']})", flush=True)
     state["sweep"] = found
 
 
@@ -235,7 +231,7 @@ def runs_of(state, arm, share=1.0):
 # ----------------------------------------------------------------------------- the contest
 
 def choose_rates(state, folder, text, own, arms, steps):
-    """The arms at the rates they compete with."""
+    """The arms at the rates that they compete with; without those that diverged at all rates."""
     if own["lr"] == "auto":
         sweep(state, folder, text, arms, steps, own["sweep"])
         rates = {name: found["best"] for name, found in state["sweep"].items()}
@@ -244,12 +240,14 @@ def choose_rates(state, folder, text, own, arms, steps):
     else:
         first, last = map(float, own["lr"].split(","))
         rates = {arm.name: first for arm in arms[:-1]} | {arms[-1].name: last}
-    return [pairs.Arm(arm.name, pairs.with_rate(arm.config, rates[arm.name])) for arm in arms]
+    return [pairs.Arm(arm.name, pairs.with_rate(arm.config, rates[arm.name])) for arm in arms if rates[arm.name]]
 
 
 def judge(state, folder, text, arms, steps, challenger, seeds):
     """The verdict on one challenger, for which the better of the two is trained in shares of its tokens."""
-    baseline = arms[-1]
+    if lost := [name for name in (challenger, state["baseline"]) if name not in arms]:
+        return {"diverged": [f"{name}, at every rate that was tried: lower --muon_lr" for name in lost]}
+    challenger, baseline = arms[challenger], arms[state["baseline"]]
     full = {arm.name: runs_of(state, arm.name) for arm in (challenger, baseline)}
     shorter = {}
     if not any(run["trouble"] for runs in full.values() for run in runs):
@@ -281,7 +279,7 @@ def main(argv):
     machine = {name: value for name, value in bench.machine().items() if name in ("device", "threads", "torch")}
     state = open_folder(folder, {"pair": pair, **own, "machine": machine,
                                  "arms": {name: about["settings"] for name, about in abouts.items()}}, overwrite)
-    state |= {"command": argv, "arms": abouts, "baseline": arms[-1].name}
+    state |= {"command": argv, "arms": abouts, "baseline": arms[-1].name, "step_tokens": step_tokens}
     torch._dynamo.config.recompile_limit = 256  # all arms compile the same blocks
     text = open_text(baseline, device)
     print(f"{pair}: {', '.join(arm.name for arm in arms[:-1])} against {arms[-1].name}; {device}, "
@@ -295,27 +293,27 @@ def main(argv):
         measure_paces(state, folder, text, {arm.name: arm.config for arm in arms})
         steps = {name: max(1, int(own["seconds"] / pace)) for name, pace in state["paces"].items()}
     state["steps"] = steps
-    arms = choose_rates(state, folder, text, own, arms, steps)
+    challengers = [arm.name for arm in arms[:-1]]
+    arms = {arm.name: arm for arm in choose_rates(state, folder, text, own, arms, steps)}
 
     # ------------------------------------------------------------------ the runs
     seeds = [baseline.seed + number for number in range(own["seeds"])]
     interval = max(1, round(max(steps.values()) / POINTS))
     for number, seed in enumerate(seeds):
         wanted = {f"{arm.name} seed {seed}": (arm.name, 1.0, dataclasses.replace(
-            scaled(arm.config, steps[arm.name]), seed=seed)) for arm in arms}
+            scaled(arm.config, steps[arm.name]), seed=seed)) for arm in arms.values()}
         train_runs(state, folder, text, f"seed {number + 1} of {len(seeds)}", wanted, interval)
-    state["verdict"] = {arm.name: judge(state, folder, text, arms, steps, arm, seeds) for arm in arms[:-1]}
-    state["kernels"] = text.kernels
+    state["verdict"] = {name: judge(state, folder, text, arms, steps, name, seeds) for name in challengers}
     save(folder, state)
 
     # ------------------------------------------------------------------ what they say
-    full = {arm.name: runs_of(state, arm.name) for arm in arms}
+    full = {name: runs_of(state, name) for name in abouts}
     print("", *verdict.table(abouts, full), sep="\n")
     for name, found in state["verdict"].items():
-        print(*verdict.said(name, arms[-1].name, found), sep="\n")
-    verdict.draw(folder / "contest.png", pair, full, state["verdict"], arms[-1].name)
+        print(*verdict.said(name, state["baseline"], found), sep="\n")
+    verdict.draw(folder / "contest.png", pair, full, state["verdict"], state["baseline"])
     print(f"{folder}/contest.json  {folder}/contest.png")
 
 
 if __name__ == "__main__":
-    errors.run(lambda argv: main(sys.argv[1:] if argv is None else argv))
+    errors.run(main)

@@ -35,12 +35,10 @@ UNWATCHED = types.SimpleNamespace(beat=lambda *what, **options: None, signal=Non
 
 @dataclass
 class Text:
-    """What all learners of a contest share: the device, the tokenizer (or None), the validation set, and the kernels
-    that compute, in words."""
+    """What all learners of a contest share: the device, the tokenizer (or None) and the validation set."""
     device: torch.device
     encoder: object
     validation: ValidationSet
-    kernels: str = ""
 
 
 def open_text(config, device):
@@ -96,7 +94,7 @@ class Learner:
 
     def _choose_kernels(self):
         """Let the kernels be chosen for this config; what was chosen is taken up again at every turn."""
-        self.text.kernels = parallel.choose_kernels(self.config, self.text.device)
+        parallel.choose_kernels(self.config, self.text.device)
         on_gpu = sys.modules.get("kernels.triton_experts") if self.text.device.type == "cuda" else None
         self.choices = {"attention": list(attention.ARM.items()), "tiles": list(expert_tiles.TILES.items()),
                         "library": sorted(on_gpu.LIBRARY) if on_gpu else None}
@@ -225,7 +223,8 @@ class Learner:
             return
         routing = expert_statistics(self.model.expert_counts, self.model.router_biases())
         self.curve.append({"tokens": self.tokens(), "seconds": self.seconds, "loss": found["loss"],
-                           "bits_per_byte": found["bits_per_byte"], "train_loss": self.loss,
+                           "bits_per_byte": found["bits_per_byte"],
+                           "train_loss": self.loss if math.isfinite(self.loss) else None,
                            "largest_logit": self.model.max_logits.max().item(),
                            "expert_load_max": routing["expert_load_max"], "dead_experts": routing["dead_experts"]})
         if self.ended and found["loss"] > (self.first_loss or math.inf):

@@ -133,7 +133,7 @@ def said(challenger, baseline, found):
     n = found["seeds"]
     rows = {"final loss, difference": "loss_difference", f"tokens to the final loss of {baseline}": "tokens",
             "seconds": "seconds", "FLOPs": "flops", "seconds a token": "seconds_a_token"}
-    lines += [f"    {label:42} {'' if key == 'loss_difference' else 'x '}{figure(found[key])}"
+    lines += [f"    {label:42} {figure(found[key], 4) if key == 'loss_difference' else 'x ' + figure(found[key])}"
               for label, key in rows.items() if key in found]
     lines.append("    one seed: no spread, no p" if n == 1 else f"    n = {n} seeds, paired t-test")
     for key, why in (("extrapolated_seeds", "extrapolated: there the arm that is better on the mean was not"),
@@ -151,12 +151,13 @@ def table(arms, runs):
         ran = runs.get(name, [])
         whole = [run for run in ran if not run["trouble"]]
         spent = sum(run["seconds"] for run in ran)
-        speed, rate = sum(run["tokens"] for run in ran) / spent if spent else 0, ran[0]["muon_lr"] if ran else math.nan
+        speed = sum(run["tokens"] for run in ran) / spent if spent else math.nan
+        rate = ran[0]["muon_lr"] if ran else about["settings"]["muon_lr"]
         ends = []
         for key in ("loss", "bits_per_byte"):
             values = [run["curve"][-1][key] for run in whole]
             known = values and None not in values
-            ends.append(figure(spread(values)).split(",")[0] if known else "-")
+            ends.append(figure(spread(values), 4).split(",")[0] if known else "-")
         lines.append(f"{name:14}{about['parameters'] / 1e6:11.2f}M{about['active_parameters'] / 1e6:8.2f}M"
                      f"{about['flops_per_token'] / 1e6:14.3f}{rate:9.2g}{speed:10,.0f}{ends[0]:>18}{ends[1]:>18}"
                      + f"   diverged: {len(ran) - len(whole)} of {len(ran)}" * (len(whole) < len(ran)))
@@ -193,8 +194,9 @@ def draw(path, title, runs, verdicts, baseline):
                 at, level = found["crossing_tokens"] * (pace if unit == "seconds" else 1), mean_loss(runs[loser])
                 axis.axhline(level, color="grey", linewidth=0.7, linestyle=":")
                 axis.plot(at, level, "k*", markersize=12)
-                axis.annotate(f"{winner}, whole schedule", (at, level), (4, 6), textcoords="offset points", fontsize=8)
-        ends = [point["loss"] for ran in runs.values() for run in ran for point in run["curve"][1:]]
+                axis.annotate(f"{winner}, whole schedule", (at, level), (-6, 8), textcoords="offset points", fontsize=8,
+                              horizontalalignment="right")
+        ends = [point["loss"] for ran in runs.values() for run in ran for point in run["curve"][2:]]
         if ends:
             axis.set_ylim(min(ends) - 0.05 * (max(ends) - min(ends)), max(ends))
         axis.set(title=title, xlabel=f"training {unit}", ylabel="validation loss, nats a token")
