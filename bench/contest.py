@@ -9,7 +9,7 @@ seeds, in turns in one process; then how many tokens, seconds and FLOPs the chal
     --tokens=N      of every run (the config's max_steps)                 --overwrite       begin anew
     --seconds=N     of training instead, for every arm: its steps follow from its measured pace
     --lr=auto       every arm at the best of base x 0.5, 1, 2, and on if that is at an edge; as-is: the config's; or two
-                    rates, CHALLENGER,BASELINE
+                    rates, CHALLENGER,BASELINE. AdamW's base is 2e-3 at width 128 and falls with the width's root
     --sweep=0.33    share of the budget of a run of the search for rates, on a seed that is not among the contest's
     --grid=E:K:shared,...     of the pair `experts`
 
@@ -32,6 +32,7 @@ import torch
 import bench
 import config as settings
 import errors
+import guard
 from bench import pairs, verdict
 from bench.learner import Learner, compiled, open_text, take_turns
 from data.shards import read_json
@@ -90,7 +91,6 @@ def open_folder(folder, asked, overwrite):
         shutil.rmtree(folder / "learners", ignore_errors=True)
     asked = json.loads(json.dumps(asked))
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         return {"asked": asked, "made_on": bench.machine(), "runs": {}}
     state = read_json(path)
     before, now = (dict(_flat(of)) for of in (state["asked"], asked))
@@ -134,6 +134,9 @@ def train_runs(state, folder, text, stage, wanted, interval=None):
     wanted: {key: (arm, share, config)}, share: of the whole budget; interval: steps between points, None: only the
     end."""
     wanted = {key: of for key, of in wanted.items() if key not in state["runs"]}
+    if wanted and text.device.type == "cuda":  # the models and graphs of the runs before
+        gc.collect()
+        torch.cuda.empty_cache()
     learners = {}
     for key, (_, _, config) in wanted.items():
         points = points_of(config.max_steps, interval or config.max_steps)
@@ -162,10 +165,6 @@ def train_runs(state, folder, text, stage, wanted, interval=None):
     finally:
         for learner in learners.values():
             learner.close()
-    learners.clear()
-    if text.device.type == "cuda":  # models and graphs, before the next ones are made
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def measure_paces(state, folder, text, configs):
@@ -277,13 +276,22 @@ def main(argv):
         raise UserError("the configs differ in max_steps: name the budget of both with --tokens or --seconds")
     folder = Path(own.pop("out") or f"out/contest-{pair}")
     machine = {name: value for name, value in bench.machine().items() if name in ("device", "threads", "torch")}
-    state = open_folder(folder, {"pair": pair, **own, "machine": machine,
+    torch._dynamo.config.recompile_limit = 256  # all arms compile the same blocks
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # an arm that is not compiled would compare two things
+    text = open_text(baseline, device)
+    lock = guard.Guard(argv)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.claim(folder)
+    except UserError as error:
+        raise UserError(str(error).replace("--out_dir", "--out")) from None
+    state = open_folder(folder, {"pair": pair, **own, "machine": machine, "data": text.identity["data"],
                                  "arms": {name: about["settings"] for name, about in abouts.items()}}, overwrite)
     state |= {"command": argv, "arms": abouts, "baseline": arms[-1].name, "step_tokens": step_tokens}
-    torch._dynamo.config.recompile_limit = 256  # all arms compile the same blocks
-    text = open_text(baseline, device)
+    save(folder, state)  # whose words the saved learners are bound to
     print(f"{pair}: {', '.join(arm.name for arm in arms[:-1])} against {arms[-1].name}; {device}, "
-          f"{'compiled' if compiled(baseline, device) else 'not compiled'}; writing to {folder}/")
+          f"{'compiled' if compiled(baseline, device) else 'not compiled'}; writing to {folder}/\n"
+          "Stopped, it goes on when it is started again with the same words.")
     print("\n".join(verdict.table(abouts, {})), flush=True)
 
     # ------------------------------------------------------------------ the budget, the rates

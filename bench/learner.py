@@ -35,10 +35,12 @@ UNWATCHED = types.SimpleNamespace(beat=lambda *what, **options: None, signal=Non
 
 @dataclass
 class Text:
-    """What all learners of a contest share: the device, the tokenizer (or None) and the validation set."""
+    """What all learners of a contest share: the device, the tokenizer (or None), the validation set, and what decides
+    the order of the training data."""
     device: torch.device
     encoder: object
     validation: ValidationSet
+    identity: dict
 
 
 def open_text(config, device):
@@ -52,7 +54,7 @@ def open_text(config, device):
     if largest >= config.vocab_size:
         raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its "
                         f"tokenizer: set --vocab_size={largest + 1} or more")
-    return Text(device, encoder, validation)
+    return Text(device, encoder, validation, stream.identity())
 
 
 def compiled(config, device):

@@ -15,7 +15,7 @@ from model import count_parameters, flops_per_token
 GRID = ("8:2:0,8:2:1,16:1:1,16:2:1,16:4:0,16:4:1,32:1:1,32:2:0,32:2:1,32:4:1,64:1:1,64:2:1,64:6:1,128:2:1,128:4:1,"
         "128:6:1")  # routed experts : active : shared
 ADAMW_RATE, ADAMW_WIDTH = 2e-3, 128  # AdamW's base rate at this width; it falls with the square root of the width
-CLIP_TAU = 8.0  # largest logit allowed in the pair `clip`, unless one is named: K2's own 100 is for larger models
+CLIP_TAU = 10.0  # of the pair `clip`, unless another is named: configs/debug.py's logits reach 32 without it
 ALIKE = ("data", "tokenizer", "sequence_length", "global_batch_size", "eval_batches", "packing", "document_mask",
          "device", "compile")  # in all arms: they see the same tokens, on the same device
 
@@ -72,7 +72,7 @@ def mla_mha(config):
 
 def clip(config):
     """QK-clip at a tau that acts against none"""
-    tau = CLIP_TAU if config.qk_clip_tau == settings.FIELDS["qk_clip_tau"].default else config.qk_clip_tau
+    tau = CLIP_TAU if config.qk_clip_tau == Config.qk_clip_tau else config.qk_clip_tau
     return [Arm("clip", dataclasses.replace(config, optimizer="muonclip", qk_clip_tau=tau)),
             Arm("no clip", dataclasses.replace(config, optimizer="muon"))]
 

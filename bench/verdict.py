@@ -145,25 +145,27 @@ def said(challenger, baseline, found):
 
 def table(arms, runs):
     """Lines of sizes and results, one an arm. arms: {name: Arm.about()}; runs: {name: full runs}."""
-    lines = [f"{'':14}{'parameters':>12}{'active':>9}{'MFLOPs/token':>14}{'rate':>9}{'tokens/s':>10}"
-             f"{'final loss':>18}{'bits per byte':>18}"]
+    lines = [f"{'':12}{'parameters':>11}{'active':>9}{'MFLOPs/token':>14}{'rate':>9}{'tokens':>9}{'seconds':>9}"
+             f"{'tokens/s':>10}{'final loss':>18}{'bits per byte':>18}"]
     for name, about in arms.items():
         ran = runs.get(name, [])
         whole = [run for run in ran if not run["trouble"]]
-        spent = sum(run["seconds"] for run in ran)
-        speed = sum(run["tokens"] for run in ran) / spent if spent else math.nan
+        tokens, seconds = (sum(run[key] for run in ran) for key in ("tokens", "seconds"))
         rate = ran[0]["muon_lr"] if ran else about["settings"]["muon_lr"]
         ends = []
         for key in ("loss", "bits_per_byte"):
             values = [run["curve"][-1][key] for run in whole]
             known = values and None not in values
             ends.append(figure(spread(values), 4).split(",")[0] if known else "-")
-        lines.append(f"{name:14}{about['parameters'] / 1e6:11.2f}M{about['active_parameters'] / 1e6:8.2f}M"
-                     f"{about['flops_per_token'] / 1e6:14.3f}{rate:9.2g}{speed:10,.0f}{ends[0]:>18}{ends[1]:>18}"
+        spent = [f"{tokens / len(ran) / 1e6:.2f}M", f"{seconds / len(ran):,.1f}", f"{tokens / seconds:,.0f}"] if ran \
+            else "---"
+        lines.append(f"{name:12}{about['parameters'] / 1e6:10.2f}M{about['active_parameters'] / 1e6:8.2f}M"
+                     f"{about['flops_per_token'] / 1e6:14.3f}{rate:9.2g}{spent[0]:>9}{spent[1]:>9}{spent[2]:>10}"
+                     f"{ends[0]:>18}{ends[1]:>18}"
                      + f"   diverged: {len(ran) - len(whole)} of {len(ran)}" * (len(whole) < len(ran)))
         clipped = sum(run["clipped_heads"] for run in ran)
-        if clipped:
-            lines.append(f"{'':14}QK-clip scaled a head down {clipped:,} times")
+        if clipped or ran and name == "clip":
+            lines.append(f"{'':12} QK-clip scaled a head down {clipped:,} times in {len(ran)} runs")
     return lines
 
 
