@@ -155,16 +155,23 @@ def train_runs(state, folder, text, stage, wanted, interval=None):
             print(f"{stage}: {key} {end or 'ends at {:.4f}'.format(learner.curve[-1]['loss'])}", flush=True)
         elif time.perf_counter() > told + TELL:
             told = time.perf_counter()
-            eta = sum((other.config.max_steps - other.step) * (other.pace or 0) for other in learners.values()
-                      if not other.ended)
             print(f"{stage}: {key}  step {learner.step}/{config.max_steps}  loss {learner.loss:.4f}  "
-                  f"{learner.tokens() / max(learner.seconds, 1e-9):,.0f} tok/s  eta of this stage {duration(eta)}",
-                  flush=True)
+                  f"{learner.tokens() / learner.seconds:,.0f} tok/s  eta {eta(learners.values())}", flush=True)
     try:
         take_turns(list(learners.values()), TURN, tell)
     finally:
         for learner in learners.values():
             learner.close()
+
+
+def eta(learners):
+    """How long these runs still take, validation apart; those that have not shown their pace go at that of the rest."""
+    known = [learner.pace for learner in learners if learner.pace]
+    if not known:
+        return "?"
+    usual = sum(known) / len(known)
+    return duration(sum((learner.config.max_steps - learner.step) * (learner.pace or usual) for learner in learners
+                        if not learner.ended)) + " of this stage"
 
 
 def measure_paces(state, folder, text, configs):
@@ -197,7 +204,7 @@ def sweep(state, folder, text, arms, steps, share):
                     rate, about = asked[arm.name][turn], found[arm.name]
                     config = dataclasses.replace(pairs.with_rate(arm.config, rate), seed=about["seed"])
                     wanted[f"sweep {arm.name} {rate:.4g}"] = (arm.name, "sweep", scaled(config, about["steps"]))
-            train_runs(state, folder, text, "rates", wanted)
+            train_runs(state, folder, text, f"{state['pair']}, rates", wanted)
             for key, (name, _, config) in wanted.items():
                 found[name]["losses"][config.muon_lr] = verdict.final_loss(state["runs"][key])
         asked = {name: _beyond_the_edge(about["losses"]) for name, about in found.items()}
@@ -256,7 +263,7 @@ def judge(state, folder, text, arms, steps, challenger, seeds):
             config = scaled(better.config, max(1, round(share * steps[better.name])))
             for seed in seeds:  # one after the other: their seconds do not count
                 key = f"{better.name} seed {seed} in {share:g}"
-                train_runs(state, folder, text, f"{share:g} of the tokens",
+                train_runs(state, folder, text, f"{state['pair']}, {share:g} of the tokens",
                            {key: (better.name, share, dataclasses.replace(config, seed=seed))})
             shorter[share] = runs_of(state, better.name, share)
     flops = [arm.about()["flops_per_token"] for arm in (challenger, baseline)]
@@ -287,7 +294,7 @@ def main(argv):
         raise UserError(str(error).replace("--out_dir", "--out")) from None
     state = open_folder(folder, {"pair": pair, **own, "machine": machine, "data": text.identity["data"],
                                  "arms": {name: about["settings"] for name, about in abouts.items()}}, overwrite)
-    state |= {"command": argv, "arms": abouts, "baseline": arms[-1].name, "step_tokens": step_tokens}
+    state |= {"pair": pair, "command": argv, "arms": abouts, "baseline": arms[-1].name, "step_tokens": step_tokens}
     save(folder, state)  # whose words the saved learners are bound to
     print(f"{pair}: {', '.join(arm.name for arm in arms[:-1])} against {arms[-1].name}; {device}, "
           f"{'compiled' if compiled(baseline, device) else 'not compiled'}; writing to {folder}/\n"
@@ -310,7 +317,7 @@ def main(argv):
     for number, seed in enumerate(seeds):
         wanted = {f"{arm.name} seed {seed}": (arm.name, 1.0, dataclasses.replace(
             scaled(arm.config, steps[arm.name]), seed=seed)) for arm in arms.values()}
-        train_runs(state, folder, text, f"seed {number + 1} of {len(seeds)}", wanted, interval)
+        train_runs(state, folder, text, f"{pair}, seed {number + 1} of {len(seeds)}", wanted, interval)
     state["verdict"] = {name: judge(state, folder, text, arms, steps, name, seeds) for name in challengers}
     save(folder, state)
 
