@@ -326,6 +326,8 @@ def main(argv):
     print("", *verdict.table(abouts, full), sep="\n")
     for name, found in state["verdict"].items():
         print(*verdict.said(name, state["baseline"], found), sep="\n")
+    if len(challengers) > 1:
+        print(*verdict.ranking(state["verdict"], state["baseline"]), sep="\n")
     verdict.draw(folder / "contest.png", pair, full, state["verdict"], state["baseline"])
     print(f"{folder}/contest.json  {folder}/contest.png")
 

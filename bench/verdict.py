@@ -143,6 +143,19 @@ def said(challenger, baseline, found):
     return lines
 
 
+def ranking(verdicts, baseline):
+    """Lines of many verdicts, a challenger each, from the lowest loss on. verdicts: {challenger: judge()}."""
+    columns = {"loss_difference": "final loss, difference", "tokens": "x tokens", "seconds": "x seconds",
+               "flops": "x FLOPs"}
+    lines = [f"{'against ' + baseline:14}" + "".join(f"{label:>25}" for label in columns.values())]
+    whole = {name: found for name, found in verdicts.items() if "diverged" not in found}
+    for name in sorted(whole, key=lambda name: whole[name]["loss_difference"]["mean"]):
+        figures = [figure(whole[name][key], 4 if key == "loss_difference" else 3) if key in whole[name] else "-"
+                   for key in columns]
+        lines.append(f"{name:14}" + "".join(f"{words:>25}" for words in figures))
+    return lines + [f"{name:14}{'diverged':>25}" for name in verdicts if name not in whole]
+
+
 def table(arms, runs):
     """Lines of sizes and results, one an arm. arms: {name: Arm.about()}; runs: {name: full runs}."""
     lines = [f"{'':12}{'parameters':>11}{'active':>9}{'MFLOPs/token':>14}{'rate':>9}{'tokens':>9}{'seconds':>9}"

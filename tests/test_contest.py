@@ -214,6 +214,16 @@ def test_beyond_the_shortest_run_there_is_only_a_bound():
     assert "more than 2.857" in "\n".join(verdict.said("a", "b", found))
 
 
+def test_many_challengers_in_order():
+    base, lost = made_up([3.0], 1000, 1.0), made_up([3.0], 1000, 1.0, "10 non-finite steps")
+    verdicts = {name: verdict.judge(runs, base, {0.7: made_up([3.2], 700, 1.0)}, (1.0, 1.0))
+                for name, runs in {"a": made_up([2.5], 1000, 1.0), "b": lost, "c": made_up([2.0], 1000, 2.0)}.items()}
+    lines = verdict.ranking(verdicts, "dense")
+    assert [line.split()[0] for line in lines] == ["against", "c", "a", "b"] and "diverged" in lines[3]
+    assert lines[1].split()[1] == "-1.0000" and float(lines[1].split()[3]) == pytest.approx(
+        2 * float(lines[1].split()[2]), rel=2e-3)  # the pace
+
+
 def test_a_seed_against_the_mean_is_marked():
     base = made_up([3.0, 2.0], 1000, 1.0)
     ours, shorter = made_up([2.0, 2.2], 1000, 1.0), {0.5: made_up([3.2, 3.2], 500, 1.0)}
