@@ -70,12 +70,13 @@ class Learner:
 
     `step` counts finished steps, `seconds` what they took, waited for. What compilers and captures take does not count:
     the first turn of a process, of SETTLING steps, is taken to be as fast as the second. `curve` has a dict for every
-    point reached. `trouble` is "", or how it diverged, which is its end too.
+    point reached, `pace` the mean seconds of a step. `trouble` is "", or how it diverged, which is its end too.
     """
 
     def __init__(self, config, text, points, folder=None):
         self.config, self.text, self.points, self.folder = config, text, points, folder
-        self.step, self.seconds, self.pace, self.first_turn, self.saved_at = 0, 0.0, None, None, time.perf_counter()
+        self.step, self.seconds, self.saved_at = 0, 0.0, time.perf_counter()
+        self.pace, self.first_turn, self.timed = None, None, (0, 0.0)  # of this process
         self.clipped, self.skipped, self.first_loss, self.loss, self.trouble, self.curve = 0, 0, None, None, "", []
         self.loss_scale, self.good_steps = 2.0**16 if config.dtype == "float16" else 1.0, 0
         self._choose_kernels()
@@ -161,11 +162,11 @@ class Learner:
         done, self.seconds = self.step - before, self.seconds + spent
         if self.first_turn is None:
             self.first_turn = done, spent
-        elif self.pace is None:
-            self.seconds += self.first_turn[0] * spent / done - self.first_turn[1]
-            self.pace = spent / done
         else:
-            self.pace = spent / done
+            if self.pace is None:
+                self.seconds += self.first_turn[0] * spent / done - self.first_turn[1]
+            self.timed = self.timed[0] + done, self.timed[1] + spent
+            self.pace = self.timed[1] / self.timed[0]
         if self.step in self.points and not self.trouble:
             self._validate()
             self._save()

@@ -257,7 +257,7 @@ def test_a_contest_stopped_at_any_turn_ends_like_another(small, tmp_path, monkey
         except KeyboardInterrupt:
             continue
     stopped = result_of(tmp_path / "stopped")
-    assert starts > 2 and not list((tmp_path / "stopped/learners").iterdir())
+    assert starts > 1 and not list((tmp_path / "stopped/learners").iterdir())
     losses = lambda state: {key: [point["loss"] for point in run["curve"]] for key, run in state["runs"].items()}
     assert losses(stopped) == losses(whole) and stopped["sweep"] == whole["sweep"]
     assert stopped["verdict"]["moe"]["tokens"] == whole["verdict"]["moe"]["tokens"]
@@ -288,7 +288,7 @@ def test_equal_seconds(small, tmp_path, monkeypatch):
     contest.main([*words, f"--out={tmp_path / 'out'}"])
     state = result_of(tmp_path / "out")
     for arm in ("muonclip", "adamw"):
-        assert state["steps"][arm] == int(0.4 / state["paces"][arm])
+        assert state["steps"][arm] == max(1, int(0.4 / state["paces"][arm]))
         assert contest.runs_of(state, arm)[0]["steps"] == state["steps"][arm]
     assert contest.runs_of(state, "adamw")[0]["muon_lr"] == 2e-3
 
