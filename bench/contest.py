@@ -193,7 +193,7 @@ def measure_paces(state, folder, text, configs):
 
 def sweep(state, folder, text, arms, steps, share):
     """Find every arm's rate: state["sweep"] becomes {arm: {"base", "losses": {rate: loss}, "best"}}."""
-    found = {arm.name: {"base": arm.config.muon_lr, "seed": arm.config.seed + SWEEP_SEED,
+    found = {arm.name: {"base": arm.config.muon_lr, "seed": arms[-1].config.seed + SWEEP_SEED,
                         "steps": max(1, round(share * steps[arm.name])), "losses": {}} for arm in arms}
     asked = {arm.name: [arm.config.muon_lr * factor for factor in FACTORS] for arm in arms}
     while any(asked.values()):

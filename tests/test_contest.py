@@ -13,7 +13,7 @@ import config as settings
 from bench import contest, learner, pairs, verdict
 from errors import UserError
 from model import flops_per_token
-from tests.helpers import ROOT, TINY, final_tensors, make_config, make_data, records, run_train
+from tests.helpers import ROOT, final_tensors, make_config, make_data, records, run_train
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, global_batch_size=4, micro_batch_size=2, max_steps=12, warmup_steps=2,
              eval_batches=2)
@@ -351,7 +351,7 @@ def test_bad_words(small, words, message, tmp_path):
 
 
 def test_two_configs_have_to_see_the_same_tokens(small, tmp_path):
-    other = make_config(tmp_path / "other.py", **SMALL | dict(data=TINY and "elsewhere", sequence_length=16))
+    other = make_config(tmp_path / "other.py", **SMALL | dict(data="elsewhere", sequence_length=16))
     with pytest.raises(UserError, match="other and small differ in data, sequence_length.*--data="):
         contest.main([other, small, f"--out={tmp_path / 'out'}"])
     longer = make_config(tmp_path / "longer.py", **SMALL | dict(data=settings.read_file(small)["data"], max_steps=13))
