@@ -29,25 +29,32 @@ RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, 
 
 def dense_twin(config):
     """The Config of the dense model with the same attention, optimizer, batch and FLOPs a token (up to rounding
-    intermediate_size to a multiple of 64)."""
-    return _equal_flops(config, n_routed_experts=0)
+    intermediate_size to a multiple of 64, of 8 in models narrower than 512)."""
+    return equal_flops(config, "intermediate_size", _multiple(config), n_routed_experts=0)
 
 
 def gpt_twin(config):
     """The Config of a plain transformer of the same width, depth and FLOPs a token: attention in heads of 64, one
     matrix for embedding and head, AdamW."""
     heads = max(1, config.hidden_size // 64)
-    return _equal_flops(config, n_routed_experts=0, attention="mha", num_attention_heads=heads, v_head_dim=64,
-                        tie_word_embeddings=True, optimizer="adamw")
+    return equal_flops(config, "intermediate_size", _multiple(config), n_routed_experts=0, attention="mha",
+                       num_attention_heads=heads, v_head_dim=64, tie_word_embeddings=True, optimizer="adamw")
 
 
-def _equal_flops(config, **changes):
-    def flops(width):
-        return flops_per_token(dataclasses.replace(config, **changes, intermediate_size=width), config.sequence_length)
+def _multiple(config):
+    return 64 if config.hidden_size >= 512 else 8
 
-    narrow, wide = flops(64), flops(128)  # linear in between and beyond
-    width = 64 + 64 * (flops_per_token(config, config.sequence_length) - narrow) / (wide - narrow)
-    return dataclasses.replace(config, **changes, intermediate_size=max(64, 64 * round(width / 64)))
+
+def equal_flops(config, size, multiple, **changes):
+    """config with these changes and of its own FLOPs a token, up to rounding `size`, the setting that is fitted, to a
+    multiple of `multiple`."""
+    def flops(value):
+        changed = dataclasses.replace(config, **changes, **{size: value})
+        return flops_per_token(changed, config.sequence_length)
+
+    few, more = flops(multiple), flops(2 * multiple)  # linear in between and beyond
+    times = 1 + (flops_per_token(config, config.sequence_length) - few) / (more - few)
+    return dataclasses.replace(config, **changes, **{size: multiple * max(1, round(times))})
 
 
 def described(config):

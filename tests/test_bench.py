@@ -31,15 +31,15 @@ def newest(out, name):
     return json.loads(max(out.glob(f"*-{name}*.json")).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["debug", "small"])
-def test_the_twins_have_equal_flops_and_the_dense_one_nothing_else_changed(name):
+@pytest.mark.parametrize("name, multiple", [("debug", 8), ("small", 64)])
+def test_the_twins_have_equal_flops_and_the_dense_one_nothing_else_changed(name, multiple):
     config, _ = settings.load([str(ROOT / f"configs/{name}.py")])
     goal, T = flops_per_token(config, config.sequence_length), config.sequence_length
     for twin in (arms.dense_twin(config), arms.gpt_twin(config)):
         twin.check()
         nearest = flops_per_token(twin, T)
-        assert count_parameters(twin)[0] == count_parameters(twin)[1] and twin.intermediate_size % 64 == 0
-        for other in (-64, 64):  # no other multiple is nearer
+        assert count_parameters(twin)[0] == count_parameters(twin)[1] and twin.intermediate_size % multiple == 0
+        for other in (-multiple, multiple):  # no other multiple is nearer
             width = twin.intermediate_size + other
             assert abs(nearest - goal) <= abs(flops_per_token(dataclasses.replace(twin, intermediate_size=width), T)
                                               - goal)

@@ -1,0 +1,264 @@
+"""A learner: one run of train.py on one device, in pieces, so that several learn in turns in one process.
+
+It does what train.py does, step by step, on the same tokens: tests/test_contest.py compares the two to the last bit.
+What changes none of the numbers (records, samples, rollbacks, the guard) it leaves out. Next: contest.py.
+"""
+
+import functools
+import math
+import sys
+import time
+import types
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+import memory
+import parallel
+from data.loader import TrainStream, ValidationSet, prefetch
+from errors import UserError
+from kernels import attention, expert_tiles, graphs, selfcheck
+from kernels.backend import synchronize
+from kernels.newton_schulz import newton_schulz
+from metrics import expert_statistics
+from model import build
+from muon import Muon, local_rows, route_parameters, schedule_factor
+from runs import SCHEDULE
+from train import evaluate, forward_and_backward, open_tokenizer, update_all
+
+SETTLING = 5  # steps of a learner's first turn, in which compilers and captures are at work
+DISK = 25e6  # bytes a second: what is saved on the average at most, a twentieth of what disks write
+SAVED = ("seconds", "clipped", "skipped", "first_loss", "loss_scale", "good_steps", "curve")
+UNWATCHED = types.SimpleNamespace(beat=lambda *what, **options: None, signal=None, agreed=0)  # for train.evaluate
+
+
+@dataclass
+class Text:
+    """What all learners of a contest share: the device, the tokenizer (or None), the validation set, and what decides
+    the order of the training data."""
+    device: torch.device
+    encoder: object
+    validation: ValidationSet
+    identity: dict
+
+
+def open_text(config, device):
+    """The Text of a config, whose shards are compared with their checksums; learners need not do that again."""
+    encoder = open_tokenizer(config)
+    stream = TrainStream(config.data, config.sequence_length, config.seed, config.verify_data, encoder=encoder,
+                         packing=config.packing, document_mask=config.document_mask)
+    validation = ValidationSet(config.data, config.sequence_length, config.eval_batches * config.global_batch_size,
+                               config.verify_data, encoder=encoder)
+    largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
+    if largest >= config.vocab_size:
+        raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its "
+                        f"tokenizer: set --vocab_size={largest + 1} or more")
+    return Text(device, encoder, validation, stream.identity())
+
+
+def compiled(config, device):
+    """Whether train.py would compile this config's blocks."""
+    return config.compile or (config.compile is None and device.type == "cuda")
+
+
+class Learner:
+    """One run of a config, from its first step, or from what it saved in `folder`, to its end.
+
+    points: the steps after which it validates, the last of them config.max_steps; () if it never does. folder: None, or
+    where it saves at points, so often that it costs little.
+
+    `step` counts finished steps, `seconds` what they took, waited for. What compilers and captures take does not count:
+    the first turn of a process, of SETTLING steps, is taken to be as fast as the second. `curve` has a dict for every
+    point reached, `pace` the mean seconds of a step. `trouble` is "", or how it diverged, which is its end too.
+    """
+
+    def __init__(self, config, text, points, folder=None):
+        self.config, self.text, self.points, self.folder = config, text, points, folder
+        self.step, self.seconds, self.saved_at = 0, 0.0, time.perf_counter()
+        self.pace, self.first_turn, self.timed = None, None, (0, 0.0)  # of this process
+        self.clipped, self.skipped, self.first_loss, self.loss, self.trouble, self.curve = 0, 0, None, None, "", []
+        self.loss_scale, self.good_steps = 2.0**16 if config.dtype == "float16" else 1.0, 0
+        self._choose_kernels()
+        self.layout = parallel.make_layout(config, text.device)
+        self.micro_batch_size, self.accumulation = parallel.split_batch(config)
+        self._make_model()
+        self.state = checkpoint.named_tensors(self.model, self.optimizer)
+        self._start()
+        self._make_calls()
+        self.stream = TrainStream(config.data, config.sequence_length, config.seed, False, encoder=text.encoder,
+                                  packing=config.packing, document_mask=config.document_mask)
+        self.batches = prefetch(
+            self.stream, text.device, range(self.step + 1, config.max_steps + 1),
+            self.step * config.global_batch_size, config.global_batch_size, self.micro_batch_size,
+            timeout=0.8 * config.step_timeout)
+
+    # ------------------------------------------------------------------ making it, in train.py's order
+
+    def _choose_kernels(self):
+        """Let the kernels be chosen for this config; what was chosen is taken up again at every turn."""
+        parallel.choose_kernels(self.config, self.text.device)
+        on_gpu = sys.modules.get("kernels.triton_experts") if self.text.device.type == "cuda" else None
+        self.choices = {"attention": list(attention.ARM.items()), "tiles": list(expert_tiles.TILES.items()),
+                        "library": sorted(on_gpu.LIBRARY) if on_gpu else None}
+
+    def _make_model(self):
+        config, device = self.config, self.text.device
+        self.model = build(config, device)
+        self.model.compute_dtype = getattr(torch, config.dtype)
+        for layer in self.model.layers:
+            layer.recompute = config.activation_checkpointing
+        heads = config.num_attention_heads if config.muon_per_head else 0
+        routes = route_parameters(self.model.named_parameters(), config.optimizer, heads)
+        memory.require(config, self.model, routes, self.layout, device)
+        if memory.keeps_copies(config, self.layout, device):
+            self.model.make_copies()
+        ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype,
+                                                                                       config.ns_dtype)
+        self.optimizer = Muon(self.model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum,
+                              config.nesterov, config.weight_decay, config.ns_steps, getattr(torch, ns_dtype),
+                              config.ns_coefficients, routes=routes)
+        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _make_calls(self):
+        """forward and backward, and the update: compiled and replayed where train.py would."""
+        config, device, model = self.config, self.text.device, self.model
+        if compiled(config, device):
+            parallel.compile_blocks(model)
+        self.parameters = list(model.parameters())
+        model.train()
+        replay = graphs.wanted(config, self.layout, device)
+        if replay:
+            self.optimizer.orthogonalise = newton_schulz
+        self.micro_batch = graphs.MicroBatch(functools.partial(forward_and_backward, model, config), model, replay,
+                                             self.accumulation > 1)
+        self.update = graphs.Update(functools.partial(update_all, model, self.optimizer, config), self.parameters,
+                                    self.state.values(), replay, self.micro_batch.pool)
+
+    def _start(self):
+        """Draw the weights, or go on from what was saved."""
+        if self.folder is None or not checkpoint.step_folders(self.folder):
+            self.model.init_weights(self.config.seed, local_rows)
+            return
+        source = checkpoint.find(self.folder)
+        manifest = checkpoint.read_manifest(source)
+        checkpoint.load(source, self.state)
+        self.step, self.optimizer.steps = manifest["step"], manifest["optimizer_steps"]
+        for name in SAVED:
+            setattr(self, name, manifest["learner"][name])
+
+    # ------------------------------------------------------------------ learning
+
+    @property
+    def ended(self):
+        return bool(self.trouble) or self.step == self.config.max_steps
+
+    def turn(self, seconds):
+        """Train for about so many seconds, at most to the next point; validate and save there."""
+        if self.text.device.type == "cuda":
+            selfcheck.adopt(self.choices)
+        before, goal = self.step, next((p for p in self.points if p > self.step), self.config.max_steps)
+        spent = self._train(min(before + (round(seconds / self.pace) or 1 if self.pace else SETTLING), goal))
+        done, self.seconds = self.step - before, self.seconds + spent
+        if self.first_turn is None:
+            self.first_turn = done, spent
+        else:
+            if self.pace is None:
+                self.seconds += self.first_turn[0] * spent / done - self.first_turn[1]
+            self.timed = self.timed[0] + done, self.timed[1] + spent
+            self.pace = self.timed[1] / self.timed[0]
+        if self.step in self.points and not self.trouble:
+            self._validate()
+            self._save()
+
+    def _train(self, goal):
+        """Train up to a step, or to divergence; returns the seconds."""
+        synchronize()
+        started = time.perf_counter()
+        while self.step < goal and not self.trouble:
+            self._train_step()
+        synchronize()
+        return time.perf_counter() - started
+
+    def _train_step(self):
+        config, model, optimizer, device = self.config, self.model, self.optimizer, self.text.device
+        self.step += 1
+        factor = schedule_factor(self.step, *(getattr(config, name) for name in SCHEDULE))
+        for group, peak_rate in zip(optimizer.param_groups, self.peak_rates):
+            group["lr"] = peak_rate * factor
+        model.reset_statistics(-math.inf if self.step in self.points else config.qk_clip_tau)
+        sums, scale = torch.zeros(3, device=device), torch.tensor(self.loss_scale, device=device)
+        for micro in range(self.accumulation):
+            inputs, targets, _ = next(self.batches)
+            sums = sums + self.micro_batch(micro == 0, inputs, targets, self.stream.starts(inputs), scale)
+        squared_norm = parallel.squared_norm(self.parameters, self.layout)
+        loss, _, empty, squared_norm = torch.cat((sums, squared_norm[None])).tolist()
+        tokens = config.global_batch_size * config.sequence_length
+        fill = tokens / max(tokens - empty, 1)
+        self.loss, norm = loss * fill, math.sqrt(squared_norm) / self.loss_scale * fill
+        if math.isfinite(norm) and math.isfinite(self.loss):
+            limit = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
+            parallel.scale_gradients(self.parameters, limit / self.loss_scale * fill)
+            optimizer.begin_step()
+            self.clipped = self.clipped + self.update()  # on the device, which nobody waits for
+            self.skipped, self.good_steps = 0, self.good_steps + 1
+            if config.dtype == "float16" and self.good_steps % 2000 == 0:
+                self.loss_scale *= 2
+            self.first_loss = self.loss if self.first_loss is None else self.first_loss
+        else:
+            self.skipped, self.good_steps = self.skipped + 1, 0
+            self.loss_scale = max(self.loss_scale / 2, 1.0)
+            if self.skipped >= config.max_skipped_steps:
+                self.trouble = f"{self.skipped} non-finite steps in a row, up to step {self.step}"
+        optimizer.zero_grad()
+
+    # ------------------------------------------------------------------ what it says
+
+    def tokens(self):
+        return self.step * self.config.global_batch_size * self.config.sequence_length
+
+    def _validate(self):
+        """Add this point to the curve."""
+        found = evaluate(self.model, self.text.validation, self.stream.starts, self.micro_batch_size, self.text.device,
+                         UNWATCHED)
+        if found is None:
+            self.trouble = f"no finite validation loss at step {self.step}"
+            return
+        routing = expert_statistics(self.model.expert_counts, self.model.router_biases())
+        self.curve.append({"tokens": self.tokens(), "seconds": self.seconds, "loss": found["loss"],
+                           "bits_per_byte": found["bits_per_byte"],
+                           "train_loss": self.loss if math.isfinite(self.loss) else None,
+                           "largest_logit": self.model.max_logits.max().item(),
+                           "expert_load_max": routing["expert_load_max"], "dead_experts": routing["dead_experts"]})
+        if self.ended and found["loss"] > (self.first_loss or math.inf):
+            self.trouble = f"ended at {found['loss']:.3f}, above the {self.first_loss:.3f} it began with"
+
+    def _save(self):
+        """Save what the next process needs to go on from here, unless that was done not long ago, or it has ended."""
+        due = self.saved_at + checkpoint.size(self.state) / DISK
+        if self.folder is None or self.ended or time.perf_counter() < due:
+            return
+        self.clipped = int(self.clipped)
+        about = {"optimizer_steps": self.optimizer.steps, "learner": {name: getattr(self, name) for name in SAVED}}
+        checkpoint.save(self.folder, self.step, self.state, about, keep=1)
+        self.saved_at = time.perf_counter()
+
+    def result(self):
+        """What contest.json keeps of it."""
+        config = self.config
+        return {"seed": config.seed, "muon_lr": config.muon_lr, "steps": self.step, "tokens": self.tokens(),
+                "seconds": self.seconds, "clipped_heads": int(self.clipped), "trouble": self.trouble,
+                "curve": self.curve}
+
+    def close(self):
+        """End the thread that reads its data."""
+        self.batches.close()
+
+
+def take_turns(learners, seconds, tell):
+    """Let learners train to their ends, about so many seconds each in turn: whoever has done the least of its steps.
+    tell(learner) after every turn."""
+    while waiting := [learner for learner in learners if not learner.ended]:
+        learner = min(waiting, key=lambda learner: learner.step / learner.config.max_steps)
+        learner.turn(seconds)
+        tell(learner)

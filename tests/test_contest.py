@@ -1,0 +1,360 @@
+"""bench.contest: a learner is a run of train.py to the last bit, a stopped contest ends like any other, the verdict is
+what a hand computes, and who diverges is told."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import checkpoint
+import config as settings
+from bench import contest, learner, pairs, verdict
+from errors import UserError
+from model import flops_per_token
+from tests.helpers import ROOT, final_tensors, make_config, make_data, records, run_train
+
+SMALL = dict(hidden_size=16, num_hidden_layers=2, global_batch_size=4, micro_batch_size=2, max_steps=12, warmup_steps=2,
+             eval_batches=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return str(make_data(tmp_path_factory.mktemp("contest") / "data", 6000, 600))
+
+
+@pytest.fixture
+def small(tmp_path, text, monkeypatch):
+    for name, value in {"TURN": 0.02, "POINTS": 3, "MOST_RATES": 3}.items():
+        monkeypatch.setattr(contest, name, value)
+    monkeypatch.setattr(verdict, "draw", lambda *words: None)  # which takes most of a tiny contest's time
+    return make_config(tmp_path / "small.py", data=text, **SMALL)
+
+
+def result_of(folder):
+    return json.loads((folder / "contest.json").read_text(encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------- a learner
+
+def make_learner(config, points, folder=None):
+    return learner.Learner(config, learner.open_text(config, torch.device("cpu")), points, folder)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(qk_clip_tau=0.02), dict(optimizer="adamw", dtype="bfloat16", document_mask=True)])
+def test_a_learner_is_a_run_of_train_py(small, tmp_path, changes):
+    words = [small, *(f"--{key}={value}" for key, value in changes.items())]
+    run_train(*words, f"--out_dir={tmp_path / 'run'}", "--eval_interval=1")
+    trained, validated = records(tmp_path / "run"), records(tmp_path / "run", "val")
+    ours = make_learner(settings.load(words)[0], list(range(1, 13)))
+    learner.take_turns([ours], 0.0, lambda _: None)
+    assert [(p["tokens"], p["train_loss"], p["largest_logit"]) for p in ours.curve] == [
+        (r["tokens"], r["loss"], r["max_attention_logit"]) for r in trained]
+    assert [(p["loss"], p["bits_per_byte"]) for p in ours.curve] == [
+        (r["loss"], r["bits_per_byte"]) for r in validated]
+    assert ours.clipped == sum(r["qk_clipped_heads"] for r in trained) and (ours.clipped > 0) == (len(changes) == 1)
+    theirs = final_tensors(tmp_path / "run")
+    assert theirs.keys() == ours.state.keys()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.state.items())
+
+
+def test_a_learner_goes_on_from_its_last_point(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(learner, "DISK", math.inf)  # every point is saved
+    config, _ = settings.load([small, "--qk_clip_tau=0.02"])
+    whole = make_learner(config, [4, 8, 12])
+    learner.take_turns([whole], 1.0, lambda _: None)
+    first = make_learner(config, [4, 8, 12], tmp_path / "saved")
+    while first.step < 8:
+        first.turn(0.0)
+    first.turn(0.0)  # a step that is lost
+    again = make_learner(config, [4, 8, 12], tmp_path / "saved")
+    assert again.step == 8 and len(again.curve) == 2
+    learner.take_turns([again], 1.0, lambda _: None)
+    without_time = lambda of: [{**point, "seconds": None} for point in of.curve]
+    assert without_time(again) == without_time(whole) and again.clipped == whole.clipped > 0
+    assert all(torch.equal(again.state[name], tensor) for name, tensor in whole.state.items())
+    assert first.curve[-1]["seconds"] < again.curve[-1]["seconds"]
+
+
+def test_compilers_are_not_counted(small, monkeypatch):
+    slow = make_learner(dataclasses.replace(settings.load([small])[0], max_steps=20), [20])
+    times = iter([50.0, 2.0, 3.0, 0.0])  # of the first turn, which compiles, and of those after it
+    monkeypatch.setattr(slow, "_train", lambda goal: setattr(slow, "step", goal) or next(times))
+    monkeypatch.setattr(slow, "_validate", lambda: None)
+    slow.turn(1.0)
+    assert (slow.step, slow.seconds) == (5, 50.0)  # nothing better is known
+    slow.turn(2.0)
+    assert (slow.step, slow.seconds) == (10, 4.0) and slow.pace == pytest.approx(0.4)
+    slow.turn(2.0)  # as many steps as take so long
+    assert (slow.step, slow.seconds) == (15, 7.0)
+
+
+# ----------------------------------------------------------------------------- who meets whom
+
+@pytest.mark.parametrize("pair, tolerance", [("moe-dense", 0.01), ("moe-gpt", 0.01), ("mla-mha", 0.02),
+                                             ("heads", 0.01), ("experts", 0.012), ("muon-adamw", 0), ("clip", 0)])
+def test_arms_have_equal_flops_and_the_rest_in_common(pair, tolerance):
+    name, arms = pairs.arms_of([pair], str(ROOT / "configs/debug.py"), {"max_steps": 7})
+    flops = [flops_per_token(arm.config, arm.config.sequence_length) for arm in arms]
+    assert name == pair and all(abs(one / flops[-1] - 1) <= tolerance for one in flops)
+    assert len({arm.name for arm in arms}) == len(arms) and all(arm.config.max_steps == 7 for arm in arms)
+
+
+def test_what_the_pairs_change():
+    arms = {pair: [arm.config for arm in pairs.arms_of([pair], str(ROOT / "configs/debug.py"), {})[1]]
+            for pair in ("muon-adamw", "heads", "clip", "moe-gpt")}
+    muon, adamw = arms["muon-adamw"]
+    differing = lambda a, b: {k for k, v in dataclasses.asdict(a).items() if dataclasses.asdict(b)[k] != v}
+    assert differing(muon, adamw) == {"optimizer", "muon_lr"} and (adamw.optimizer, adamw.muon_lr) == ("adamw", 2e-3)
+    many, few = arms["heads"]
+    assert (many.num_attention_heads, many.v_head_dim, many.qk_rope_head_dim) == (8, 16, 8)
+    assert (few.num_attention_heads, few.v_head_dim, few.qk_rope_head_dim) == (4, 32, 16)
+    clip, free = arms["clip"]
+    assert differing(clip, free) == {"optimizer", "qk_clip_tau"} and free.optimizer == "muon"
+    assert arms["moe-gpt"][1].attention == "mha" and arms["moe-gpt"][1].optimizer == "adamw"
+
+
+def test_the_grid_of_experts():
+    arms = pairs.arms_of(["experts"], str(ROOT / "configs/debug.py"), {}, "64:1:0,8:2:1")[1]
+    sizes = [(a.config.n_routed_experts, a.config.num_experts_per_tok, a.config.n_shared_experts) for a in arms[:-1]]
+    assert sizes == [(64, 1, 0), (8, 2, 1)] and arms[-1].config.n_routed_experts == 0
+    one, several = arms[0].config, arms[1].config
+    assert not one.norm_topk_prob and one.routed_scaling_factor == 1.0  # else the router would learn nothing
+    assert several.norm_topk_prob and several.routed_scaling_factor == pytest.approx(math.sqrt(2), abs=0.02)
+
+
+def test_a_rate_of_adamw_keeps_its_ratio_to_that_of_muon():
+    base = settings.Config(muon_lr=1e-2, adamw_lr=4e-3)
+    changed = pairs.with_rate(base, 2e-2)
+    assert changed.muon_lr == 2e-2 and changed.adamw_lr == pytest.approx(8e-3)
+    assert pairs.with_rate(settings.Config(), 1.0).adamw_lr is None
+
+
+def test_schedules_are_scaled_whole():
+    config = settings.Config(max_steps=450, warmup_steps=20, decay_steps=250)
+    half, sixteen = contest.scaled(config, 225), contest.scaled(config, 7200)
+    assert (half.max_steps, half.warmup_steps, half.decay_steps) == (225, 10, 125)
+    assert (sixteen.max_steps, sixteen.warmup_steps, sixteen.decay_steps) == (7200, 320, 4000)
+    assert contest.scaled(settings.Config(decay_steps=None), 10).decay_steps is None
+
+
+# ----------------------------------------------------------------------------- the verdict
+
+@pytest.mark.parametrize("freedom, five, one", [(1, 12.7062, 63.6567), (2, 4.30265, 9.92484), (3, 3.18245, 5.84091),
+                                                (4, 2.77645, 4.60409), (9, 2.26216, 3.24984), (30, 2.04227, 2.75)])
+def test_the_t_distribution_against_a_table(freedom, five, one):
+    for t, p in ((five, 0.05), (one, 0.01), (-five, 0.05), (0.0, 1.0)):
+        assert verdict.two_sided_p(t, freedom) == pytest.approx(p, abs=2e-6)
+
+
+def test_spread_of_values():
+    found = verdict.spread([1.0, 2.0, 3.0])  # t = 2 sqrt(3), and with 2 degrees of freedom p = 1 - t / sqrt(t² + 2)
+    assert (found["mean"], found["sd"]) == (2.0, 1.0) and found["p"] == pytest.approx(1 - math.sqrt(12 / 14))
+    assert verdict.spread([5.0]) == {"each": [5.0], "mean": 5.0, "sd": None, "p": None}
+    assert verdict.spread([2.0, 2.0])["p"] == 0 and verdict.spread([0.0, 0.0])["p"] == 1
+
+
+def test_a_crossing_is_on_the_line_in_the_logarithm():
+    runs = [(1000, 3.0), (4000, 2.0), (16000, 1.8)]
+    assert verdict.crossing(runs, 2.5) == (pytest.approx(2000), False)
+    assert verdict.crossing(runs, 1.9) == (pytest.approx(8000), False)
+    assert verdict.crossing(runs, 3.5) == (pytest.approx(500), True)
+    assert verdict.crossing(runs, 1.7) == (pytest.approx(32000), True)
+    assert verdict.crossing([(1000, 2.0), (2000, 2.0)], 1.5) is None
+
+
+def made_up(losses, tokens, pace, trouble=""):
+    return [{"seed": seed, "tokens": tokens, "seconds": pace * tokens, "trouble": trouble, "muon_lr": 1e-2,
+             "clipped_heads": 0, "curve": [{"tokens": tokens, "seconds": pace * tokens, "loss": loss,
+                                            "bits_per_byte": loss / 2}]} for seed, loss in enumerate(losses)]
+
+
+def test_a_verdict_by_hand():
+    """The challenger's loss is 3 - log2(tokens / 1000), the baseline's final ones are those of 500 and 700 tokens."""
+    ours = lambda tokens: made_up([3 - math.log2(tokens / 1000)] * 2, tokens, 3.0)
+    targets = [3 - math.log2(0.5), 3 - math.log2(0.7)]
+    base = made_up(targets, 1000, 2.0)
+    assert verdict.next_share({}, verdict.mean_loss(base)) == 0.7
+    assert verdict.next_share({0.7: ours(700)}, verdict.mean_loss(base)) == 0.5  # on the mean it still is better
+    assert verdict.next_share({0.7: ours(700), 0.5: ours(500)}, verdict.mean_loss(base)) is None
+    found = verdict.judge(ours(1000), base, {0.7: ours(700), 0.5: ours(500)}, (10.0, 8.0))
+    assert found["better"] == "challenger" and found["extrapolated_seeds"] == [] == found["untold_seeds"]
+    assert found["tokens"]["each"] == pytest.approx([0.5, 0.7])
+    assert found["seconds"]["each"] == pytest.approx([0.75, 1.05])
+    assert found["flops"]["each"] == pytest.approx([0.625, 0.875])
+    assert found["tokens"]["mean"] == pytest.approx(0.6) and found["tokens"]["sd"] == pytest.approx(0.2 / math.sqrt(2))
+    centre, half = (math.log(0.5) + math.log(0.7)) / 2, (math.log(0.7) - math.log(0.5)) / 2
+    p = 1 - 2 / math.pi * math.atan(abs(centre) / half)  # of one degree of freedom, which is Cauchy's
+    assert found["tokens"]["p"] == pytest.approx(p)
+    differences = [3 - target for target in targets]
+    assert found["loss_difference"]["mean"] == pytest.approx(sum(differences) / 2)
+    said = "\n".join(verdict.said("moe", "dense", found))
+    assert "x 0.600 ± 0.141" in said and "x 0.900" in said and "n = 2 seeds, paired t-test" in said
+
+
+def test_the_worse_challenger_needs_more():
+    worse, better = made_up([2.5], 1000, 3.0), made_up([2.0], 1000, 2.0)
+    found = verdict.judge(worse, better, {0.5: made_up([3.0], 500, 1.0)}, (1.0, 1.0))
+    assert found["better"] == "baseline" and found["tokens"]["mean"] == pytest.approx(math.sqrt(2))
+    assert found["seconds"]["mean"] == pytest.approx(1.5 * math.sqrt(2)) and found["tokens"]["p"] is None
+    assert "one seed: no spread, no p" in "\n".join(verdict.said("a", "b", found))
+
+
+def test_beyond_the_shortest_run_there_is_only_a_bound():
+    base, shares = made_up([3.0, 3.0], 1000, 2.0), {0.7: 700, 0.5: 500, 0.35: 350}
+    shorter = {share: made_up([2.0, 2.0], tokens, 9.0) for share, tokens in shares.items()}
+    assert verdict.next_share(shorter, 3.0) is None
+    found = verdict.judge(made_up([1.0, 1.0], 1000, 4.0), base, shorter, (1.0, 1.0))
+    assert found["tokens"] == {"bound": "less than", "mean": pytest.approx(0.35)}
+    assert found["seconds"] == {"bound": "less than", "mean": pytest.approx(0.7)}
+    found = verdict.judge(base, made_up([1.0, 1.0], 1000, 4.0), shorter, (1.0, 1.0))
+    assert found["tokens"] == {"bound": "more than", "mean": pytest.approx(1 / 0.35)}
+    assert "more than 2.857" in "\n".join(verdict.said("a", "b", found))
+
+
+def test_many_challengers_in_order():
+    base, lost = made_up([3.0], 1000, 1.0), made_up([3.0], 1000, 1.0, "10 non-finite steps")
+    verdicts = {name: verdict.judge(runs, base, {0.7: made_up([3.2], 700, 1.0)}, (1.0, 1.0))
+                for name, runs in {"a": made_up([2.5], 1000, 1.0), "b": lost, "c": made_up([2.0], 1000, 2.0)}.items()}
+    lines = verdict.ranking(verdicts, "dense")
+    assert [line.split()[0] for line in lines] == ["against", "c", "a", "b"] and "diverged" in lines[3]
+    assert lines[1].split()[1] == "-1.0000" and float(lines[1].split()[3]) == pytest.approx(
+        2 * float(lines[1].split()[2]), rel=2e-3)  # the pace
+
+
+def test_a_seed_against_the_mean_is_marked():
+    base = made_up([3.0, 2.0], 1000, 1.0)
+    ours, shorter = made_up([2.0, 2.2], 1000, 1.0), {0.5: made_up([3.2, 3.2], 500, 1.0)}
+    found = verdict.judge(ours, base, shorter, (1.0, 1.0))
+    assert found["extrapolated_seeds"] == [1] and found["tokens"]["each"][1] == pytest.approx(2 ** 0.2)
+    assert "seed 1 extrapolated" in "\n".join(verdict.said("a", "b", found))
+
+
+# ----------------------------------------------------------------------------- the contest
+
+def test_a_contest_stopped_at_any_turn_ends_like_another(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(learner, "DISK", math.inf)
+    words = ["moe-dense", f"--config={small}", "--seeds=2", "--sweep=0.5"]
+    contest.main([*words, f"--out={tmp_path / 'whole'}"])
+    whole, shown = result_of(tmp_path / "whole"), capsys.readouterr().out
+    turn, turns, starts = learner.Learner.turn, 0, 0
+
+    def interrupted(self, seconds):
+        nonlocal turns
+        turns += 1
+        if turns % 14 == 0:
+            raise KeyboardInterrupt
+        turn(self, seconds)
+
+    monkeypatch.setattr(learner.Learner, "turn", interrupted)
+    while starts < 20:
+        starts += 1
+        try:
+            contest.main([*words, f"--out={tmp_path / 'stopped'}"])
+            break
+        except KeyboardInterrupt:
+            continue
+    stopped = result_of(tmp_path / "stopped")
+    assert starts > 1 and not list((tmp_path / "stopped/learners").iterdir())
+    losses = lambda state: {key: [point["loss"] for point in run["curve"]] for key, run in state["runs"].items()}
+    assert losses(stopped) == losses(whole) and stopped["sweep"] == whole["sweep"]
+    assert stopped["verdict"]["moe"]["tokens"] == whole["verdict"]["moe"]["tokens"]
+    for name in ("moe", "dense"):
+        runs = contest.runs_of(whole, name)
+        assert [run["seed"] for run in runs] == [0, 1] and [p["tokens"] for p in runs[0]["curve"]] == [512, 1024, 1536]
+        assert whole["sweep"][name]["seed"] == 1000 and len(whole["sweep"][name]["losses"]) == 3
+        assert runs[0]["muon_lr"] == whole["sweep"][name]["best"]
+    assert "n = 2 seeds, paired t-test" in shown and "moe: rate " in shown
+
+
+def test_other_words_in_the_same_folder(small, tmp_path):
+    words = ["clip", f"--config={small}", "--lr=as-is", "--seeds=1", f"--out={tmp_path / 'out'}", "--tokens=250"]
+    contest.main([*words, "--qk_clip_tau=0.02"])
+    state = result_of(tmp_path / "out")
+    (clipped,), (free,) = (contest.runs_of(state, name) for name in ("clip", "no clip"))
+    assert clipped["clipped_heads"] > 0 == free["clipped_heads"] and clipped["tokens"] == free["tokens"] == 256
+    with pytest.raises(UserError, match="another contest: tokens: 250.0 there, 512.0 here.*--overwrite"):
+        contest.main([*words, "--qk_clip_tau=0.02", "--tokens=512"])
+    with pytest.raises(UserError, match="arms.clip.qk_clip_tau: 0.02 there, 0.03 here"):
+        contest.main([*words, "--qk_clip_tau=0.03"])
+    contest.main([*words, "--qk_clip_tau=0.03", "--overwrite"])
+    assert result_of(tmp_path / "out")["arms"]["clip"]["settings"]["qk_clip_tau"] == 0.03
+
+
+def test_equal_seconds(small, tmp_path, monkeypatch):
+    words = ["muon-adamw", f"--config={small}", "--lr=1e-2,2e-3", "--seeds=1", "--seconds=0.4"]
+    contest.main([*words, f"--out={tmp_path / 'out'}"])
+    state = result_of(tmp_path / "out")
+    for arm in ("muonclip", "adamw"):
+        assert state["steps"][arm] == max(1, int(0.4 / state["paces"][arm]))
+        assert contest.runs_of(state, arm)[0]["steps"] == state["steps"][arm]
+    assert contest.runs_of(state, "adamw")[0]["muon_lr"] == 2e-3
+
+
+def test_an_arm_that_diverges_is_told_and_the_other_goes_on(small, tmp_path, capsys):
+    words = ["moe-dense", f"--config={small}", "--seeds=1", "--max_skipped_steps=2", f"--out={tmp_path / 'out'}"]
+    contest.main([*words, "--lr=1e18,1e-2"])
+    state, shown = result_of(tmp_path / "out"), capsys.readouterr().out
+    lost, whole = contest.runs_of(state, "moe")[0], contest.runs_of(state, "dense")[0]
+    assert "2 non-finite steps in a row" in lost["trouble"] and lost["steps"] < 12 == whole["steps"]
+    assert "DIVERGED: 2 non-finite" in shown and "diverged: 1 of 1" in shown
+    assert "seed 0: 2 non-finite" in state["verdict"]["moe"]["diverged"][0]
+
+
+def test_an_arm_that_diverges_at_every_rate(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(contest, "FACTORS", (1.0,))
+    bad = make_config(tmp_path / "bad.py", **SMALL | dict(data=settings.read_file(small)["data"], muon_lr=1e18,
+                                                          max_skipped_steps=1))
+    contest.main([bad, small, "--seeds=1", "--max_skipped_steps=1", f"--out={tmp_path / 'out'}"])
+    state, shown = result_of(tmp_path / "out"), capsys.readouterr().out
+    assert state["sweep"]["bad"]["best"] is None and "bad: no rate of 1e+18: diverged" in shown
+    assert "bad, at every rate that was tried" in shown and len(contest.runs_of(state, "small")) == 1
+
+
+def test_a_run_that_ends_above_its_beginning_has_diverged(small):
+    ours = make_learner(dataclasses.replace(settings.load([small])[0], muon_lr=30.0), [12])
+    learner.take_turns([ours], 1.0, lambda _: None)
+    assert "above the" in ours.trouble and verdict.final_loss(ours.result()) == math.inf
+
+
+def test_the_picture(tmp_path):
+    runs = {"moe": made_up([2.0, 2.1], 1000, 3.0), "dense": made_up([2.5, 2.4], 1000, 2.0), "lost": []}
+    found = verdict.judge(runs["moe"], runs["dense"], {0.7: made_up([2.6, 2.5], 700, 3.0)}, (1.0, 1.0))
+    verdict.draw(tmp_path / "contest.png", "moe-dense", runs, {"moe": found, "lost": {"diverged": ["all"]}}, "dense")
+    assert (tmp_path / "contest.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("words, message", [
+    (["moe-mamba"], "name a pair, or two config files, A.py B.py; got .'moe-mamba'.. moe-dense: .*; experts: "),
+    ([], "name a pair"),
+    (["moe-dense", "--hidden_sise=3"], "hidden_size"),
+    (["moe-dense", "--seeds=many"], "--seeds=many must be a number"),
+    (["moe-dense", "--seeds=0"], "--seeds=0 must be above 0"),
+    (["moe-dense", "--tokens=9", "--seconds=9"], "two budgets"),
+    (["moe-dense", "--lr=fast"], "--lr=fast must be auto, as-is or two rates"),
+    (["moe-dense", "--sweep=2"], "at most 1"),
+    (["moe-dense", "--resume=out/x"], "--resume is train.py's"),
+    (["moe-dense", "--n_routed_experts=0"], "it has no experts"),
+    (["mla-mha", "--attention=mha"], "no latent attention"),
+    (["muon-adamw", "--optimizer=adamw"], "its challenger is Muon"),
+    (["heads", "--qk_nope_head_dim=7"], "qk_nope_head_dim cannot be halved"),
+    (["experts", "--grid=8:2"], "'8:2' is not E:K:shared"),
+    (["experts", "--grid=8:9:0"], "num_experts_per_tok=9 must be at most n_routed_experts=8"),
+    (["moe-dense", "--data=data/nowhere"], "data/nowhere"),
+])
+def test_bad_words(small, words, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        contest.main([*words, f"--config={small}", f"--out={tmp_path / 'out'}"])
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_two_configs_have_to_see_the_same_tokens(small, tmp_path):
+    other = make_config(tmp_path / "other.py", **SMALL | dict(data="elsewhere", sequence_length=16))
+    with pytest.raises(UserError, match="other and small differ in data, sequence_length.*--data="):
+        contest.main([other, small, f"--out={tmp_path / 'out'}"])
+    longer = make_config(tmp_path / "longer.py", **SMALL | dict(data=settings.read_file(small)["data"], max_steps=13))
+    with pytest.raises(UserError, match="differ in max_steps: name the budget"):
+        contest.main([longer, small, f"--out={tmp_path / 'out'}"])
+    assert checkpoint.step_folders(tmp_path / "out") == []
