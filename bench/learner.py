@@ -45,6 +45,7 @@ class Text:
 
 def open_text(config, device):
     """The Text of a config, whose shards are compared with their checksums; learners need not do that again."""
+    memory.keep_freed(device)
     encoder = open_tokenizer(config)
     stream = TrainStream(config.data, config.sequence_length, config.seed, config.verify_data, encoder=encoder,
                          packing=config.packing, document_mask=config.document_mask)
