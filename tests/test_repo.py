@@ -93,8 +93,8 @@ def test_files_are_short_and_the_whole_is_small():
     lengths = {name: len(read_source(ROOT / name).splitlines()) for name in tracked if (ROOT / name).exists()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
     total = lambda *folders: sum(n for name, n in lengths.items() if name.startswith(folders))
-    assert sum(lengths.values()) - total("tests/", "bench/", "kernels/", "configs/") <= 7975
-    assert total("kernels/") <= 3500
+    assert sum(lengths.values()) - total("tests/", "bench/", "kernels/", "configs/") <= 8450
+    assert total("kernels/") <= 3600
 
 
 def test_triton_is_imported_only_when_a_kernel_runs():
@@ -208,7 +208,7 @@ def test_readme_commands_write_to_folders_of_their_own():
         if "data.prepare" in words:
             rest = words[words.index("data.prepare") + 1 :]
             folder = prepare.parse(rest).out or f"data/{rest[0]}"
-        elif "--resume" in command or not any(word.startswith("configs/") for word in words):
+        elif "--resume" in command or "bench.contest" in words or not any(w.startswith("configs/") for w in words):
             continue
         else:
             config = next(word for word in words if word.startswith("configs/"))
@@ -237,6 +237,8 @@ def test_files_named_in_readme_exist():
         "manifest.json",
         "tokenizer.json",
         "encoding.json",
+        "contest.json",
+        "contest.png",
     }
     for name in named:
         made = name.split("/")[-1] in made_by_runs or name.startswith(("out/", "data/", "hf/"))
