@@ -153,6 +153,7 @@ def block_bytes(config, dtype, device, moe):
     c, s, T = config, dtype.itemsize, config.sequence_length
     D, H, U, K, F = c.hidden_size, c.num_attention_heads, c.v_head_dim, c.num_experts_per_tok, c.moe_intermediate_size
     triton = device.type == "cuda" and backend.triton_runs(torch.empty(0, dtype=dtype, device=device))
+    operator = triton or device.type == "cpu" and s == 4  # of the experts
     norm = lambda width: (4 + 2 * s) * width  # its input in fp32, the normalised, the scaled
     if c.attention == "mla":
         N, P, R = c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
@@ -162,7 +163,7 @@ def block_bytes(config, dtype, device, moe):
     token += 2 * norm(D)
     mlp = lambda width: 4 * s * width  # gate, its silu, up, their product
     if moe:
-        rows = (2 * F if triton else 4 * F + D) * s + (0 if triton else 4 * D) + 40
+        rows = (2 * F if operator else 4 * F + D) * s + (0 if operator else 4 * D) + 40
         token += K * (rows + (2 * s * D if c.ep > 1 else 0)) + 4 * c.n_routed_experts + mlp(F * c.n_shared_experts)
         token += 4 * D if s < 4 else 0  # the router's input in fp32
     else:
