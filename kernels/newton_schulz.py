@@ -9,7 +9,7 @@ puts a on the diagonal of the second one: X <- (aI + bG + cG^2) X. That is as ac
 into its result and then read it again, half of all traffic where the short side is 256.
 
 Where a matrix is at least twice as long as it is wide, a CPU never touches the long side between the first product and
-the last: every step is a polynomial of G = XX^T times X, and the polynomials commute (_steps_of_grams).
+the last of three steps: each is a polynomial of G = XX^T times X, and the polynomials commute (_steps_of_grams).
 
 Shapes: B matrices, M their short side, K their long one. Next: triton_newton_schulz.py, ../muon.py.
 """
@@ -34,6 +34,7 @@ SAFETY = {"jordan": 1.0, "you": 1.02, "polar_express": 1.02}  # extra norm: thes
 # Below, a 128-wide tile is mostly padding. From here on what decides is traffic (up to a short side of about 512) and
 # then arithmetic, and Triton has less of both. By count, not measured: bench/newton_schulz.py shows both at every size.
 SMALLEST_M = 128
+AT_ONCE = 3  # steps on a CPU from one Gram matrix: as accurate as one by one (tests: 1e-4 up to a condition of 1e6)
 LARGEST_OF_ONE_PROGRAM = 2**21  # elements that one program normalises: a few hundred microseconds
 
 # Graphs pay where a batch takes the GPU less time than Python needs to launch its 40 kernels: up to about owners.py's
@@ -83,16 +84,18 @@ def _step_triton(X_BMK, a, b, c):
 
 def _steps_of_grams(X_BMK, rows):
     """The steps of all rows (a, b, c), in fp32 or wider: with P = aI + bG + cG^2 a step makes PX of X and PGP of G, so
-    that X is multiplied once, by the product of all P. Five steps are 17 products of M x M x M and 2 of M x M x K, not
-    5 and 10. In fp32 it is within 7e-4 of float64 (Frobenius, relative, at a condition of 1e6); one by one: 2e-4."""
-    gram_BMM, product_BMM = torch.bmm(X_BMK, X_BMK.mT), None
-    for step, (a, b, c) in enumerate(rows, 1):
-        P_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
-        P_BMM.diagonal(dim1=1, dim2=2).add_(a)
-        product_BMM = P_BMM if product_BMM is None else torch.bmm(P_BMM, product_BMM)
-        if step < len(rows):
-            gram_BMM = torch.bmm(P_BMM, torch.bmm(P_BMM, gram_BMM))
-    return torch.bmm(product_BMM, X_BMK)
+    that X is multiplied once, by the product of all P. Every AT_ONCE steps G is made anew, or its rounding would grow
+    with the smallest singular values. Five steps are 13 products of M x M x M and 4 of M x M x K, not 5 and 10."""
+    for start in range(0, len(rows), AT_ONCE):
+        part, gram_BMM, product_BMM = rows[start:start + AT_ONCE], torch.bmm(X_BMK, X_BMK.mT), None
+        for step, (a, b, c) in enumerate(part, 1):
+            P_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
+            P_BMM.diagonal(dim1=1, dim2=2).add_(a)
+            product_BMM = P_BMM if product_BMM is None else torch.bmm(P_BMM, product_BMM)
+            if step < len(part):
+                gram_BMM = torch.bmm(P_BMM, torch.bmm(P_BMM, gram_BMM))
+        X_BMK = torch.bmm(product_BMM, X_BMK)
+    return X_BMK
 
 
 def triton_pays(X_BMK):

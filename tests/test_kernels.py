@@ -141,4 +141,4 @@ def test_the_steps_in_the_space_of_the_gram_matrix_are_those_one_after_another(t
         gram = X @ X.mT
         X = a * X + (b * gram + c * gram @ gram) @ X
     assert (newton_schulz(G.double(), coefficients=table) - X).abs().max() < 1e-10
-    assert ((newton_schulz(G, coefficients=table) - X).norm(dim=(1, 2)) < 1e-3 * X.norm(dim=(1, 2))).all()
+    assert ((newton_schulz(G, coefficients=table) - X).norm(dim=(1, 2)) < 2e-4 * X.norm(dim=(1, 2))).all()
