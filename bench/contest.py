@@ -229,11 +229,6 @@ def _beyond_the_edge(losses):
     return [best / 2 if best == rates[0] else best * 2]
 
 
-def runs_of(state, arm, share=1.0):
-    return sorted((run for run in state["runs"].values() if (run["arm"], run["share"]) == (arm, share)),
-                  key=lambda run: run["seed"])
-
-
 # ----------------------------------------------------------------------------- the contest
 
 def choose_rates(state, folder, text, own, arms, steps):
@@ -254,7 +249,7 @@ def judge(state, folder, text, arms, steps, challenger, seeds):
     if lost := [name for name in (challenger, state["baseline"]) if name not in arms]:
         return {"diverged": [f"{name}, at every rate that was tried: lower --muon_lr" for name in lost]}
     challenger, baseline = arms[challenger], arms[state["baseline"]]
-    full = {arm.name: runs_of(state, arm.name) for arm in (challenger, baseline)}
+    full = {arm.name: verdict.runs_of(state, arm.name) for arm in (challenger, baseline)}
     shorter = {}
     if not any(run["trouble"] for runs in full.values() for run in runs):
         better, other = sorted((challenger, baseline), key=lambda arm: verdict.mean_loss(full[arm.name]))
@@ -265,7 +260,7 @@ def judge(state, folder, text, arms, steps, challenger, seeds):
                 key = f"{better.name} seed {seed} in {share:g}"
                 train_runs(state, folder, text, f"{state['pair']}, {share:g} of the tokens",
                            {key: (better.name, share, dataclasses.replace(config, seed=seed))})
-            shorter[share] = runs_of(state, better.name, share)
+            shorter[share] = verdict.runs_of(state, better.name, share)
     flops = [arm.about()["flops_per_token"] for arm in (challenger, baseline)]
     return verdict.judge(full[challenger.name], full[baseline.name], shorter, flops)
 
@@ -322,7 +317,7 @@ def main(argv):
     save(folder, state)
 
     # ------------------------------------------------------------------ what they say
-    full = {name: runs_of(state, name) for name in abouts}
+    full = {name: verdict.runs_of(state, name) for name in abouts}
     print("", *verdict.table(abouts, full), sep="\n")
     for name, found in state["verdict"].items():
         print(*verdict.said(name, state["baseline"], found), sep="\n")

@@ -1,5 +1,7 @@
 """What a contest says: the tokens, seconds and FLOPs that a challenger needs to the baseline's final loss, as ratios
-with their spread over seeds; the table and the picture.
+with their spread over seeds; the table and the picture. Of a contest that has ended, again:
+
+    python -m bench.verdict out/contest-moe-dense/contest.json
 
 The final losses of whole schedules are compared, never points along one curve: a learning rate that still has to decay
 hides what a run is worth. The arm that is better on the mean is trained again with its whole schedule in a share of its
@@ -12,6 +14,10 @@ import math
 import os
 import statistics
 from pathlib import Path
+
+import errors
+from data.shards import read_json
+from errors import UserError
 
 SHARES = (0.7, 0.5, 0.35)  # of its tokens, in which the better arm is trained again
 
@@ -58,6 +64,12 @@ def crossing(runs, target):
 
 
 # ----------------------------------------------------------------------------- the verdict
+
+def runs_of(state, arm, share=1.0):
+    """The runs of an arm with this share of its tokens, by their seeds; state: what contest.json holds."""
+    return sorted((run for run in state["runs"].values() if (run["arm"], run["share"]) == (arm, share)),
+                  key=lambda run: run["seed"])
+
 
 def final_loss(run):
     """The validation loss at the end of a run; infinite if it has diverged."""
@@ -143,6 +155,19 @@ def said(challenger, baseline, found):
     return lines
 
 
+def sentence(name, state):
+    """What the baseline would have needed for the loss at which it ended and the challenger passed it; "" if a run
+    diverged, or none says it."""
+    found, baseline = state["verdict"][name], state["baseline"]
+    if "tokens" not in found:
+        return ""
+    seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}, {state['made_on']['device']}"
+    tokens, seconds = (1 / found[key]["mean"] for key in ("tokens", "seconds"))
+    bound = "" if "bound" not in found["tokens"] else "at least " if found["better"] == "challenger" else "at most "
+    return (f"To the same final loss the {baseline} model of the contest needs {bound}{tokens:.2f} times the tokens "
+            f"and {seconds:.2f} times the seconds of the {name} model ({seeds})")
+
+
 def ranking(verdicts, baseline):
     """Lines of many verdicts, a challenger each, from the lowest loss on. verdicts: {challenger: judge()}."""
     columns = {"loss_difference": "final loss, difference", "tokens": "x tokens", "seconds": "x seconds",
@@ -225,3 +250,18 @@ def draw(path, title, runs, verdicts, baseline):
     finally:
         pyplot.close(shown)
         temporary.unlink(missing_ok=True)
+
+
+def main(argv):
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError("name a contest's file:  python -m bench.verdict out/contest-moe-dense/contest.json")
+    state = read_json(Path(argv[0]))
+    if not state.get("verdict"):
+        raise UserError(f"{argv[0]} has no verdict yet: start the contest again with the same words, and it goes on")
+    print(*table(state["arms"], {name: runs_of(state, name) for name in state["arms"]}), sep="\n")
+    for name, found in state["verdict"].items():
+        print(*said(name, state["baseline"], found), sentence(name, state), sep="\n")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -214,6 +214,25 @@ def test_beyond_the_shortest_run_there_is_only_a_bound():
     assert "more than 2.857" in "\n".join(verdict.said("a", "b", found))
 
 
+def test_a_contest_that_has_ended_is_told_again(tmp_path, capsys):
+    """The dense model has the loss of 500 of 1,000 tokens, at two thirds of the challenger's pace."""
+    ours = lambda tokens: made_up([3 - math.log2(tokens / 1000)], tokens, 3.0)
+    base, short = made_up([4.0], 1000, 2.0), ours(350)
+    state = {"baseline": "dense", "made_on": {"device": "a laptop"}, "runs": {
+        key: {"arm": arm, "share": share, **run} for key, arm, share, (run,) in (
+            ("a", "moe", 1.0, ours(1000)), ("b", "dense", 1.0, base), ("c", "moe", 0.35, short))}}
+    about = dict(parameters=2e6, active_parameters=1e6, flops_per_token=5e6, settings={})
+    state |= {"arms": {"moe": about, "dense": about}, "verdict": {"moe": verdict.judge(
+        ours(1000), base, {0.35: short}, (1.0, 1.0))}}
+    (tmp_path / "contest.json").write_text(json.dumps(state), encoding="utf-8")
+    verdict.main([str(tmp_path / "contest.json")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "dense model of the contest needs 2.00 times the tokens and 1.33 times the seconds of the moe model" in last
+    (tmp_path / "contest.json").write_text(json.dumps(state | {"verdict": {}}), encoding="utf-8")
+    with pytest.raises(UserError, match="no verdict yet"):
+        verdict.main([str(tmp_path / "contest.json")])
+
+
 def test_many_challengers_in_order():
     base, lost = made_up([3.0], 1000, 1.0), made_up([3.0], 1000, 1.0, "10 non-finite steps")
     verdicts = {name: verdict.judge(runs, base, {0.7: made_up([3.2], 700, 1.0)}, (1.0, 1.0))
