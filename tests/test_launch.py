@@ -252,7 +252,7 @@ def test_the_readme_command_runs_under_torchrun(slow_config, tmp_path):
 
 
 @pytest.mark.parametrize("words, samples", [
-    (["--out_dir=out/my run"], 2), (["--max_steps=3"], 2), (["--data=data/book", "--out_dir=ELSEWHERE"], 1)])
+    ([], 2), (["--out_dir=out/my run"], 2), (["--max_steps=3"], 2), (["--data=data/book", "--out_dir=ELSEWHERE"], 1)])
 def test_the_quickstart_samples_from_the_run_that_it_made(tmp_path, words, samples):
     """With stand-ins for all but the settings: what it calls, and the folder that its last lines name."""
     venv, log = tmp_path / "venv", tmp_path / "log"
@@ -279,8 +279,10 @@ for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; ech
             made.rmdir()
     assert done.returncode == 0, done.stderr
     calls = log.read_text(encoding="utf-8").splitlines()
-    assert [call.split("><")[0] for call in calls] == ["<-m", "<train.py", *["<generate.py"] * samples]
-    assert all(call.split("><")[1] == out for call in calls[2:]) and f"in {made}:" in done.stdout
+    contest = ["<-m"] * (not words)
+    assert [call.split("><")[0] for call in calls] == ["<-m", "<train.py", *["<generate.py"] * samples, *contest]
+    assert not contest or calls[-1].startswith("<-m><bench.verdict><bench/results/")
+    assert all(call.split("><")[1] == out for call in calls[2:2 + samples]) and f"in {made}:" in done.stdout
     told = shlex.split(done.stdout.split("continue with: ")[1].splitlines()[0])
     assert told[1:4] == ["train.py", f"--resume={out}", "--max_steps=900"]
 
