@@ -41,7 +41,7 @@ from metrics import replace_text
 
 # Shapes: B rows, T positions, V vocabulary, N targets of a batch. A row is (ids (T,), how many of the last are scored).
 
-TOKENS, LOGITS = 8192, 2**27  # of a forward; the float32 numbers held at once are half a GiB
+TOKENS, LOGITS = 8192, 2**25  # of a forward; as float32 128 MiB, three times that with what is made of them
 
 
 class Progress:

@@ -40,8 +40,9 @@ from errors import UserError
 from metrics import duration, replace_text
 from model import pick_device
 
-OWN = {"config": "configs/debug.py", "seeds": "3", "tokens": None, "seconds": None, "lr": "auto", "sweep": "0.33",
-       "grid": None, "out": None}
+OWN = {"config": None, "seeds": "3", "tokens": None, "seconds": None, "lr": "auto", "sweep": None, "grid": None,
+       "out": None}
+CONFIG, SWEEP = "configs/debug.py", 0.33
 TURN = 3.0  # seconds
 TELL = 10.0  # seconds between lines of progress
 POINTS = 10  # validations of a run
@@ -71,11 +72,19 @@ def read_words(argv):
                 raise UserError(f"--{name}={own[name]} must be above 0")
     if own["tokens"] and own["seconds"]:
         raise UserError("--tokens and --seconds are two budgets: name one")
-    if own["sweep"] > 1:
-        raise UserError(f"--sweep={own['sweep']} is a share: at most 1")
-    if own["lr"] not in ("auto", "as-is") and not re.fullmatch(r"[\d.eE+-]+,[\d.eE+-]+", own["lr"]):
-        raise UserError(f"--lr={own['lr']} must be auto, as-is or two rates, CHALLENGER,BASELINE, as in 1e-2,2e-3")
+    if own["sweep"] and (own["sweep"] > 1 or own["lr"] != "auto"):
+        raise UserError(f"--sweep={own['sweep']} is the share of --lr=auto: at most 1, and for nothing else")
+    if own["lr"] not in ("auto", "as-is"):
+        try:
+            rates = [float(rate) for rate in own["lr"].split(",")]
+        except ValueError:
+            rates = []
+        if len(rates) != 2 or not all(0 < rate < math.inf for rate in rates):
+            raise UserError(f"--lr={own['lr']} must be auto, as-is or two rates, CHALLENGER,BASELINE, as in 1e-2,2e-3")
     names, flags = settings.read_words(rest)
+    if own["config"] and len(names) == 2 or own["grid"] and names != ["experts"]:
+        raise UserError("--config is of ready-made pairs, --grid of the pair experts: what shall they be here?")
+    own |= {"config": own["config"] or CONFIG, "sweep": own["sweep"] or SWEEP}
     if refused := [name for name in flags if settings.FIELDS[name].metadata["group"] == "start" or name == "out_dir"]:
         raise UserError(f"--{refused[0]} is train.py's: a contest goes on by itself, and has --out and --overwrite")
     return own, names, flags, "--overwrite" in argv
@@ -85,7 +94,7 @@ def open_folder(folder, asked, overwrite):
     """The state of the contest in this folder, as contest.json holds it, or a new one. asked: what has to be the same,
     {name: value}."""
     path = folder / "contest.json"
-    if overwrite and path.exists():
+    if overwrite or not path.exists():  # learners without their contest are nobody's
         for made in (path, folder / "contest.png"):
             made.unlink(missing_ok=True)
         shutil.rmtree(folder / "learners", ignore_errors=True)
@@ -216,7 +225,10 @@ def sweep(state, folder, text, arms, steps, share):
         shown = ", ".join(f"{rate}: {'diverged' if loss is None else f'{loss:.4f}'}"
                           for rate, loss in about["losses"].items())
         chosen = "no rate" if about["best"] is None else f"rate {best:.4g}"
-        print(f"{name}: {chosen} of {shown} ({about['steps']} steps, seed {about['seed']})", flush=True)
+        rates = sorted(float(rate) for rate in about["losses"])
+        about["at_an_edge"] = about["best"] is not None and not rates[0] < float(f"{best:.4g}") < rates[-1]
+        print(f"{name}: {chosen} of {shown} ({about['steps']} steps, seed {about['seed']})"
+              + f"; at an edge after {MOST_RATES} rates: there may be better ones" * about["at_an_edge"], flush=True)
     state["sweep"] = found
 
 
@@ -241,7 +253,8 @@ def choose_rates(state, folder, text, own, arms, steps):
     else:
         first, last = map(float, own["lr"].split(","))
         rates = {arm.name: first for arm in arms[:-1]} | {arms[-1].name: last}
-    return [pairs.Arm(arm.name, pairs.with_rate(arm.config, rates[arm.name])) for arm in arms if rates[arm.name]]
+    return [pairs.Arm(arm.name, pairs.with_rate(arm.config, rates[arm.name])) for arm in arms
+            if rates[arm.name] is not None]
 
 
 def judge(state, folder, text, arms, steps, challenger, seeds):
@@ -280,7 +293,7 @@ def main(argv):
     machine = {name: value for name, value in bench.machine().items() if name in ("device", "threads", "torch")}
     torch._dynamo.config.recompile_limit = 256  # all arms compile the same blocks
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # an arm that is not compiled would compare two things
-    text = open_text(baseline, device)
+    text = open_text(baseline, device, min(arm.config.vocab_size for arm in arms))
     lock = guard.Guard(argv)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,7 +1,7 @@
 """A learner: one run of train.py on one device, in pieces, so that several learn in turns in one process.
 
 It does what train.py does, step by step, on the same tokens: tests/test_contest.py compares the two to the last bit.
-What changes none of the numbers (records, samples, rollbacks, the guard) it leaves out. Next: contest.py.
+Records, samples, the guard and its rollbacks it leaves out. Next: contest.py.
 """
 
 import functools
@@ -18,7 +18,7 @@ import memory
 import parallel
 from data.loader import TrainStream, ValidationSet, prefetch
 from errors import UserError
-from kernels import attention, expert_tiles, graphs, selfcheck
+from kernels import attention, backend, expert_tiles, graphs, selfcheck
 from kernels.backend import synchronize
 from kernels.newton_schulz import newton_schulz
 from metrics import expert_statistics
@@ -43,8 +43,9 @@ class Text:
     identity: dict
 
 
-def open_text(config, device):
-    """The Text of a config, whose shards are compared with their checksums; learners need not do that again."""
+def open_text(config, device, vocab_size):
+    """The Text of a config, whose shards are compared with their checksums; learners need not do that again.
+    vocab_size: the smallest of all arms."""
     memory.keep_freed(device)
     encoder = open_tokenizer(config)
     stream = TrainStream(config.data, config.sequence_length, config.seed, config.verify_data, encoder=encoder,
@@ -52,8 +53,8 @@ def open_text(config, device):
     validation = ValidationSet(config.data, config.sequence_length, config.eval_batches * config.global_batch_size,
                                config.verify_data, encoder=encoder)
     largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
-    if largest >= config.vocab_size:
-        raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its "
+    if largest >= vocab_size:
+        raise UserError(f"vocab_size={vocab_size} is too small for token id {largest} of the data and its "
                         f"tokenizer: set --vocab_size={largest + 1} or more")
     return Text(device, encoder, validation, stream.identity())
 
@@ -100,6 +101,7 @@ class Learner:
         """Let the kernels be chosen for this config; what was chosen is taken up again at every turn."""
         parallel.choose_kernels(self.config, self.text.device)
         on_gpu = sys.modules.get("kernels.triton_experts") if self.text.device.type == "cuda" else None
+        self.on_triton = backend.running_now()
         self.choices = {"attention": list(attention.ARM.items()), "tiles": list(expert_tiles.TILES.items()),
                         "library": sorted(on_gpu.LIBRARY) if on_gpu else None}
 
@@ -158,6 +160,10 @@ class Learner:
         """Train for about so many seconds, at most to the next point; validate and save there."""
         if self.text.device.type == "cuda":
             selfcheck.adopt(self.choices)
+        with backend.running(self.on_triton):
+            self._turn(seconds)
+
+    def _turn(self, seconds):
         before, goal = self.step, next((p for p in self.points if p > self.step), self.config.max_steps)
         spent = self._train(min(before + (round(seconds / self.pace) or 1 if self.pace else SETTLING), goal))
         done, self.seconds = self.step - before, self.seconds + spent

@@ -13,9 +13,9 @@ from errors import UserError
 from model import count_parameters, flops_per_token
 
 GRID = ("8:2:0,8:2:1,16:1:1,16:2:1,16:4:0,16:4:1,32:1:1,32:2:0,32:2:1,32:4:1,64:1:1,64:2:1,64:6:1,128:2:1,128:4:1,"
-        "128:6:1")  # routed experts : active : shared
+        "128:6:1,16:4:2,64:8:4")  # routed experts : active : shared
 ADAMW_RATE, ADAMW_WIDTH = 2e-3, 128  # AdamW's base rate at this width; it falls with the square root of the width
-CLIP_TAU = 10.0  # of the pair `clip`, unless another is named: configs/debug.py's logits reach 32 without it
+CLIP_TAU = 10.0  # of the pair `clip`, unless another is set: configs/debug.py's logits pass 20 without it
 ALIKE = ("data", "tokenizer", "sequence_length", "global_batch_size", "eval_batches", "packing", "document_mask",
          "device", "compile")  # in all arms: they see the same tokens, on the same device
 
@@ -71,9 +71,8 @@ def mla_mha(config):
 
 
 def clip(config):
-    """QK-clip at a tau that acts against none"""
-    tau = CLIP_TAU if config.qk_clip_tau == Config.qk_clip_tau else config.qk_clip_tau
-    return [Arm("clip", dataclasses.replace(config, optimizer="muonclip", qk_clip_tau=tau)),
+    """QK-clip against none, at a tau that acts, 10, unless one is set"""
+    return [Arm("clip", dataclasses.replace(config, optimizer="muonclip")),
             Arm("no clip", dataclasses.replace(config, optimizer="muon"))]
 
 
@@ -137,6 +136,7 @@ def arms_of(names, path, flags, grid=None):
         pair = f"{_stem(names[0])}-{_stem(names[1])}"
     elif len(names) == 1 and names[0] in PAIRS:
         pair = names[0]
+        flags = {"qk_clip_tau": CLIP_TAU} | flags if pair == "clip" and not _sets(path, "qk_clip_tau") else flags
         arms = experts(_config(path, flags), grid or GRID) if pair == "experts" else PAIRS[pair](_config(path, flags))
     else:
         known = "; ".join(f"{name}: {function.__doc__}" for name, function in PAIRS.items())
@@ -149,6 +149,11 @@ def arms_of(names, path, flags, grid=None):
             raise UserError(f"{arm.name} and {arms[-1].name} differ in {', '.join(differing)}: both have to be the "
                             f"same, as with --{differing[0]}={getattr(baseline, differing[0])} on the line")
     return pair, arms
+
+
+def _sets(path, name):
+    """Whether a config file sets it."""
+    return name in settings.read_file(path)
 
 
 def _config(path, flags):

@@ -1,5 +1,5 @@
-"""What a contest says: the tokens, seconds and FLOPs that a challenger needs to the baseline's final loss, as ratios
-with their spread over seeds; the table and the picture. Of a contest that has ended, again:
+"""What a contest says: the tokens, seconds and FLOPs that a challenger needs over those of the baseline, to the final
+loss of the worse one, with their spread over seeds; the table and the picture. Of a contest that has ended, again:
 
     python -m bench.verdict out/contest-moe-dense/contest.json
 
@@ -20,6 +20,7 @@ from data.shards import read_json
 from errors import UserError
 
 SHARES = (0.7, 0.5, 0.35)  # of its tokens, in which the better arm is trained again
+BEYOND = 2.0  # times the longest run, or the shortest over it: how far a line is trusted
 
 
 # ----------------------------------------------------------------------------- statistics
@@ -51,16 +52,22 @@ def spread(values, tested=None):
 
 def crossing(runs, target):
     """(tokens, extrapolated): how many tokens a run of a whole schedule takes to end at the loss `target`, on the line
-    through its two neighbours in log(tokens). None where the losses do not fall there, which says nothing.
+    through its two neighbours in log(tokens). None where there are no two, where the losses do not fall, and farther
+    than BEYOND from all runs: that says nothing.
 
-    runs: two or more (tokens, final loss)."""
+    runs: (tokens, final loss) of each."""
     runs = sorted(runs)
+    if len(runs) < 2:
+        return None
     pairs = list(zip(runs, runs[1:]))
     between = next(((a, b) for a, b in pairs if b[1] <= target <= a[1]), None)
     (few, high), (many, low) = between or pairs[-1 if target < runs[-1][1] else 0]
     if high <= low:
         return None
-    return math.exp(math.log(few) + (high - target) / (high - low) * math.log(many / few)), between is None
+    log_tokens = math.log(few) + (high - target) / (high - low) * math.log(many / few)
+    if not math.log(runs[0][0] / BEYOND) <= log_tokens <= math.log(runs[-1][0] * BEYOND):
+        return None
+    return math.exp(log_tokens), between is None
 
 
 # ----------------------------------------------------------------------------- the verdict
@@ -143,13 +150,14 @@ def said(challenger, baseline, found):
     if "diverged" in found:
         return [*lines, *(f"    no verdict, a run diverged: {line}" for line in found["diverged"])]
     n = found["seeds"]
-    rows = {"final loss, difference": "loss_difference", f"tokens to the final loss of {baseline}": "tokens",
+    worse = challenger if found["better"] == "baseline" else baseline
+    rows = {"final loss, difference": "loss_difference", f"tokens to the final loss of {worse}": "tokens",
             "seconds": "seconds", "FLOPs": "flops", "seconds a token": "seconds_a_token"}
     lines += [f"    {label:42} {figure(found[key], 4) if key == 'loss_difference' else 'x ' + figure(found[key])}"
               for label, key in rows.items() if key in found]
     lines.append("    one seed: no spread, no p" if n == 1 else f"    n = {n} seeds, paired t-test")
-    for key, why in (("extrapolated_seeds", "extrapolated: there the arm that is better on the mean was not"),
-                     ("untold_seeds", "left out: there a longer run was no better")):
+    for key, why in (("extrapolated_seeds", "extrapolated, beyond its runs"),
+                     ("untold_seeds", "left out of the ratios of tokens, seconds and FLOPs: its runs do not say them")):
         if found.get(key):
             lines.append(f"    seed {', '.join(map(str, found[key]))} {why}")
     return lines
@@ -161,7 +169,8 @@ def sentence(name, state):
     found, baseline = state["verdict"][name], state["baseline"]
     if "tokens" not in found:
         return ""
-    seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}, {state['made_on']['device']}"
+    n = len(found["tokens"].get("each", found["loss_difference"]["each"]))
+    seeds = f"{n} seed{'s' * (n > 1)}, {state['made_on']['device']}"
     tokens, seconds = (1 / found[key]["mean"] for key in ("tokens", "seconds"))
     bound = "" if "bound" not in found["tokens"] else "at least " if found["better"] == "challenger" else "at most "
     return (f"To the same final loss the {baseline} model of the contest needs {bound}{tokens:.2f} times the tokens "

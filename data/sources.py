@@ -30,6 +30,7 @@ PATTERNS = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet", "csv": "*.
 INSTALLED = ("stdlib", "packages")  # sources that are on this machine already
 # Packages is the source of these and of all that they require: what pip install -r requirements.txt brings, no more.
 REQUIREMENTS = ("matplotlib", "numpy", "regex", "safetensors", "tiktoken", "torch", "tqdm")
+OF_CUDA = ("nvidia-", "cuda-", "triton")  # come with torch's build for it alone, and some of them are not free
 LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))  # of UTF-8
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}  # datasets'
 CSV = "those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES"
@@ -124,7 +125,9 @@ def _required(account):
     found, waiting = {}, list(REQUIREMENTS)
     while waiting:
         name = re.sub("[-_.]+", "-", waiting.pop()).lower()
-        if name not in found:
+        if name not in found and name.startswith(OF_CUDA):
+            found[name] = account.add("packages", "of torch for CUDA, left out", name)
+        elif name not in found:
             try:
                 found[name] = importlib.metadata.distribution(name)
                 needs = map(Requirement, found[name].requires or [])

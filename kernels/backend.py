@@ -60,6 +60,11 @@ def running(on):
         _on = before
 
 
+def running_now():
+    """What was decided, for `running`."""
+    return _on
+
+
 def triton_runs(tensor):
     """Whether a Triton kernel should compute this tensor."""
     return _on and (tensor.is_cuda or INTERPRETED) and tensor.dtype != torch.float64

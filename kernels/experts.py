@@ -176,10 +176,10 @@ def _(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, *other
 
 
 def _kernels(x_ND):
-    if backend.triton_runs(x_ND):
-        from kernels import triton_experts
-        return triton_experts
-    return loop_experts
+    if x_ND.device.type == "cpu" and not backend.triton_runs(x_ND):
+        return loop_experts
+    from kernels import triton_experts
+    return triton_experts
 
 
 def _computed_with(gate_up, down, gate_up_copy, down_copy):

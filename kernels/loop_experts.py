@@ -56,7 +56,8 @@ def backward(grad_ND, x_ND, weights_NK, order_S, inverse, counts_E, gate_up_E2FD
             torch.mm(grad_z_n2F, gate_up, out=grad_x_nD)
         elif not kept:
             grad_gate_up.zero_(), grad_down.zero_()
-    grad_weights = weights_NK.new_zeros(weights_NK.numel()).index_copy_(0, order_S, grad_weights_S)
+    grad_weights = weights_NK.new_zeros(weights_NK.numel())
+    grad_weights.index_copy_(0, order_S, grad_weights_S.to(weights_NK.dtype))
     return _sum_choices(grad_x_SD, inverse.view_as(weights_NK)), grad_weights.view_as(weights_NK)
 
 

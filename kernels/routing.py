@@ -86,7 +86,7 @@ def _lowest_index_topk(values, k):
     if values.device.type != "cpu":
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     # There a third of the time: topk of integers that order like (value, lowest index first), so that none are equal.
-    bits, last = values.contiguous().view(torch.int32).to(torch.int64), values.shape[-1] - 1
+    bits, last = values.float().contiguous().view(torch.int32).to(torch.int64), values.shape[-1] - 1
     ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)
     keys = ordered << 32 | torch.arange(last, -1, -1)
     return last - (keys.topk(k).values & 0xFFFFFFFF)
@@ -109,7 +109,8 @@ def sort_by_expert(experts_NK, n_experts, n_choices=None):
         order, inverse, counts = _sort_by_expert(experts_NK, n_experts + (n_choices is not None))
         return order[:n_choices], inverse, counts[:n_experts]
     flat = experts_NK.flatten()
-    order = flat.to(torch.int16).argsort(stable=True)  # MOST_EXPERTS fit, and it is faster
+    keys = flat.to(torch.int16) if flat.device.type == "cpu" else flat  # MOST_EXPERTS fit, and it is faster there
+    order = keys.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     if n_choices is not None:
         return order[:n_choices], inverse, count_choices(experts_NK, n_experts + 1)[:n_experts]

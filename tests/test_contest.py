@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-import checkpoint
 import config as settings
 from bench import contest, learner, pairs, verdict
 from errors import UserError
@@ -39,7 +38,7 @@ def result_of(folder):
 # ----------------------------------------------------------------------------- a learner
 
 def make_learner(config, points, folder=None):
-    return learner.Learner(config, learner.open_text(config, torch.device("cpu")), points, folder)
+    return learner.Learner(config, learner.open_text(config, torch.device("cpu"), config.vocab_size), points, folder)
 
 
 @pytest.mark.parametrize("changes", [
@@ -112,7 +111,7 @@ def test_what_the_pairs_change():
     assert (many.num_attention_heads, many.v_head_dim, many.qk_rope_head_dim) == (8, 16, 8)
     assert (few.num_attention_heads, few.v_head_dim, few.qk_rope_head_dim) == (4, 32, 16)
     clip, free = arms["clip"]
-    assert differing(clip, free) == {"optimizer", "qk_clip_tau"} and free.optimizer == "muon"
+    assert differing(clip, free) == {"optimizer"} and free.optimizer == "muon" and clip.qk_clip_tau == 10
     assert arms["moe-gpt"][1].attention == "mha" and arms["moe-gpt"][1].optimizer == "adamw"
 
 
@@ -149,6 +148,13 @@ def test_the_t_distribution_against_a_table(freedom, five, one):
         assert verdict.two_sided_p(t, freedom) == pytest.approx(p, abs=2e-6)
 
 
+def test_the_search_for_a_rate_goes_on_at_an_edge():
+    beyond = contest._beyond_the_edge
+    assert beyond({1.0: 3.0, 2.0: 2.9, 4.0: 2.8}) == [8.0] and beyond({1.0: 2.0, 2.0: 2.9, 4.0: 2.8}) == [0.5]
+    assert beyond({1.0: 3.0, 2.0: 2.7, 4.0: 2.8}) == [] == beyond({1.0: math.inf, 2.0: math.inf, 4.0: math.inf})
+    assert beyond({1.0: 3.0, 2.0: 2.9, 4.0: 2.8, 8.0: 2.7, 16.0: 2.6}) in ([], [32.0])  # MOST_RATES, as it is here
+
+
 def test_spread_of_values():
     found = verdict.spread([1.0, 2.0, 3.0])  # t = 2 sqrt(3), and with 2 degrees of freedom p = 1 - t / sqrt(t² + 2)
     assert (found["mean"], found["sd"]) == (2.0, 1.0) and found["p"] == pytest.approx(1 - math.sqrt(12 / 14))
@@ -163,6 +169,8 @@ def test_a_crossing_is_on_the_line_in_the_logarithm():
     assert verdict.crossing(runs, 3.5) == (pytest.approx(500), True)
     assert verdict.crossing(runs, 1.7) == (pytest.approx(32000), True)
     assert verdict.crossing([(1000, 2.0), (2000, 2.0)], 1.5) is None
+    assert verdict.crossing([(1000, 2.0), (2000, 1.99999)], 1.0) is None  # a line that leads nowhere
+    assert verdict.crossing([(1000, 2.0)], 1.5) is None  # of the others, all diverged
 
 
 def made_up(losses, tokens, pace, trouble=""):
@@ -281,7 +289,7 @@ def test_a_contest_stopped_at_any_turn_ends_like_another(small, tmp_path, monkey
     assert losses(stopped) == losses(whole) and stopped["sweep"] == whole["sweep"]
     assert stopped["verdict"]["moe"]["tokens"] == whole["verdict"]["moe"]["tokens"]
     for name in ("moe", "dense"):
-        runs = contest.runs_of(whole, name)
+        runs = verdict.runs_of(whole, name)
         assert [run["seed"] for run in runs] == [0, 1] and [p["tokens"] for p in runs[0]["curve"]] == [512, 1024, 1536]
         assert whole["sweep"][name]["seed"] == 1000 and len(whole["sweep"][name]["losses"]) == 3
         assert runs[0]["muon_lr"] == whole["sweep"][name]["best"]
@@ -292,7 +300,7 @@ def test_other_words_in_the_same_folder(small, tmp_path):
     words = ["clip", f"--config={small}", "--lr=as-is", "--seeds=1", f"--out={tmp_path / 'out'}", "--tokens=250"]
     contest.main([*words, "--qk_clip_tau=0.02"])
     state = result_of(tmp_path / "out")
-    (clipped,), (free,) = (contest.runs_of(state, name) for name in ("clip", "no clip"))
+    (clipped,), (free,) = (verdict.runs_of(state, name) for name in ("clip", "no clip"))
     assert clipped["clipped_heads"] > 0 == free["clipped_heads"] and clipped["tokens"] == free["tokens"] == 256
     with pytest.raises(UserError, match="another contest: tokens: 250.0 there, 512.0 here.*--overwrite"):
         contest.main([*words, "--qk_clip_tau=0.02", "--tokens=512"])
@@ -308,15 +316,15 @@ def test_equal_seconds(small, tmp_path, monkeypatch):
     state = result_of(tmp_path / "out")
     for arm in ("muonclip", "adamw"):
         assert state["steps"][arm] == max(1, int(0.4 / state["paces"][arm]))
-        assert contest.runs_of(state, arm)[0]["steps"] == state["steps"][arm]
-    assert contest.runs_of(state, "adamw")[0]["muon_lr"] == 2e-3
+        assert verdict.runs_of(state, arm)[0]["steps"] == state["steps"][arm]
+    assert verdict.runs_of(state, "adamw")[0]["muon_lr"] == 2e-3
 
 
 def test_an_arm_that_diverges_is_told_and_the_other_goes_on(small, tmp_path, capsys):
     words = ["moe-dense", f"--config={small}", "--seeds=1", "--max_skipped_steps=2", f"--out={tmp_path / 'out'}"]
     contest.main([*words, "--lr=1e18,1e-2"])
     state, shown = result_of(tmp_path / "out"), capsys.readouterr().out
-    lost, whole = contest.runs_of(state, "moe")[0], contest.runs_of(state, "dense")[0]
+    lost, whole = verdict.runs_of(state, "moe")[0], verdict.runs_of(state, "dense")[0]
     assert "2 non-finite steps in a row" in lost["trouble"] and lost["steps"] < 12 == whole["steps"]
     assert "DIVERGED: 2 non-finite" in shown and "diverged: 1 of 1" in shown
     assert "seed 0: 2 non-finite" in state["verdict"]["moe"]["diverged"][0]
@@ -329,7 +337,7 @@ def test_an_arm_that_diverges_at_every_rate(small, tmp_path, capsys, monkeypatch
     contest.main([bad, small, "--seeds=1", "--max_skipped_steps=1", f"--out={tmp_path / 'out'}"])
     state, shown = result_of(tmp_path / "out"), capsys.readouterr().out
     assert state["sweep"]["bad"]["best"] is None and "bad: no rate of 1e+18: diverged" in shown
-    assert "bad, at every rate that was tried" in shown and len(contest.runs_of(state, "small")) == 1
+    assert "bad, at every rate that was tried" in shown and len(verdict.runs_of(state, "small")) == 1
 
 
 def test_a_run_that_ends_above_its_beginning_has_diverged(small):
@@ -354,6 +362,10 @@ def test_the_picture(tmp_path):
     (["moe-dense", "--tokens=9", "--seconds=9"], "two budgets"),
     (["moe-dense", "--lr=fast"], "--lr=fast must be auto, as-is or two rates"),
     (["moe-dense", "--sweep=2"], "at most 1"),
+    (["moe-dense", "--sweep=0.5", "--lr=as-is"], "is the share of --lr=auto"),
+    (["moe-dense", "--lr=1e-2,-1"], "--lr=1e-2,-1 must be auto, as-is or two rates"),
+    (["moe-dense", "--lr=1e-,1"], "must be auto, as-is or two rates"),
+    (["moe-dense", "--grid=8:2:0"], "--grid of the pair experts"),
     (["moe-dense", "--resume=out/x"], "--resume is train.py's"),
     (["moe-dense", "--n_routed_experts=0"], "it has no experts"),
     (["mla-mha", "--attention=mha"], "no latent attention"),
@@ -376,4 +388,7 @@ def test_two_configs_have_to_see_the_same_tokens(small, tmp_path):
     longer = make_config(tmp_path / "longer.py", **SMALL | dict(data=settings.read_file(small)["data"], max_steps=13))
     with pytest.raises(UserError, match="differ in max_steps: name the budget"):
         contest.main([longer, small, f"--out={tmp_path / 'out'}"])
-    assert checkpoint.step_folders(tmp_path / "out") == []
+    fewer = make_config(tmp_path / "fewer.py", **SMALL | dict(data=settings.read_file(small)["data"], vocab_size=50))
+    with pytest.raises(UserError, match="vocab_size=50 is too small"):
+        contest.main([fewer, small, f"--out={tmp_path / 'out'}"])
+    assert not list((tmp_path / "out").glob("*.json"))

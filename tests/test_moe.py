@@ -153,6 +153,16 @@ def test_the_operator_on_some_of_the_experts_equals_float64_and_adds_to_gradient
         assert torch.allclose(got.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_in_float64_has_the_weights_of_its_router_in_float32():
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        moe = make_moe().to(dtype)
+        x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        moe(x)[0].square().sum().backward()
+        results.append([x.grad, *(p.grad for p in moe.parameters())])
+    assert all(torch.allclose(a.double(), b, rtol=1e-3, atol=1e-4) for a, b in zip(*results))
+
+
 def test_a_token_does_not_depend_on_the_others():
     moe, x = make_moe(), torch.randn(2, 9, 16)
     assert torch.allclose(moe(x)[0][:, :4], moe(x[:, :4])[0], atol=1e-6)
