@@ -28,8 +28,8 @@ Everything of this run is in $(cd "$out" && pwd):
   checkpoints/    latest and best; continue with: $python train.py --resume=$quoted --max_steps=900
 More text: $python generate.py $quoted --prompt "class " --stream
 EOF
-contest="$(ls bench/results/*-contest-moe-dense-debug.json | tail -n 1)"
 if [ $# -eq 0 ]; then  # or it was not the model of that contest
-    "$python" -m bench.verdict "$contest" | tail -n 1
+    contest="$(ls bench/results/*-contest-moe-dense-debug.json | tail -n 1)"
+    printf '\n%s\n' "$("$python" -m bench.verdict "$contest" | tail -n 1)"
     echo "(measured by  python -m bench.contest moe-dense  and kept in $contest)"
 fi
