@@ -1,9 +1,8 @@
 """The routed experts on a CPU, in fp32 or float64: the operator of experts.py with every expert computed from its rows
 to its result while they are in the processor's cache.
 
-The functions take and return what those of triton_experts.py do. Each token's weight is multiplied into its expert's
-hidden numbers, which are fewer than its outputs; the sum over a token's choices is one embedding_bag, in order and
-without atomics. tests/test_moe.py holds them against a double loop. Next: ../moe.py.
+The functions are those of triton_experts.py. A token's weight is multiplied into the hidden numbers, which are fewer
+than the outputs; the sum over its choices is one embedding_bag, in order and without atomics. Next: ../moe.py.
 
 Shapes: N tokens, K choices per token, D model width, F expert width, E experts; S rows, those of the choices that are
 experts held here, sorted by expert; n of them are an expert's.
