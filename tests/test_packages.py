@@ -10,7 +10,7 @@ import pytest
 from data import prepare, sources
 from data.files import Account
 from data.shards import open_split, read_meta
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_train
 from tests.test_prepare import contents, stored
 
 UMLAUTS = f"# {'ä' * 40}"
@@ -138,3 +138,14 @@ def test_what_is_required_is_what_pyproject_says_and_is_enough():
     assert sum(path.stat().st_size for path in files) > 60e6
     assert len(set(files)) == len(files) and {path.suffix for path in files} == {".py"}
     assert sources.installed_files("stdlib", Account()) == files[:len(sources.stdlib_files())]
+
+
+def test_its_two_commands_train_the_laptop_config(tmp_path):
+    """At full size of the model, on the first documents, with small batches and few steps."""
+    prepare.main(["packages", "--limit=60", "--vocab_size=400", f"--out={tmp_path / 'data'}"])
+    few = ("--max_steps=2", "--global_batch_size=2", "--micro_batch_size=2", "--eval_batches=1", "--decay_steps=1",
+           "--sample_prompts=['class Matrix']")
+    last = run_train(ROOT / "configs/laptop.py", f"--data={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}", *few)
+    assert last["step"] == 2 and 4 < last["loss"] < 12 and last["dead_experts"] < 5 * 64
+    told = (tmp_path / "run/samples.md").read_text(encoding="utf-8")
+    assert "class Matrix" in told and len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1
