@@ -10,7 +10,8 @@ seeds, in turns in one process; then how many tokens, seconds and FLOPs the chal
     --seconds=N     of training instead, for every arm: its steps follow from its measured pace
     --lr=auto       every arm at the best of base x 0.5, 1, 2, and on if that is at an edge; as-is: the config's; or two
                     rates, CHALLENGER,BASELINE. AdamW's base is 2e-3 at width 128 and falls with the width's root
-    --sweep=0.33    share of the budget of a run of the search for rates, on a seed that is not among the contest's
+    --sweep=N       1: share of the budget of a run of the search for rates, on a seed that is not among the contest's.
+                    Shorter runs want higher rates: a quarter of configs/debug.py's budget chose 2e-2, all of it 1e-2
     --grid=E:K:shared,...     of the pair `experts`
 
 In FOLDER lie contest.json (settings, every point, the verdict) and contest.png. Schedules are scaled with the budget:
@@ -42,7 +43,7 @@ from model import pick_device
 
 OWN = {"config": None, "seeds": "3", "tokens": None, "seconds": None, "lr": "auto", "sweep": None, "grid": None,
        "out": None}
-CONFIG, SWEEP = "configs/debug.py", 0.33
+CONFIG, SWEEP = "configs/debug.py", 1.0
 TURN = 3.0  # seconds
 TELL = 10.0  # seconds between lines of progress
 POINTS = 10  # validations of a run
