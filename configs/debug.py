@@ -1,12 +1,12 @@
-"""A whole K2 in three minutes on a laptop: 4 layers x 128, 64 experts of width 32, 8 + 4 shared active.
+"""A whole K2 in four minutes on a laptop: 4 layers x 128, 64 experts of width 32, 8 + 4 shared active.
 
     python -m data.prepare stdlib --vocab_size=2048
     python train.py configs/debug.py          # or all of it at once: bash launch/quickstart.sh
 
 Hardware: 2 CPU cores, fp32.
-Time: 150 s of training, 180 s with all of the quickstart (AMD EPYC, 12,400 tokens/s).
-Memory: 1.0 GiB.
-Expect: validation loss 3.27, 1.59 bits per byte (on Python 3.11's library); at the end the busiest expert has 1.2 times
+Time: 200 s of training, 240 s with all of the quickstart (AMD EPYC, 9,500 tokens/s).
+Memory: 0.9 GiB.
+Expect: validation loss 3.27, 1.59 bits per byte (on Python 3.11's library); at the end the busiest expert has 1.4 times
 the mean and none is dead.
 """
 
@@ -33,7 +33,7 @@ max_steps = 450
 warmup_steps = 20
 decay_steps = 250
 bias_update_rate = 1e-2     # so few steps do not balance the load at 1e-3
-muon_lr = 1e-2              # the best of 5e-3, 1e-2 and 2e-2 (bench.contest)
+muon_lr = 1e-2              # 2e-2 is as good here, and worse for the dense twin (bench/results/2026-11-27-contest.md)
 min_lr_ratio = 0.05
 dtype = "float32"           # at this width bfloat16 is no faster, AVX512-BF16 or not
 eval_interval = 90
