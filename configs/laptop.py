@@ -39,4 +39,3 @@ eval_interval = 240
 eval_batches = 24           # 197,000 tokens, a quarter of the validation split
 save_interval = 480
 sample_interval = 480
-sample_prompts = ["def mean(values):\n", "class Matrix:\n", "import numpy as np\n\n"]

@@ -87,7 +87,7 @@ def _lowest_index_topk(values, k):
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     # There a third of the time: topk of integers that order like (value, lowest index first), so that none are equal.
     bits, last = values.float().contiguous().view(torch.int32).to(torch.int64), values.shape[-1] - 1
-    ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).masked_fill(values.isnan(), 0x7FFFFFFF)  # which comes first
     keys = ordered << 32 | torch.arange(last, -1, -1)
     return last - (keys.topk(k).values & 0xFFFFFFFF)
 

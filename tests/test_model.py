@@ -198,7 +198,7 @@ CHEAP = set("""
     __lshift__ __rshift__ _fused_rms_norm _safe_softmax _softmax _to_copy _unsafe_view abs add add_ alias amax arange
     as_strided_scatter bitwise_and bitwise_or bitwise_xor cat clamp clone constant_pad_nd copy_ cumsum cumsum_ detach
     div empty_like eq expand eye fill_ floor_divide full gather ge gt index index_put_ index_select item le log lt
-    masked_fill maximum mean mul mul_ ne neg new_empty new_zeros ones ones_like permute pow reshape rsqrt rsub
+    isnan masked_fill maximum mean mul mul_ ne neg new_empty new_zeros ones ones_like permute pow reshape rsqrt rsub
     scalar_tensor scatter_ scatter_add scatter_add_ select sigmoid silu slice split split_with_sizes squeeze stack sub
     sum t to transpose tril triu_ unbind unsqueeze view where zeros zeros_like
 """.split())

@@ -49,6 +49,7 @@ def test_route_equals_the_literal_reference(shape, data):
 def test_the_choice_on_a_cpu_is_that_of_a_stable_sort():
     values = torch.randn(200, 33, generator=torch.Generator().manual_seed(0)).mul(2).round() / 4 + 0.1  # many ties
     values[5], values[6, ::2], values[7, 3], values[8, 4] = -7.0, float("-inf"), float("nan"), float("inf")
+    values[9, 5:9], values[9, 7] = float("nan"), -torch.tensor(float("nan"))  # with the sign bit
     for k in (1, 4, 33):
         expected = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
         assert torch.equal(routing._lowest_index_topk(values, k), expected)
