@@ -31,8 +31,8 @@ def keep_freed(device):
     """On a CPU let the C library keep what is freed, as PyTorch does on a GPU: it would hand large blocks back to the
     system, and every step take as many again, zeroed page by page (5 % of a step of configs/debug.py). For this process
     and glibc, which alone has the lever."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if device.type == "cpu" and mallopt:
+    wanted = device.type == "cpu" and os.name == "posix"
+    if mallopt := wanted and getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(TRIM_THRESHOLD, 2**31 - 1)
         mallopt(TOP_PAD, 2**26)
         mallopt(MMAP_THRESHOLD, 2**30) or mallopt(MMAP_THRESHOLD, 2**25)  # older ones: 32 MiB at most

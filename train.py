@@ -71,10 +71,7 @@ def train(argv, watch):
                          config.packing, config.document_mask)
     validation = ValidationSet(config.data, config.sequence_length, config.eval_batches * config.global_batch_size,
                                config.verify_data, share, encoder)
-    largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
-    if largest >= config.vocab_size:
-        raise UserError(f"vocab_size={config.vocab_size} is too small for token id {largest} of the data and its "
-                        f"tokenizer: set --vocab_size={largest + 1} or more")
+    require_vocabulary(config.vocab_size, stream, validation, encoder)
     tasks = parallel.once(open_tasks, config.eval_tasks, config.eval_task_items, encoder,
                           config.max_position_embeddings)
 
@@ -106,10 +103,7 @@ def train(argv, watch):
     memory.require(config, model, routes, layout, device)
     if memory.keeps_copies(config, layout, device):
         model.make_copies()
-    ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
-    optimizer = Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
-                     config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients,
-                     routes=routes)
+    optimizer = make_optimizer(config, model, routes)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     loss_scale, good_steps = 2.0**16 if config.dtype == "float16" else 1.0, 0  # float16 gradients would underflow
 
@@ -143,7 +137,7 @@ def train(argv, watch):
         print(f"resumed from {source}", *(f"  changed: {line}" for line in changed), *filter(None, [rates]), sep="\n")
     best_loss = parallel.once(runs.best_loss, run, manifest.get("best_loss"))
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
-    if config.compile or (config.compile is None and device.type == "cuda"):
+    if wants_compile(config, device):
         parallel.compile_blocks(model)
         print("the first step compiles the blocks ...", flush=True)
 
@@ -322,6 +316,26 @@ def open_tokenizer(config):
     for line in tokenizer.notes(encoder):
         print(line)
     return encoder
+
+
+def require_vocabulary(vocab_size, stream, validation, encoder):
+    """Refuse data and a tokenizer (or None) with token ids that a model of this vocab_size does not have."""
+    largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
+    if largest >= vocab_size:
+        raise UserError(f"vocab_size={vocab_size} is too small for token id {largest} of the data and its tokenizer: "
+                        f"set --vocab_size={largest + 1} or more")
+
+
+def make_optimizer(config, model, routes):
+    """The Muon of a config's rates, momentum and Newton-Schulz."""
+    ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
+    return Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
+                config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes)
+
+
+def wants_compile(config, device):
+    """Whether the blocks of a run are compiled."""
+    return config.compile or (config.compile is None and device.type == "cuda")
 
 
 def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale):

@@ -35,11 +35,12 @@ import config as settings
 import errors
 import guard
 from bench import pairs, verdict
-from bench.learner import Learner, compiled, open_text, take_turns
+from bench.learner import Learner, open_text, take_turns
 from data.shards import read_json
 from errors import UserError
 from metrics import duration, replace_text
 from model import pick_device
+from train import wants_compile
 
 OWN = {"config": None, "seeds": "3", "tokens": None, "seconds": None, "lr": "auto", "sweep": None, "grid": None,
        "out": None}
@@ -306,7 +307,7 @@ def main(argv):
     state |= {"pair": pair, "command": argv, "arms": abouts, "baseline": arms[-1].name, "step_tokens": step_tokens}
     save(folder, state)  # whose words the saved learners are bound to
     print(f"{pair}: {', '.join(arm.name for arm in arms[:-1])} against {arms[-1].name}; {device}, "
-          f"{'compiled' if compiled(baseline, device) else 'not compiled'}; writing to {folder}/\n"
+          f"{'compiled' if wants_compile(baseline, device) else 'not compiled'}; writing to {folder}/\n"
           "Stopped, it goes on when it is started again with the same words.")
     print("\n".join(verdict.table(abouts, {})), flush=True)
 

@@ -17,15 +17,22 @@ import checkpoint
 import memory
 import parallel
 from data.loader import TrainStream, ValidationSet, prefetch
-from errors import UserError
 from kernels import attention, backend, expert_tiles, graphs, selfcheck
 from kernels.backend import synchronize
 from kernels.newton_schulz import newton_schulz
 from metrics import expert_statistics
 from model import build
-from muon import Muon, local_rows, route_parameters, schedule_factor
+from muon import local_rows, route_parameters, schedule_factor
 from runs import SCHEDULE
-from train import evaluate, forward_and_backward, open_tokenizer, update_all
+from train import (
+    evaluate,
+    forward_and_backward,
+    make_optimizer,
+    open_tokenizer,
+    require_vocabulary,
+    update_all,
+    wants_compile,
+)
 
 SETTLING = 5  # steps of a learner's first turn, in which compilers and captures are at work
 DISK = 25e6  # bytes a second: what is saved on the average at most, a twentieth of what disks write
@@ -52,16 +59,8 @@ def open_text(config, device, vocab_size):
                          packing=config.packing, document_mask=config.document_mask)
     validation = ValidationSet(config.data, config.sequence_length, config.eval_batches * config.global_batch_size,
                                config.verify_data, encoder=encoder)
-    largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
-    if largest >= vocab_size:
-        raise UserError(f"vocab_size={vocab_size} is too small for token id {largest} of the data and its "
-                        f"tokenizer: set --vocab_size={largest + 1} or more")
+    require_vocabulary(vocab_size, stream, validation, encoder)
     return Text(device, encoder, validation, stream.identity())
-
-
-def compiled(config, device):
-    """Whether train.py would compile this config's blocks."""
-    return config.compile or (config.compile is None and device.type == "cuda")
 
 
 class Learner:
@@ -116,17 +115,13 @@ class Learner:
         memory.require(config, self.model, routes, self.layout, device)
         if memory.keeps_copies(config, self.layout, device):
             self.model.make_copies()
-        ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype,
-                                                                                       config.ns_dtype)
-        self.optimizer = Muon(self.model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum,
-                              config.nesterov, config.weight_decay, config.ns_steps, getattr(torch, ns_dtype),
-                              config.ns_coefficients, routes=routes)
+        self.optimizer = make_optimizer(config, self.model, routes)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def _make_calls(self):
         """forward and backward, and the update: compiled and replayed where train.py would."""
         config, device, model = self.config, self.text.device, self.model
-        if compiled(config, device):
+        if wants_compile(config, device):
             parallel.compile_blocks(model)
         self.parameters = list(model.parameters())
         model.train()

@@ -30,6 +30,7 @@ from bench.arms import Nanok2, Transformers, dense_twin, described, gpt_twin, re
 from errors import said
 from kernels import attention, backend
 from model import flops_per_token, pick_device
+from train import wants_compile
 
 WARMUP, MICRO_BATCHES = 3, 16  # rounds that do not count; micro-batches of the step whose tokens/s are given
 WORDS = {"dense": "dense twin", "transformers": "transformers", "nograph": "nanok2 without graphs", "gpt": "gpt, AdamW",
@@ -220,7 +221,7 @@ def main(argv):
     names = default_arms() if names is None else names
     config, path = settings.load(rest)
     device, stem = pick_device(config.device), Path(path).stem
-    compiled = config.compile or config.compile is None and device.type == "cuda"
+    compiled = wants_compile(config, device)
     torch._dynamo.config.recompile_limit = 64  # all arms compile the same blocks
     few = min(config.first_k_dense_replace + 1, config.num_hidden_layers)  # a block of each kind is all to compile
     makers, kernels = arm_makers(config, device, compiled, names, config.num_hidden_layers if rounds else few)
