@@ -9,7 +9,8 @@ seeds, in turns in one process; then how many tokens, seconds and FLOPs the chal
     --tokens=N      of every run (the config's max_steps)                 --overwrite       begin anew
     --seconds=N     of training instead, for every arm: its steps follow from its measured pace
     --lr=auto       every arm at the best of base x 0.5, 1, 2, and on if that is at an edge; as-is: the config's; or two
-                    rates, CHALLENGER,BASELINE. AdamW's base is 2e-3 at width 128 and falls with the width's root
+                    of these, or of rates, CHALLENGER,BASELINE, as in 1e-2,auto. AdamW's base is 2e-3 at width 128 and
+                    falls with the width's root
     --sweep=N       1: share of the budget of a run of the search for rates, on a seed that is not among the contest's.
                     Shorter runs want higher rates: a quarter of configs/debug.py's budget chose 2e-2, all of it 1e-2
     --grid=E:K:shared,...     of the pair `experts`
@@ -74,15 +75,9 @@ def read_words(argv):
                 raise UserError(f"--{name}={own[name]} must be above 0")
     if own["tokens"] and own["seconds"]:
         raise UserError("--tokens and --seconds are two budgets: name one")
-    if own["sweep"] and (own["sweep"] > 1 or own["lr"] != "auto"):
+    if own["sweep"] and (own["sweep"] > 1 or "auto" not in rates_of(own["lr"])):
         raise UserError(f"--sweep={own['sweep']} is the share of --lr=auto: at most 1, and for nothing else")
-    if own["lr"] not in ("auto", "as-is"):
-        try:
-            rates = [float(rate) for rate in own["lr"].split(",")]
-        except ValueError:
-            rates = []
-        if len(rates) != 2 or not all(0 < rate < math.inf for rate in rates):
-            raise UserError(f"--lr={own['lr']} must be auto, as-is or two rates, CHALLENGER,BASELINE, as in 1e-2,2e-3")
+    rates_of(own["lr"])
     names, flags = settings.read_words(rest)
     if own["config"] and len(names) == 2 or own["grid"] and names != ["experts"]:
         raise UserError("--config is of ready-made pairs, --grid of the pair experts: what shall they be here?")
@@ -90,6 +85,20 @@ def read_words(argv):
     if refused := [name for name in flags if settings.FIELDS[name].metadata["group"] == "start" or name == "out_dir"]:
         raise UserError(f"--{refused[0]} is train.py's: a contest goes on by itself, and has --out and --overwrite")
     return own, names, flags, "--overwrite" in argv
+
+
+def rates_of(text):
+    """--lr as (the challengers' rate, the baseline's), each a number, "auto" or "as-is"."""
+    words = text.split(",") if "," in text else [text, text]
+    try:
+        rates = [word if word in ("auto", "as-is") else float(word) for word in words]
+    except ValueError:
+        rates = []
+    numbers = [rate for rate in rates if isinstance(rate, float)]
+    if len(rates) != 2 or "," not in text and numbers or not all(0 < rate < math.inf for rate in numbers):
+        raise UserError(f"--lr={text} must be auto, as-is, or two of these or of rates, CHALLENGER,BASELINE, as in "
+                        "1e-2,2e-3 or 1e-2,auto")
+    return rates
 
 
 def open_folder(folder, asked, overwrite):
@@ -247,16 +256,13 @@ def _beyond_the_edge(losses):
 
 def choose_rates(state, folder, text, own, arms, steps):
     """The arms at the rates that they compete with; without those that diverged at all rates."""
-    if own["lr"] == "auto":
-        sweep(state, folder, text, arms, steps, own["sweep"])
-        rates = {name: found["best"] for name, found in state["sweep"].items()}
-    elif own["lr"] == "as-is":
-        return arms
-    else:
-        first, last = map(float, own["lr"].split(","))
-        rates = {arm.name: first for arm in arms[:-1]} | {arms[-1].name: last}
-    return [pairs.Arm(arm.name, pairs.with_rate(arm.config, rates[arm.name])) for arm in arms
-            if rates[arm.name] is not None]
+    challenger, baseline = rates_of(own["lr"])
+    rates = {arm.name: challenger for arm in arms[:-1]} | {arms[-1].name: baseline}
+    if sought := [arm for arm in arms if rates[arm.name] == "auto"]:
+        sweep(state, folder, text, sought, steps, own["sweep"])
+        rates |= {name: found["best"] for name, found in state["sweep"].items()}
+    return [arm if rates[arm.name] == "as-is" else pairs.Arm(arm.name, pairs.with_rate(arm.config, rates[arm.name]))
+            for arm in arms if rates[arm.name] is not None]
 
 
 def judge(state, folder, text, arms, steps, challenger, seeds):

@@ -310,6 +310,20 @@ def test_other_words_in_the_same_folder(small, tmp_path):
     assert result_of(tmp_path / "out")["arms"]["clip"]["settings"]["qk_clip_tau"] == 0.03
 
 
+def test_each_arm_has_a_rate_of_its_own(small, monkeypatch):
+    found = {}
+    monkeypatch.setattr(contest, "sweep", lambda state, folder, text, arms, steps, share: state.update(
+        sweep={arm.name: {"best": found.setdefault(arm.name, 5e-3)} for arm in arms}))
+    _, arms = pairs.arms_of(["moe-dense"], small, {})
+    as_it_is = arms[0].config.muon_lr
+    for words, rates in (("1e-2,auto", [1e-2, 5e-3]), ("auto,2e-2", [5e-3, 2e-2]), ("as-is,auto", [as_it_is, 5e-3]),
+                         ("auto", [5e-3, 5e-3]), ("as-is", [as_it_is] * 2), ("3e-2,4e-2", [3e-2, 4e-2])):
+        found.clear()
+        chosen = contest.choose_rates({}, None, None, {"lr": words, "sweep": 1.0}, arms, {})
+        assert [arm.config.muon_lr for arm in chosen] == rates
+        assert list(found) == [arm.name for arm, rate in zip(arms, rates) if rate == 5e-3]
+
+
 def test_equal_seconds(small, tmp_path, monkeypatch):
     words = ["muon-adamw", f"--config={small}", "--lr=1e-2,2e-3", "--seeds=1", "--seconds=0.4"]
     contest.main([*words, f"--out={tmp_path / 'out'}"])
@@ -360,11 +374,13 @@ def test_the_picture(tmp_path):
     (["moe-dense", "--seeds=many"], "--seeds=many must be a number"),
     (["moe-dense", "--seeds=0"], "--seeds=0 must be above 0"),
     (["moe-dense", "--tokens=9", "--seconds=9"], "two budgets"),
-    (["moe-dense", "--lr=fast"], "--lr=fast must be auto, as-is or two rates"),
+    (["moe-dense", "--lr=fast"], "--lr=fast must be auto, as-is, or two of these"),
     (["moe-dense", "--sweep=2"], "at most 1"),
     (["moe-dense", "--sweep=0.5", "--lr=as-is"], "is the share of --lr=auto"),
-    (["moe-dense", "--lr=1e-2,-1"], "--lr=1e-2,-1 must be auto, as-is or two rates"),
-    (["moe-dense", "--lr=1e-,1"], "must be auto, as-is or two rates"),
+    (["moe-dense", "--lr=1e-2,-1"], "--lr=1e-2,-1 must be auto, as-is, or two of these"),
+    (["moe-dense", "--lr=1e-2"], "--lr=1e-2 must be auto, as-is, or two of these"),
+    (["moe-dense", "--lr=1e-2,as-is", "--sweep=0.5"], "is the share of --lr=auto"),
+    (["moe-dense", "--lr=1e-,1"], "must be auto, as-is, or two of these"),
     (["moe-dense", "--grid=8:2:0"], "--grid of the pair experts"),
     (["moe-dense", "--resume=out/x"], "--resume is train.py's"),
     (["moe-dense", "--n_routed_experts=0"], "it has no experts"),
