@@ -204,7 +204,7 @@ def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
 
 
 LIKE_THE_LOSS = {"rope_theta": 10.0, "aux_loss_alpha": 0.5, "z_loss": 0.1, "initializer_range": 0.5,
-                 "max_position_embeddings": 128,
+                 "router_z_loss": 0.1, "balance": "quantile", "max_position_embeddings": 128,
                  "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}}
 THE_FUNCTION = {"num_experts_per_tok": 3, "n_group": 2, "topk_group": 2, "norm_topk_prob": False,
                 "routed_scaling_factor": 9.0, "rms_norm_eps": 1e-3}

@@ -45,6 +45,7 @@ TRAIN_KEYS = {
     "expert_load_min",
     "dead_experts",
     "router_bias_std",
+    "router_z_loss",
 }
 
 
