@@ -82,7 +82,7 @@ class Routing(nn.Module):
         self.routers, self.balance = list(routers), balance
         shape = (len(routers), n_experts)
         self.register_buffer("expert_counts", torch.zeros(shape, dtype=torch.int64), persistent=False)
-        shape = (len(routers) * (balance == "quantile"), n_experts, quantile.BINS + 1)
+        shape = (len(routers) * (balance == "quantile"), n_experts, quantile.BINS)
         self.register_buffer("histograms", torch.zeros(shape, dtype=torch.int64), persistent=False)
         self.register_buffer("z", torch.zeros(()), persistent=False)
 

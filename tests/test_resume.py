@@ -34,7 +34,8 @@ from tests.helpers import (
 
 def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    options = ("--eval_interval=5", "--save_interval=10", "--sample_interval=10", "--decay_steps=4")
+    options = ("--eval_interval=5", "--save_interval=10", "--sample_interval=10", "--decay_steps=4",
+               "--balance=quantile", "--router_z_loss=1e-3")
     run_train(config, f"--out_dir={whole}", *options)
     with pytest.MonkeyPatch.context() as patch:  # a signal arrives late in the ninth step: the tenth still counts
         original = Muon.begin_step
