@@ -48,7 +48,7 @@ class Config(ModelConfig):
     muon_per_head: bool = setting(False, "orthogonalise q and kv up-projections head by head", "optimizer")
     qk_clip_tau: float = setting(100.0, "largest attention logit that QK-clip allows", "optimizer")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", "optimizer")
-    bias_update_rate: float = setting(1e-3, "step of the router bias; 0 freezes it", "optimizer")
+    bias_update_rate: float = setting(1e-3, "step of the router bias with balance=sign; 0 freezes it", "optimizer")
     # ---- schedule
     schedule: Literal["wsd", "cosine", "constant"] = setting("wsd", "wsd: warm-up, stable, linear decay", "schedule")
     warmup_steps: int = setting(100, "linear warm-up; step 1 already learns", "schedule")
@@ -131,7 +131,7 @@ class Config(ModelConfig):
                     "eval_batches", "eval_task_items")
         not_negative = ("warmup_steps", "decay_steps", "eval_interval", "save_interval", "sample_interval", "seed",
                         "muon_lr", "adamw_lr", "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio",
-                        "z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences")
+                        "z_loss", "router_z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences")
         for name in (*positive, *not_negative):
             value, floor = getattr(self, name), int(name in positive)
             if value is not None and value < floor:

@@ -166,7 +166,7 @@ def train(argv, watch):
                                     accumulation > 1)
     update = graphs.Update(functools.partial(update_all, model, optimizer, config), parameters, state.values(), replay,
                            micro_batch.pool)
-    record, skipped = None, 0
+    record, skipped, alarm = None, 0, metrics.RoutingAlarm(config)
     batches = prefetch(stream, device, range(start + 1, config.max_steps + 1), sequences, config.global_batch_size,
                        micro_batch_size, parallel.rank(), parallel.ranks(), timeout=0.8 * config.step_timeout)
     pace, ended = metrics.Pace(), time.perf_counter()
@@ -194,10 +194,12 @@ def train(argv, watch):
         # What the ranks must agree on, in one small reduction a kind; the only wait for the device in a step.
         squared_norm = parallel.squared_norm(parameters, layout)
         signal = sums.new_tensor(bool(watch.signal))
-        agreed = parallel.add_up(torch.cat((sums, torch.stack((squared_norm, signal)))))
+        agreed = parallel.add_up(torch.cat((sums, torch.stack((model.routing.z, squared_norm, signal)))))
         parallel.largest(model.max_logits)
-        parallel.add_up(model.expert_counts)
-        loss, balance, empty, squared_norm, watch.agreed = agreed.tolist()
+        parallel.add_up(model.routing.expert_counts)
+        parallel.add_up(model.routing.histograms)
+        alarm.count(model.routing.expert_counts)
+        loss, balance, empty, z, squared_norm, watch.agreed = agreed.tolist()
         fill = tokens_per_step / max(tokens_per_step - empty, 1)  # 1, but where packing left places empty
         loss, norm = loss * fill, math.sqrt(squared_norm) / loss_scale * fill
 
@@ -239,14 +241,18 @@ def train(argv, watch):
         last = step == config.max_steps
         if logged or watch.agreed:
             speed = tokens_per_step * steps_timed / seconds
-            routing = metrics.expert_statistics(model.expert_counts, model.router_biases())
+            routing = metrics.expert_statistics(model.routing.expert_counts, model.routing.biases())
             record = log.write(
                 "train", step, tokens=tokens, loss=loss, aux_loss=balance, lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm, tokens_per_second=speed, mfu=flops * speed / peak if peak else None,
                 step_ms=1000 * seconds / steps_timed, memory_gib=metrics.memory_gib(device),
                 max_attention_logit=model.max_logits.max().item() if logged else None, qk_clipped_heads=int(clipped),
-                **routing)
+                router_z_loss=z * fill / tokens_per_step if config.router_z_loss else None, **routing)
             print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
+            for event in alarm.raised():
+                log.write("event", step, event="routing", **event)
+                print("step {step}: layer {layer}: {trouble} for {steps} steps, experts {experts}: {lever}".format(
+                    step=step, **event), flush=True)
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0 and not skipped)
         validated = None
@@ -331,7 +337,7 @@ def clip_and_balance(model, config):
     clipped = 0
     if config.optimizer == "muonclip":
         clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)
-    model.update_router_biases(config.bias_update_rate)
+    model.routing.balance_(config.bias_update_rate)
     model.refresh_copies(always=True)  # what a replay writes is not counted
     return clipped
 

@@ -226,7 +226,7 @@ class Learner:
         if found is None:
             self.trouble = f"no finite validation loss at step {self.step}"
             return
-        routing = expert_statistics(self.model.expert_counts, self.model.router_biases())
+        routing = expert_statistics(self.model.routing.expert_counts, self.model.routing.biases())
         self.curve.append({"tokens": self.tokens(), "seconds": self.seconds, "loss": found["loss"],
                            "bits_per_byte": found["bits_per_byte"],
                            "train_loss": self.loss if math.isfinite(self.loss) else None,
