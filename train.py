@@ -37,7 +37,8 @@ from kernels.cross_entropy import IGNORE
 from kernels.newton_schulz import newton_schulz
 from kernels.selfcheck import compile_ahead
 from model import build, count_parameters, flops_per_token, pick_device
-from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, schedule_factor
+from muon import Muon, local_rows, qk_clip_, schedule_factor
+from routes import route_parameters, routing_table
 
 
 def main(argv=None):
@@ -99,7 +100,7 @@ def train(argv, watch):
     for layer in model.layers:
         layer.recompute = config.activation_checkpointing
     heads = config.num_attention_heads if config.muon_per_head else 0
-    routes = route_parameters(model.named_parameters(), config.optimizer, heads)
+    routes = route_parameters(model.named_parameters(), config.optimizer, heads, config.lr_multipliers)
     memory.require(config, model, routes, layout, device)
     if memory.keeps_copies(config, layout, device):
         model.make_copies()
@@ -299,7 +300,8 @@ def make_optimizer(config, model, routes):
     """The Muon of a config's rates, momentum and Newton-Schulz."""
     ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
     return Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
-                config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes)
+                config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes,
+                variant=config.muon_variant)
 
 
 def wants_compile(config, device):

@@ -22,7 +22,8 @@ from kernels.backend import synchronize
 from kernels.newton_schulz import newton_schulz
 from metrics import expert_statistics
 from model import build
-from muon import local_rows, route_parameters, schedule_factor
+from muon import local_rows, schedule_factor
+from routes import route_parameters
 from runs import SCHEDULE
 from train import (
     evaluate,
@@ -111,7 +112,7 @@ class Learner:
         for layer in self.model.layers:
             layer.recompute = config.activation_checkpointing
         heads = config.num_attention_heads if config.muon_per_head else 0
-        routes = route_parameters(self.model.named_parameters(), config.optimizer, heads)
+        routes = route_parameters(self.model.named_parameters(), config.optimizer, heads, config.lr_multipliers)
         memory.require(config, self.model, routes, self.layout, device)
         if memory.keeps_copies(config, self.layout, device):
             self.model.make_copies()

@@ -12,8 +12,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import parallel
 from config import Config
 from model import build
-from muon import Muon, Route, local_rows, qk_clip_, route_parameters
+from muon import Muon, local_rows, qk_clip_
 from owners import make_plan
+from routes import Route, route_parameters
 from tests.helpers import TINY
 
 # name, shape, rows of one logical matrix: whole, in row blocks, stacks of experts, and fewer rows than ranks
