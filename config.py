@@ -50,6 +50,9 @@ class Config(ModelConfig):
     muon_variant: Literal["muon", "normuon", "muoneq_r"] = setting(
         "muon", "normuon: rows of an update by their second moment; muoneq_r: rows of one length before Newton-Schulz",
         "optimizer")
+    ema: float = setting(
+        0.0, "decay of an average of the weights in host memory, validated and saved with them, for --checkpoint=ema; "
+        "0: none", "optimizer")
     muon_per_head: bool = setting(False, "orthogonalise q and kv up-projections head by head", "optimizer")
     qk_clip_tau: float = setting(100.0, "largest attention logit that QK-clip allows", "optimizer")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", "optimizer")
@@ -149,6 +152,7 @@ class Config(ModelConfig):
                  f"sequence_length={self.sequence_length} exceeds "
                  f"max_position_embeddings={self.max_position_embeddings}"),
                 (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
+                (0 <= self.ema < 1, f"ema={self.ema} must lie in [0, 1)"),
                 (self.resume or not self.router_is_idle(), "num_experts_per_tok=1 with norm_topk_prob: a weight that "
                  "is always 1 teaches the router nothing: set --no-norm_topk_prob, or choose two experts or more"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),

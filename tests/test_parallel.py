@@ -71,6 +71,8 @@ def base(tmp_path_factory, data, pool):
         eval_interval=STEPS // 2,
         warmup_steps=2 * STEPS,
         qk_clip_tau=0.1,  # low enough that heads are clipped all the time
+        lr_multipliers={"experts": 0.5, "embeddings": 2.0},
+        ema=0.8,
     )
     pool.run(1, run, config, f"--out_dir={folder / 'one'}")
     return folder, config
@@ -93,7 +95,9 @@ def test_the_layout_changes_nothing(base, pool, name):
         assert mine["max_attention_logit"] == pytest.approx(reference["max_attention_logit"], rel=1e-4)
         for exact in ("qk_clipped_heads", "expert_load_max", "expert_load_min", "dead_experts", "router_bias_std"):
             assert mine[exact] == reference[exact], exact
-    assert [r["loss"] for r in records(out, "val")] == pytest.approx([r["loss"] for r in records(one, "val")], abs=1e-5)
+    for key in ("loss", "ema_loss"):
+        values, expected = ([record[key] for record in records(folder, "val")] for folder in (out, one))
+        assert values == pytest.approx(expected, abs=1e-5)
     mine, reference = final_tensors(out), final_tensors(one)
     assert mine.keys() == reference.keys()
     for tensor_name, tensor in mine.items():

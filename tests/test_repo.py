@@ -25,7 +25,7 @@ ORDER = [
     ["muon", "config", "hf_weights"],
     ["settings", "parallel"],
     ["checkpoint", "metrics", "hf", "guard", "memory"],
-    ["generate", "runs"],
+    ["ema", "generate", "runs"],
     ["evaluate", "export"],
     ["train"],
 ]
