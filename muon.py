@@ -73,11 +73,13 @@ class Muon(torch.optim.Optimizer):
         named = list(named_parameters)
         routes = routes or route_parameters(named)
         peaks = {"muon": lr, "adamw": lr if adamw_lr is None else adamw_lr}
-        kinds = {(routes[name].optimizer, routes[name].multiplier) for name, _ in named}
+        members = {}
+        for name, p in named:
+            members.setdefault((routes[name].optimizer, routes[name].multiplier), []).append((name, p))
         groups = [{"kind": kind, "lr": peaks[kind] * multiplier, "weight_decay": weight_decay, "step": 0,
-                   "params": [p for n, p in named if (routes[n].optimizer, routes[n].multiplier) == (kind, multiplier)],
-                   "names": [n for n, _ in named if (routes[n].optimizer, routes[n].multiplier) == (kind, multiplier)]}
-                  for kind, multiplier in sorted(kinds, key=lambda k: (k[0] != "muon", k[1] != 1, k[1]))]
+                   "params": [p for _, p in members[kind, multiplier]],
+                   "names": [name for name, _ in members[kind, multiplier]]}
+                  for kind, multiplier in sorted(members, key=lambda key: (key[0] != "muon", key[1] != 1, key[1]))]
         super().__init__(groups, {})  # Muon's first, and of those the one with the plain rate
         self.momentum, self.nesterov, self.betas, self.eps = momentum, nesterov, betas, eps
         self.ns_options = {"steps": ns_steps, "dtype": ns_dtype, "coefficients": ns_coefficients}
@@ -125,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         self.jobs = [job for turn in turns for job in turn if job is not None]
 
     def _number_matrices(self, held, everyone, device):
-        """For _noise: which logical matrices of all stacks have rows here, how many, and on how many ranks."""
+        """For _sum_by_matrix: which logical matrices of all stacks have rows here, how many, and on how many ranks."""
         starts = list(itertools.accumulate((stack.count for stack in self.stacks), initial=0))
         pieces = []
         for stack, start, (low, high), others in zip(self.stacks, starts, held, zip(*everyone)):
@@ -176,6 +178,8 @@ class Muon(torch.optim.Optimizer):
             momentum.update_(params[stack][low - first:high - first], rows, rates[self.group_of[stack]],
                              self.param_groups[self.group_of[stack]]["weight_decay"], scale)
         exchange = self._by_owners if self.exchange == "owners" else self._by_all
+        if self.variant != "muon" and not self.nesterov:
+            directions = [rows.clone() for rows in directions]  # they may be the momentum itself
         if self.variant == "muoneq_r":
             equilibrate_rows_(directions)
         if self.variant != "normuon":
