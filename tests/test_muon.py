@@ -10,7 +10,8 @@ from torch.optim import _muon as torch_muon
 from errors import UserError
 from mla import MHA, MLA
 from model import build
-from muon import Muon, Route, qk_clip_, route_parameters, schedule_factor
+from muon import Muon, qk_clip_, schedule_factor
+from routes import Route, route_parameters
 from tests.helpers import tiny_config, tiny_model, tokens
 
 SHAPES = {"square": (64, 64), "wide": (32, 128), "tall": (128, 32), "odd": (17, 53), "row": (1, 40)}
