@@ -322,8 +322,9 @@ def draw_curves(folder):
         for key in keys:
             if found := points("train", key):
                 axis.plot(*zip(*found), label=key.replace("_", " "), linewidth=1)
-        if keys == ["loss"] and (found := points("val", "loss")):
-            axis.plot(*zip(*found), "o-", markersize=3, label="validation")
+        for key, label in (("loss", "validation"), ("ema_loss", "of the average")) if keys == ["loss"] else ():
+            if found := points("val", key):
+                axis.plot(*zip(*found), "o-", markersize=3, label=label)
         if len(axis.lines) > 1:
             axis.legend(frameon=False)
         axis.set(title=title, xlabel="step")

@@ -29,6 +29,7 @@ from data import tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
 from data.tasks import open_tasks
 from data.vocabulary import open_tokenizer, require_vocabulary
+from ema import Average
 from errors import UserError
 from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
@@ -37,7 +38,8 @@ from kernels.cross_entropy import IGNORE
 from kernels.newton_schulz import newton_schulz
 from kernels.selfcheck import compile_ahead
 from model import build, count_parameters, flops_per_token, pick_device
-from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, schedule_factor
+from muon import Muon, local_rows, qk_clip_, schedule_factor
+from routes import route_parameters, routing_table
 
 
 def main(argv=None):
@@ -99,7 +101,7 @@ def train(argv, watch):
     for layer in model.layers:
         layer.recompute = config.activation_checkpointing
     heads = config.num_attention_heads if config.muon_per_head else 0
-    routes = route_parameters(model.named_parameters(), config.optimizer, heads)
+    routes = route_parameters(model.named_parameters(), config.optimizer, heads, config.lr_multipliers)
     memory.require(config, model, routes, layout, device)
     if memory.keeps_copies(config, layout, device):
         model.make_copies()
@@ -112,7 +114,8 @@ def train(argv, watch):
     first, read = tokens, manifest.get("read") or runs.data_read(manifest.get("stream", {}), tokens, {})
     spikes = guard.Spikes(config.spike_sigmas, manifest.get("losses", ()))
     state = checkpoint.named_tensors(model, optimizer)
-    parallel.once(runs.require_room, run, source, checkpoint.size(state), config.max_steps - start, config)
+    size = checkpoint.size(state) + bool(config.ema) * checkpoint.size(checkpoint.named_tensors(model))
+    parallel.once(runs.require_room, run, source, size, config.max_steps - start, config)
     if source is None:
         model.init_weights(config.seed, local_rows)
     elif checkpoint.has_optimizer(source):
@@ -123,6 +126,9 @@ def train(argv, watch):
     else:
         checkpoint.load(source, checkpoint.named_tensors(model))
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
+    average = Average(model, config.ema) if config.ema else None
+    if average and source:
+        average.load(source, manifest)
     parallel.once(run.mkdir, parents=True, exist_ok=True)
     parallel.once(watch.claim, run)  # if it is new
     run_id, aside = parallel.once(runs.open_run, run, source, start, changed, config, config_file, argv, encoder)
@@ -210,6 +216,8 @@ def train(argv, watch):
             parallel.scale_gradients(parameters, limit / loss_scale * fill)
             optimizer.begin_step()
             clipped = update()
+            if average:
+                average.update(optimizer.steps)
             skipped, good_steps = 0, good_steps + 1
             if config.dtype == "float16" and good_steps % 2000 == 0:
                 loss_scale *= 2
@@ -258,6 +266,10 @@ def train(argv, watch):
         validated = None
         if config.eval_interval and (save_now or step % config.eval_interval == 0) and not watch.agreed:
             validated = evaluate(model, validation, stream.starts, micro_batch_size, device, watch)
+        if validated and average:
+            with average.in_place():
+                found = evaluate(model, validation, stream.starts, micro_batch_size, device, watch)
+            validated["ema_loss"] = found and found["loss"]
         if validated:
             log.write("val", step, tokens=tokens, **validated)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
@@ -285,7 +297,10 @@ def train(argv, watch):
                      "tokenizer": tokenizer.fingerprint(encoder) if encoder else None, "torch": torch.__version__,
                      "loss_scale": [loss_scale, good_steps], "losses": list(spikes.losses), "places": places,
                      "config": dataclasses.asdict(config)}
-            saver.start(step, checkpoint.named_tensors(model, optimizer), about, (validated or {}).get("loss"))
+            tensors = checkpoint.named_tensors(model, optimizer)
+            if average:
+                tensors, about = tensors | average.tensors, about | {"ema_updates": average.updates}
+            saver.start(step, tensors, about, (validated or {}).get("loss"))
         final = last or bool(watch.agreed)
         report_save(saver.outcome(wait=final or not config.async_save), log, final)
         if watch.agreed and not last:
@@ -305,7 +320,8 @@ def make_optimizer(config, model, routes):
     """The Muon of a config's rates, momentum and Newton-Schulz."""
     ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
     return Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
-                config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes)
+                config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes,
+                variant=config.muon_variant)
 
 
 def wants_compile(config, device):

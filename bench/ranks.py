@@ -25,7 +25,8 @@ import guard
 import parallel
 import settings
 from model import build, pick_device
-from muon import Muon, local_rows, qk_clip_, route_parameters
+from muon import Muon, local_rows, qk_clip_
+from routes import route_parameters
 
 # torch 2.13 renamed two of them: both names, counted as one.
 COLLECTIVES = {"all_reduce": "all_reduce", "all_to_all_single": "all_to_all", "broadcast": "broadcast",
