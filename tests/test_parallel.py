@@ -73,7 +73,7 @@ def base(tmp_path_factory, data, pool):
         qk_clip_tau=0.1,  # low enough that heads are clipped all the time
         balance="quantile",
         router_z_loss=1e-3,
-        seed=2,  # one whose tokens never find two experts equal: there the last bits decide, which layouts may round
+        seed=6,  # one whose tokens never find two experts equal: there the last bits decide, which layouts may round
         lr_multipliers={"experts": 0.5, "embeddings": 2.0},
         ema=0.8,
     )
