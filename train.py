@@ -22,9 +22,11 @@ import errors
 import guard
 import memory
 import metrics
+import mtp
 import parallel
 import runs
 import settings
+from counting import count_parameters, flops_per_token
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
 from data.tasks import open_tasks
@@ -36,7 +38,7 @@ from kernels import graphs
 from kernels.cross_entropy import IGNORE
 from kernels.newton_schulz import newton_schulz
 from kernels.selfcheck import compile_ahead
-from model import build, count_parameters, flops_per_token, pick_device
+from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, schedule_factor
 
 
@@ -183,13 +185,14 @@ def train(argv, watch):
         # nothing.
         logged = step % config.log_interval == 0 or step in (start + 1, config.max_steps)
         model.reset_statistics(-math.inf if logged else config.qk_clip_tau)  # exact where it is told or acted on
-        sums, scale = torch.zeros(3, device=device), torch.tensor(loss_scale, device=device)
+        sums, scale = torch.zeros(3 + 2 * config.mtp_depth, device=device), torch.tensor(loss_scale, device=device)
+        mtp_weight = mtp.loss_weight(config, step, device)
         for micro in range(accumulation):
             wait_started = time.perf_counter()
             inputs, targets, places = next(batches)
             waited += time.perf_counter() - wait_started
             parallel.last_micro_batch(model, micro == accumulation - 1)
-            sums = sums + micro_batch(micro == 0, inputs, targets, stream.starts(inputs), scale)
+            sums = sums + micro_batch(micro == 0, inputs, targets, stream.starts(inputs), scale, mtp_weight)
 
         # What the ranks must agree on, in one small reduction a kind; the only wait for the device in a step.
         squared_norm = parallel.squared_norm(parameters, layout)
@@ -197,7 +200,7 @@ def train(argv, watch):
         agreed = parallel.add_up(torch.cat((sums, torch.stack((squared_norm, signal)))))
         parallel.largest(model.max_logits)
         parallel.add_up(model.expert_counts)
-        loss, balance, empty, squared_norm, watch.agreed = agreed.tolist()
+        loss, balance, empty, *ahead, squared_norm, watch.agreed = agreed.tolist()
         fill = tokens_per_step / max(tokens_per_step - empty, 1)  # 1, but where packing left places empty
         loss, norm = loss * fill, math.sqrt(squared_norm) / loss_scale * fill
 
@@ -239,13 +242,15 @@ def train(argv, watch):
         last = step == config.max_steps
         if logged or watch.agreed:
             speed = tokens_per_step * steps_timed / seconds
-            routing = metrics.expert_statistics(model.expert_counts, model.router_biases())
+            more = metrics.expert_statistics(model.expert_counts, model.router_biases())
+            if config.mtp_depth:
+                more["mtp_loss"] = ahead[0] / max(ahead[1], 1)
             record = log.write(
                 "train", step, tokens=tokens, loss=loss, aux_loss=balance, lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm, tokens_per_second=speed, mfu=flops * speed / peak if peak else None,
                 step_ms=1000 * seconds / steps_timed, memory_gib=metrics.memory_gib(device),
                 max_attention_logit=model.max_logits.max().item() if logged else None, qk_clipped_heads=int(clipped),
-                **routing)
+                **more)
             print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0 and not skipped)
@@ -307,15 +312,21 @@ def wants_compile(config, device):
     return config.compile or (config.compile is None and device.type == "cuda")
 
 
-def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale):
+def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale, mtp_weight=None):
     """One micro-batch: gradients of its share of the loss, times loss_scale. Returns (3,): its shares of the
-    cross-entropy and of the balance loss of the step, and how many of its places are empty."""
+    cross-entropy and of the balance loss of the step, and how many of its places are empty; with mtp_weight, a tensor,
+    (5,): the block's cross-entropy too, as a sum, and over how many targets. In the loss these are worth mtp_weight
+    times what others are."""
     n_tokens = config.global_batch_size * config.sequence_length
-    loss_sum, balance_sum = model(inputs, targets, first_BT=first_BT, scale=1 / n_tokens)
+    mtp_scale = None if mtp_weight is None else config.mtp_loss_weight / n_tokens
+    loss_sum, balance_sum, *ahead = model(inputs, targets, first_BT=first_BT, scale=1 / n_tokens, mtp_scale=mtp_scale)
     loss = loss_sum / n_tokens
     balance = balance_sum / config.global_batch_size
-    ((loss + config.aux_loss_alpha * balance) * loss_scale).backward()
-    return torch.stack((loss, balance, (targets == IGNORE).sum())).detach()
+    whole = loss + config.aux_loss_alpha * balance
+    if ahead:
+        whole = whole + mtp_weight * (ahead[0] / n_tokens)
+    (whole * loss_scale).backward()
+    return torch.stack((loss, balance, (targets == IGNORE).sum(), *ahead)).detach()
 
 
 def update_all(model, optimizer, config):

@@ -10,8 +10,9 @@ import torch
 import bench
 import settings
 from bench import arms, step, summary, training
+from counting import count_parameters, flops_per_token
 from errors import UserError
-from model import ModelConfig, count_parameters, flops_per_token
+from model import ModelConfig
 from tests.helpers import ROOT, TINY, make_config
 
 

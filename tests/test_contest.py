@@ -9,8 +9,8 @@ import torch
 
 import settings
 from bench import contest, learner, pairs, verdict
+from counting import flops_per_token
 from errors import UserError
-from model import flops_per_token
 from tests.helpers import ROOT, final_tensors, make_config, make_data, records, run_train
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "global_batch_size": 4, "micro_batch_size": 2, "max_steps": 12,
