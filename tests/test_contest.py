@@ -41,7 +41,7 @@ def make_learner(config, points, folder=None):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(qk_clip_tau=0.02), dict(optimizer="adamw", dtype="bfloat16", document_mask=True)])
+    dict(qk_clip_tau=0.02), dict(optimizer="adamw", dtype="bfloat16", document_mask=True, mtp_depth=1)])
 def test_a_learner_is_a_run_of_train_py(small, tmp_path, changes):
     words = [small, *(f"--{key}={value}" for key, value in changes.items())]
     run_train(*words, f"--out_dir={tmp_path / 'run'}", "--eval_interval=1")
