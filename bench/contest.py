@@ -1,7 +1,7 @@
 """Does it pay? Two ways to train (or a grid of them against one) on the same data in the same order from the same
 seeds, in turns in one process; then how many tokens, seconds and FLOPs the challenger needs to the baseline's loss.
 
-    python -m bench.contest moe-dense                       (also moe-gpt muon-adamw mla-mha clip mtp heads experts)
+    python -m bench.contest moe-dense                       (also moe-gpt muon-adamw mla-mha clip heads experts)
     python -m bench.contest configs/a.py configs/b.py       (a.py against b.py)
 
     --config=FILE   the config of a ready-made pair (configs/debug.py)    --key=value ...   settings of all arms

@@ -76,11 +76,6 @@ def clip(config):
             Arm("no clip", dataclasses.replace(config, optimizer="muon"))]
 
 
-def mtp(config):
-    """a block that learns to predict the token after the next against none; it costs FLOPs"""
-    return [Arm("mtp", dataclasses.replace(config, mtp_depth=1)), Arm("one token", config)]
-
-
 def heads(config):
     """twice the heads of half the width against the config's, in latent attention"""
     _require_mla(config)
@@ -98,7 +93,7 @@ def experts(config, grid=GRID):
 
 
 PAIRS = {function.__name__.replace("_", "-"): function
-         for function in (moe_dense, moe_gpt, muon_adamw, mla_mha, clip, mtp, heads, experts)}
+         for function in (moe_dense, moe_gpt, muon_adamw, mla_mha, clip, heads, experts)}
 
 
 def _cell(config, cell):
