@@ -20,7 +20,8 @@ from counting import count_parameters, flops_per_token
 from decoding import speculate
 from errors import UserError
 from kernels.cross_entropy import IGNORE
-from muon import qk_clip_, route_parameters
+from muon import qk_clip_
+from routes import route_parameters
 from tests.helpers import final_tensors, make_config, records, run_train, small_run, tiny_config, tiny_model, tokens
 
 # ---------------------------------------------------------------------- the loss, by hand
@@ -144,14 +145,16 @@ def trained_once(model, x, mode="none"):
         layer.recompute = mode
     loss, balance, second, _ = model(x[:, :-1], x[:, 1:], mtp_scale=1.0)
     (loss + balance + 0.3 * second).backward()
-    return [loss, balance, second, model.expert_counts, model.max_logits, *(p.grad for p in model.parameters())]
+    return [loss, balance, second, model.max_logits, *model.routing.buffers(), *(p.grad for p in model.parameters())]
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputation_changes_nothing_and_counts_once(mode):
-    plain, again = (trained_once(tiny_model(mtp_depth=1), tokens(3, 33), how) for how in ("none", mode))
+    options = dict(mtp_depth=1, balance="quantile", router_z_loss=0.1)
+    plain, again = (trained_once(tiny_model(**options), tokens(3, 33), how) for how in ("none", mode))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again, strict=True))
-    assert again[3].sum(1).tolist() == [3 * 32 * 2] * 3 and again[4].isfinite().all()
+    assert again[3].isfinite().all() and again[4].sum(1).tolist() == [3 * 32 * 2] * 3
+    assert again[5].sum(2).tolist() == [[3 * 32] * 8] * 3  # of every expert a needed bias for every token
 
 
 def test_micro_batches_add_up():
@@ -171,7 +174,8 @@ def test_without_mtp_scale_the_block_takes_no_part():
     for left, right in zip(model(x[:, :-1], x[:, 1:]), plain(x[:, :-1], x[:, 1:]), strict=True):
         assert torch.equal(left, right)
     assert torch.equal(model.eval()(x), plain.eval()(x))
-    assert torch.equal(model.expert_counts[:-1], plain.expert_counts) and not model.expert_counts[-1].any()
+    counts = model.routing.expert_counts
+    assert torch.equal(counts[:-1], plain.routing.expert_counts) and not counts[-1].any()
     assert torch.equal(model.max_logits[:-1], plain.max_logits) and model.max_logits[-1].isinf().all()
     model.train()(x[:, :-1], x[:, 1:])[0].backward()
     assert {name.split(".")[2] for name, p in model.named_parameters() if p.grad is None} == {"3"}
@@ -181,8 +185,8 @@ def test_router_balance_and_qk_clip_reach_the_block():
     model = tiny_model(mtp_depth=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained_once(model, tokens(3, 33))
-    assert model.router_biases().shape == (3, 8)
-    model.update_router_biases(0.1)
+    assert model.routing.biases().shape == (3, 8)
+    model.routing.balance_(0.1)
     assert qk_clip_(model.layers, model.max_logits, model.max_logits[-1].min().item() / 2) >= 4
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     expected = ("mlp.gate.e_score_correction_bias", "self_attn.q_proj.weight", "self_attn.kv_b_proj.weight")
