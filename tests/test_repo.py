@@ -94,8 +94,8 @@ def test_files_are_short_and_the_whole_is_small():
     lengths = {name: len(read_source(ROOT / name).splitlines()) for name in tracked if (ROOT / name).exists()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
     total = lambda *folders: sum(n for name, n in lengths.items() if name.startswith(folders))
-    assert sum(lengths.values()) - total("tests/", "bench/", "kernels/", "configs/") <= 8500
-    assert total("kernels/") <= 3640
+    assert sum(lengths.values()) - total("tests/", "bench/", "kernels/", "configs/") <= 9250
+    assert total("kernels/") <= 3720
 
 
 def test_triton_is_imported_only_when_a_kernel_runs():
