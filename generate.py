@@ -18,12 +18,12 @@ import checkpoint
 import errors
 import hf
 import sampling
-from config import model_config
 from data import tokenizer as tokenizers
 from errors import UserError
 from hf_weights import note, refuse_other_kinds
 from kernels import backend
 from model import build, pick_device
+from settings import model_config
 
 COMMANDS = "/reset forgets all, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help lists these"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from config import checked, model_config
 from data.convert import byte_letters, merge_parts
 from data.shards import read_json
 from data.tokenizer import end_of_text
@@ -17,6 +16,7 @@ from data.words import UNKNOWN, WORD, SentencePiece, Words
 from errors import UserError
 from hf_weights import Published, note, refuse_other_kinds
 from model import build
+from settings import checked, model_config
 
 # config.json fields with the same name and meaning on both sides
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",

@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import config as settings
 import errors
 import guard
 import memory
 import metrics
 import parallel
 import runs
+import settings
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
-from data.shards import read_meta
 from data.tasks import open_tasks
+from data.vocabulary import open_tokenizer, require_vocabulary
 from errors import UserError
 from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
@@ -294,37 +294,6 @@ def train(argv, watch):
 
 
 # ---------------------------------------------------------------------- the steps of main, in its order
-
-def open_tokenizer(config):
-    """The tokenizer of the data, or the one that the config names; they must be the same. None if neither is known."""
-    names = config.data if isinstance(config.data, dict) else [config.data]
-    folders = [name for name in names if not name.startswith("hf:")]
-    recorded = {folder: read_meta(folder).get("tokenizer_fingerprint") for folder in folders}
-    if config.tokenizer:
-        encoder = tokenizer.load(config.tokenizer)
-    else:
-        stored = next((Path(folder) / "tokenizer" for folder in folders if (Path(folder) / "tokenizer").is_dir()), None)
-        if stored is None:
-            print("the data names no tokenizer (set --tokenizer=...): no samples, no bits_per_byte, and generate.py "
-                  "will want one")
-            return None
-        encoder = tokenizer.load(stored)
-    for folder, known in recorded.items():
-        if known and known != tokenizer.fingerprint(encoder):
-            raise UserError(f"{folder} was made with another tokenizer than {config.tokenizer or 'the other folders'}: "
-                            "use the one it was made with, or prepare the data again")
-    for line in tokenizer.notes(encoder):
-        print(line)
-    return encoder
-
-
-def require_vocabulary(vocab_size, stream, validation, encoder):
-    """Refuse data and a tokenizer (or None) with token ids that a model of this vocab_size does not have."""
-    largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
-    if largest >= vocab_size:
-        raise UserError(f"vocab_size={vocab_size} is too small for token id {largest} of the data and its tokenizer: "
-                        f"set --vocab_size={largest + 1} or more")
-
 
 def make_optimizer(config, model, routes):
     """The Muon of a config's rates, momentum and Newton-Schulz."""

@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 
 import bench
-import config as settings
 import errors
 import guard
+import settings
 from bench import pairs, verdict
 from bench.learner import Learner, open_text, take_turns
 from data.shards import read_json

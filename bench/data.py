@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import bench
-import config as settings
 import errors
+import settings
 from data import prepare, sources, tokenizer
 from data.loader import TrainStream, prefetch
 from model import build

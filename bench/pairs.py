@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-import config as settings
+import settings
 from bench.arms import dense_twin, equal_flops, gpt_twin
 from config import Config
 from errors import UserError

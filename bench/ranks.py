@@ -21,9 +21,9 @@ from torch.distributed import _functional_collectives as functional
 
 import bench
 import checkpoint
-import config as settings
 import guard
 import parallel
+import settings
 from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_, route_parameters
 

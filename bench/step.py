@@ -23,9 +23,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import bench
-import config as settings
 import errors
 import parallel
+import settings
 from bench.arms import Nanok2, Transformers, dense_twin, described, gpt_twin, replaced
 from errors import said
 from kernels import attention, backend

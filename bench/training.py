@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 import bench
-import config as settings
 import errors
 import metrics
+import settings
 from bench.step import speeds
 from data.shards import Writer
 from errors import UserError

@@ -24,7 +24,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$
 export PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's option: else it dies of USR1
 
 # Refuses mistakes in the settings before any rank starts, and knows where the run will lie.
-about="$("$PYTHON" -m config "$@")" || exit 2
+about="$("$PYTHON" -m settings "$@")" || exit 2
 out="${about%$'\n'*}" start="${about##*$'\n'}"
 latest() { cat "$out/checkpoints/latest" 2>/dev/null; }
 mkdir -p "$(dirname "$out")" && launched="$(mktemp "$(dirname "$out")/.launched.XXXXXX")" || exit 2

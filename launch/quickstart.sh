@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install requirements.txt
 python="$VENV/bin/python"
 
-about="$("$python" -m config configs/debug.py "$@")"  # a mistake in the flags ends it here
+about="$("$python" -m settings configs/debug.py "$@")"  # a mistake in the flags ends it here
 out="${about%$'\n'*}"
 case " $* " in
     *" --data"*) prompts=("") ;;  # other text does not begin like Python

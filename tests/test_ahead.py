@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-import config as settings
+import settings
 from kernels import ahead, backend, selfcheck, tuning
 from tests.helpers import ROOT
 from tests.test_kernel_choice import leave_as_it_was, small_config  # noqa: F401  (a fixture)

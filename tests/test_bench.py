@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bench
-import config as settings
+import settings
 from bench import arms, step, summary, training
 from errors import UserError
 from model import ModelConfig, count_parameters, flops_per_token

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import config as settings
+import settings
 from kernels import backend
 from model import ModelConfig, build
 from tests.helpers import ROOT, tiny_config, tokens

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-import config as settings
+import settings
 from errors import UserError
 from model import count_parameters
 from tests.helpers import ROOT

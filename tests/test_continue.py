@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import config as settings
 import guard
+import settings
 from errors import UserError
 from tests.helpers import ROOT, losses, make_config, make_data, run_train
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import strategies as st
 
 import checkpoint
-import config as settings
 import generate
+import settings
 import train
 from data import tokenizer
 from data.shards import Writer

@@ -16,10 +16,10 @@ import torch
 from hypothesis import strategies as st
 
 import checkpoint
-import config as settings
 import export
 import generate
 import metrics
+import settings
 from data import tokenizer
 from data.loader import Windows
 from data.shards import Writer, open_split

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import checkpoint
-import config as settings
 import guard
 import parallel
+import settings
 import train
 from data import loader
 from errors import UserError

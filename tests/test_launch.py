@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import config as settings
+import settings
 from tests import forks
 from tests.attempts import words_of
 from tests.helpers import ROOT, assert_equal_runs, final_tensors, losses, make_config, run_script, run_train
@@ -261,7 +261,7 @@ def test_the_quickstart_samples_from_the_run_that_it_made(tmp_path, words, sampl
     out = next((word[10:] for word in words if word.startswith("--out_dir=")), "out/debug")
     (venv / "bin/python").write_text(
         f"""#!/usr/bin/env bash
-if [ "$2" = config ]; then exec {shlex.quote(sys.executable)} "$@"; fi
+if [ "$2" = settings ]; then exec {shlex.quote(sys.executable)} "$@"; fi
 for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; echo >> {shlex.quote(str(log))}
 """
     )

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import config as settings
 import memory
 import parallel
+import settings
 from errors import UserError
 from kernels import backend
 from layers import MLP, linear

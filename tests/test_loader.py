@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint
-import config as config_module
 import data.stream
 from data import sources, tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
@@ -25,6 +24,7 @@ from data.shards import Writer
 from errors import UserError
 from kernels.cross_entropy import IGNORE
 from model import ModelConfig, build
+from settings import load
 from tests.helpers import assert_equal_runs, make_data, records, run_script, run_train
 
 BYTES = tokenizer.load("bytes")
@@ -359,4 +359,4 @@ def test_more_than_four_epochs_are_warned_of(tmp_path, config, capsys):
     (["--packing=worst_fit"], "expected 'concat' or 'best_fit'")])
 def test_impossible_settings_are_refused(config, words, message):
     with pytest.raises(UserError, match=message):
-        config_module.load([config, *words])
+        load([config, *words])

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-import config as settings
 import memory
 import parallel
+import settings
 from errors import UserError
 from model import build
 from muon import Muon, route_parameters

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import config as run_settings
 from model import K2
 from muon import route_parameters
 from owners import BUCKET_ELEMENTS, Stack, make_plan
+from settings import load
 from tests.helpers import ROOT
 
 
@@ -23,7 +23,7 @@ def chunk(rows, parts, index):
 
 def stacks_of(path, ep=1):
     """The Muon matrices of a config, by name."""
-    config, _ = run_settings.load([str(ROOT / path)])
+    config, _ = load([str(ROOT / path)])
     with torch.device("meta"):
         model = K2(config)
     routes = route_parameters(model.named_parameters())

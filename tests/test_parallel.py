@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import checkpoint
-import config as settings
 import export
 import parallel
+import settings
 import train
 from errors import UserError
 from muon import Muon

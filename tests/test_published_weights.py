@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
-import config as settings
 import export
 import generate
 import hf
+import settings
 from data import tokenizer
 from errors import UserError
 from hf_weights import INDEX

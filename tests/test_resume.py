@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 import checkpoint
-import config as settings
 import export
 import generate
 import runs
+import settings
 from data import prepare
 from errors import STOPPED, UserError
 from model import ModelConfig, build

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import checkpoint
-import config as settings
 import generate
 import metrics
 import runs
+import settings
 from errors import UserError
 from tests.helpers import final_tensors, losses, records, run_train, small_run
 

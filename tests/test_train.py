@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import checkpoint
-import config as settings
+import settings
 import train
 from errors import UserError
 from model import K2
