@@ -79,7 +79,7 @@ def draw_routing(figure, tokens=6, experts=8, top_k=2, steps=200, rate=1e-2):
     logits_NE = torch.randn(tokens, experts, generator=generator) + lean_E
     weights_NK, chosen_NK, scores_NE = routing.choose(logits_NE, bias_E, top_k)
     left, right = figure.subplots(1, 2, width_ratios=(5, 4))
-    left.imshow(scores_NE + bias_E, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+    left.imshow((scores_NE + bias_E).numpy(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
     for n in range(tokens):
         for e in range(experts):
             left.text(e, n - 0.12, f"{scores_NE[n, e] + bias_E[e]:.2f}", ha="center", va="center")
