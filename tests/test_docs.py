@@ -108,6 +108,15 @@ def test_links_lead_somewhere(page):
             assert ((ROOT / page).parent / target).is_file(), f"{page}: {target}"
 
 
+def test_messages_of_the_troubleshooting_page_are_ours():
+    sources = "".join(map(read_source, SOURCES))
+    symptoms = "".join(re.findall(r"^\| (.*?) \|", PAGES["docs/troubleshooting.md"], re.M))
+    messages = re.findall(r"`([a-z][^`]* [^`]*)`", symptoms)
+    assert len(messages) > 7
+    for message in messages:
+        assert re.split(r" \d", message)[0] in sources, f"nothing says {message!r}"
+
+
 def test_every_page_is_in_the_readme():
     linked = set(re.findall(r"\]\(([^)\s]+\.md)\)", PAGES["README.md"]))
     assert linked == PAGES.keys() - {"README.md"}
