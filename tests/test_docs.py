@@ -117,6 +117,13 @@ def test_messages_of_the_troubleshooting_page_are_ours():
         assert re.split(r" \d", message)[0] in sources, f"nothing says {message!r}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_rows_of_tables_have_as_many_cells_as_their_heads(page):
+    for table in re.findall(r"(?:^\|.*\n)+", PAGES[page], re.M):
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        assert len(cells) > 2 and set(cells) == {cells[0]}, f"{page}: {table}"
+
+
 def test_every_page_is_in_the_readme():
     linked = set(re.findall(r"\]\(([^)\s]+\.md)\)", PAGES["README.md"]))
     assert linked == PAGES.keys() - {"README.md"}
