@@ -3,8 +3,10 @@ seeds, in turns in one process; then how many tokens, seconds and FLOPs the chal
 
     python -m bench.contest moe-dense                       (also moe-gpt muon-adamw mla-mha clip heads experts)
     python -m bench.contest configs/a.py configs/b.py       (a.py against b.py)
+    python -m bench.contest "muon_lr=2e-2 momentum=0.9" muon_lr=1e-2        (one config with other settings; the last
+                    is the baseline, the config as it is if there is only one)
 
-    --config=FILE   the config of a ready-made pair (configs/debug.py)    --key=value ...   settings of all arms
+    --config=FILE   the config of all but A.py B.py (configs/debug.py)    --key=value ...   settings of all arms
     --seeds=N       3: the config's seed and those that follow            --out=FOLDER      out/contest-PAIR
     --tokens=N      of every run (the config's max_steps)                 --overwrite       begin anew
     --seconds=N     of training instead, for every arm: its steps follow from its measured pace
@@ -78,9 +80,11 @@ def read_words(argv):
     if own["sweep"] and (own["sweep"] > 1 or "auto" not in rates_of(own["lr"])):
         raise UserError(f"--sweep={own['sweep']} is the share of --lr=auto: at most 1, and for nothing else")
     rates_of(own["lr"])
-    names, flags = settings.read_words(rest)
-    if own["config"] and len(names) == 2 or own["grid"] and names != ["experts"]:
-        raise UserError("--config is of ready-made pairs, --grid of the pair experts: what shall they be here?")
+    arms = [word for word in rest if pairs.is_changes(word)]
+    names, flags = settings.read_words(word for word in rest if word not in arms)
+    names += arms
+    if own["config"] and len(names) - len(arms) == 2 or own["grid"] and names != ["experts"]:
+        raise UserError("--config goes without A.py B.py, --grid with the pair experts: what shall they be here?")
     own |= {"config": own["config"] or CONFIG, "sweep": own["sweep"] or SWEEP}
     if refused := [name for name in flags if settings.FIELDS[name].metadata["group"] == "start" or name == "out_dir"]:
         raise UserError(f"--{refused[0]} is train.py's: a contest goes on by itself, and has --out and --overwrite")

@@ -1,9 +1,11 @@
 """Who meets whom in a contest: ready-made pairs of a config with what it is to be measured against, at equal FLOPs a
-token where the architectures differ, and any two config files. Next: contest.py.
+token where the architectures differ, any two config files, and one config with other settings. Next: contest.py.
 """
 
 import dataclasses
 import math
+import re
+import shlex
 from dataclasses import dataclass
 
 import settings
@@ -127,9 +129,13 @@ def _require_mla(config):
 # ----------------------------------------------------------------------------- from words
 
 def arms_of(names, path, flags, grid=None):
-    """(name of the pair, its arms, the baseline last) of the words PAIR, or A.py B.py, with the settings of the command
-    line; path: the config file of a ready-made pair."""
-    if len(names) == 2 and all(name.endswith(".py") for name in names):
+    """(name of the pair, its arms, the baseline last) of the words PAIR, or A.py B.py, or SETTING=VALUE ..., with the
+    settings of the command line; path: the config file of all but A.py B.py."""
+    if names and all(map(is_changes, names)):
+        arms = [Arm(name, _config(path, flags | _changes(name))) for name in names]
+        arms += [Arm("as it is", _config(path, flags))] if len(arms) == 1 else []
+        pair = "-".join(re.sub(r"\W+", "_", name).strip("_") for name in names)
+    elif len(names) == 2 and all(name.endswith(".py") for name in names):
         arms = [Arm(_stem(name), _config(name, flags)) for name in names]
         if arms[0].name == arms[1].name:
             arms = [Arm(name, arm.config) for name, arm in zip(names, arms)]
@@ -140,7 +146,8 @@ def arms_of(names, path, flags, grid=None):
         arms = experts(_config(path, flags), grid or GRID) if pair == "experts" else PAIRS[pair](_config(path, flags))
     else:
         known = "; ".join(f"{name}: {function.__doc__}" for name, function in PAIRS.items())
-        raise UserError(f"name a pair, or two config files, A.py B.py{f'; got {names}' if names else ''}. {known}")
+        raise UserError("name a pair, or two config files, A.py B.py, or what to change, SETTING=VALUE"
+                        f"{f'; got {names}' if names else ''}. {known}")
     baseline = arms[-1].config
     for arm in arms:
         arm.config.check()
@@ -149,6 +156,16 @@ def arms_of(names, path, flags, grid=None):
             raise UserError(f"{arm.name} and {arms[-1].name} differ in {', '.join(differing)}: both have to be the "
                             f"same, as with --{differing[0]}={getattr(baseline, differing[0])} on the line")
     return pair, arms
+
+
+def is_changes(word):
+    """Whether a word of the command line is an arm: settings to change, "muon_lr=2e-2 momentum=0.9"."""
+    return re.match(r"[a-z_]+=", word) is not None
+
+
+def _changes(name):
+    """{setting: value} of an arm's name."""
+    return settings.read_words(f"--{word}" for word in shlex.split(name))[1]
 
 
 def _sets(path, name):

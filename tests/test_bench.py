@@ -9,7 +9,8 @@ import torch
 
 import bench
 import settings
-from bench import arms, step, summary, training
+from bench import arms, contest, pairs, step, summary, training
+from config import Config
 from errors import UserError
 from model import ModelConfig, count_parameters, flops_per_token
 from tests.helpers import ROOT, TINY, make_config
@@ -100,6 +101,23 @@ def test_an_arm_updates_every_parameter(kind, tiny):
     assert not any(torch.equal(a, b) for a, b in zip(before, arm.model.parameters()))
     assert all(parameter.isfinite().all() for parameter in arm.model.parameters())
     assert list(map(len, arm.seconds.values())) == [1] * 5
+
+
+def test_arms_of_a_contest_that_are_settings():
+    debug = str(ROOT / "configs/debug.py")
+    words = ["muon_lr=2e-2 momentum=0.9", "data=data/book", "--seeds=1", "--config", debug, "--lr=as-is"]
+    own, names, flags, _ = contest.read_words(words)
+    assert names == words[:2] and own["seeds"] == 1 and not flags
+    pair, (first, last) = pairs.arms_of(["muon_lr=2e-2 momentum=0.9", "muon_lr=3e-3"], debug, {"seed": 5})
+    assert pair == "muon_lr_2e_2_momentum_0_9-muon_lr_3e_3" and first.name == "muon_lr=2e-2 momentum=0.9"
+    assert (first.config.muon_lr, first.config.momentum, first.config.seed) == (2e-2, 0.9, 5)
+    assert (last.config.muon_lr, last.config.momentum, last.config.seed) == (3e-3, 0.95, 5)
+    _, (_, unchanged) = pairs.arms_of(["seed=1"], debug, {})
+    assert unchanged.name == "as it is" and unchanged.config == Config(**settings.read_file(debug))
+    for name, message in (("momentun=1", "unknown setting 'momentun'"), ("seed=1 more", "unknown setting 'more'"),
+                          ("sequence_length=128", "differ in sequence_length")):
+        with pytest.raises(UserError, match=message):
+            pairs.arms_of([name], debug, {})
 
 
 @pytest.mark.slow

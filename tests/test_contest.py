@@ -360,7 +360,7 @@ def test_the_picture(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["moe-mamba"], "name a pair, or two config files, A.py B.py; got .'moe-mamba'.. moe-dense: .*; experts: "),
+    (["moe-mamba"], "name a pair, or two config files, A.py B.py, .*; got .'moe-mamba'.. moe-dense: .*; experts: "),
     ([], "name a pair"),
     (["moe-dense", "--hidden_sise=3"], "hidden_size"),
     (["moe-dense", "--seeds=many"], "--seeds=many must be a number"),
@@ -371,7 +371,7 @@ def test_the_picture(tmp_path):
     (["moe-dense", "--sweep=0.5", "--lr=as-is"], "is the share of --lr=auto"),
     (["moe-dense", "--lr=1e-2,-1"], "--lr=1e-2,-1 must be auto, as-is, or two of these"),
     (["moe-dense", "--lr=1e-2"], "--lr=1e-2 must be auto, as-is, or two of these"),
-    (["moe-dense", "--grid=8:2:0"], "--grid of the pair experts"),
+    (["moe-dense", "--grid=8:2:0"], "--grid with the pair experts"),
     (["moe-dense", "--resume=out/x"], "--resume is train.py's"),
     (["moe-dense", "--n_routed_experts=0"], "it has no experts"),
     (["mla-mha", "--attention=mha"], "no latent attention"),
