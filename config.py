@@ -36,6 +36,8 @@ class Config(ModelConfig):
     optimizer: Literal["muonclip", "muon", "adamw"] = setting("muonclip", "muonclip is muon with QK-clip", "optimizer")
     muon_lr: float = setting(2e-3, "peak learning rate of the matrices", "optimizer")
     adamw_lr: float | None = setting(None, "peak rate of AdamW's parameters; None: muon_lr", "optimizer")
+    lr_multipliers: dict = setting(
+        (), "of learning rates, and so of decay: {'experts': 0.5}; also router, embeddings, head", "optimizer")
     momentum: float = setting(0.95, "Muon's moving average", "optimizer")
     nesterov: bool = setting(True, "Muon looks ahead by its momentum", "optimizer")
     weight_decay: float = setting(
@@ -45,10 +47,16 @@ class Config(ModelConfig):
         "auto", "Newton-Schulz compute type; auto: float32 in float32 runs, else bfloat16", "optimizer")
     ns_coefficients: Literal["jordan", "you", "polar_express"] = setting(
         "jordan", "Newton-Schulz polynomial", "optimizer")
+    muon_variant: Literal["muon", "normuon", "muoneq_r"] = setting(
+        "muon", "normuon: rows of an update by their second moment; muoneq_r: rows of one length before Newton-Schulz",
+        "optimizer")
+    ema: float = setting(
+        0.0, "decay of an average of the weights in host memory, validated and saved with them, for --checkpoint=ema; "
+        "0: none", "optimizer")
     muon_per_head: bool = setting(False, "orthogonalise q and kv up-projections head by head", "optimizer")
     qk_clip_tau: float = setting(100.0, "largest attention logit that QK-clip allows", "optimizer")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", "optimizer")
-    bias_update_rate: float = setting(1e-3, "step of the router bias; 0 freezes it", "optimizer")
+    bias_update_rate: float = setting(1e-3, "step of the router bias with balance=sign; 0 freezes it", "optimizer")
     # ---- schedule
     schedule: Literal["wsd", "cosine", "constant"] = setting("wsd", "wsd: warm-up, stable, linear decay", "schedule")
     warmup_steps: int = setting(100, "linear warm-up; step 1 already learns", "schedule")
@@ -118,6 +126,7 @@ class Config(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         self.sample_prompts, self.eval_tasks = list(self.sample_prompts), list(self.eval_tasks)
+        self.lr_multipliers = dict(self.lr_multipliers)
 
     def router_is_idle(self):
         """Whether the only weight that a token's expert has is always 1; a new run is refused then."""
@@ -131,7 +140,7 @@ class Config(ModelConfig):
                     "eval_batches", "eval_task_items")
         not_negative = ("warmup_steps", "decay_steps", "eval_interval", "save_interval", "sample_interval", "seed",
                         "muon_lr", "adamw_lr", "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio",
-                        "z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences")
+                        "z_loss", "router_z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences")
         for name in (*positive, *not_negative):
             value, floor = getattr(self, name), int(name in positive)
             if value is not None and value < floor:
@@ -143,6 +152,7 @@ class Config(ModelConfig):
                  f"sequence_length={self.sequence_length} exceeds "
                  f"max_position_embeddings={self.max_position_embeddings}"),
                 (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
+                (0 <= self.ema < 1, f"ema={self.ema} must lie in [0, 1)"),
                 (self.resume or not self.router_is_idle(), "num_experts_per_tok=1 with norm_topk_prob: a weight that "
                  "is always 1 teaches the router nothing: set --no-norm_topk_prob, or choose two experts or more"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
@@ -151,6 +161,9 @@ class Config(ModelConfig):
                 (not isinstance(self.data, dict) or all(
                     type(f) is str and type(w) in (int, float) and 0 < w < 2**63 for f, w in self.data.items()),
                  "data: expected {folder: weight} with weights above 0"),
+                (all(type(name) is str and type(by) in (int, float) and 0 <= by < 2**63
+                     for name, by in self.lr_multipliers.items()),
+                 f"lr_multipliers={self.lr_multipliers}: expected {{name: factor}}, as in {{'experts': 0.5}}"),
                 (not streamed or self.tokenizer, f"data={streamed} is tokenised here: set --tokenizer, as in gpt2"),
                 (not streamed or self.packing == "concat",
                  f"packing='best_fit' needs folders of shards: prepare {streamed}, or set --packing=concat"),

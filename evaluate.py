@@ -227,7 +227,7 @@ def parse(argv):
     parser.add_argument("--limit", type=int, help="at most so many items of a task, and sequences of the data")
     parser.add_argument("--json", help="a file to write all figures to")
     parser.add_argument("--batch_tokens", type=int, help=f"tokens of one forward; not given: at most {TOKENS:,}")
-    parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
+    parser.add_argument("--checkpoint", choices=["latest", "best", "ema"], default="latest")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(argv)
@@ -244,9 +244,9 @@ def main(argv=None):
     tasks = open_tasks(args.tasks.split(",") if args.tasks else [], args.limit, encoder, context)
     published = hf.is_hf(Path(args.model))
     manifest = {} if published else checkpoint.read_manifest(checkpoint.find(args.model, args.checkpoint))
-    report = {"model": args.model, "step": manifest.get("step"), "context": context, "limit": args.limit,
-              "device": str(model.lm_head.weight.device), "dtype": args.dtype, "torch": torch.__version__,
-              "python": platform.python_version()}
+    report = {"model": args.model, "checkpoint": args.checkpoint, "step": manifest.get("step"), "context": context,
+              "limit": args.limit, "device": str(model.lm_head.weight.device), "dtype": args.dtype,
+              "torch": torch.__version__, "python": platform.python_version()}
     if args.data or not (args.text or tasks):
         if not args.data and published:
             raise UserError(f"{args.model} does not say what it was trained on: give --data, --text or --tasks")

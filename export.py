@@ -143,7 +143,7 @@ def main(argv=None):
     parser.add_argument("source", help="run or step folder; with --reverse a Hugging Face directory")
     parser.add_argument("target", help="the folder to write")
     parser.add_argument("--reverse", action="store_true", help="from Hugging Face to a run folder")
-    parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
+    parser.add_argument("--checkpoint", choices=["latest", "best", "ema"], default="latest")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     args = parser.parse_args(argv)
     if args.reverse:

@@ -29,13 +29,13 @@ COMMANDS = "/reset forgets all, /quit or Ctrl-D ends, Ctrl-C stops an answer, /h
 
 
 def load(path, device="auto", dtype="float32", which="latest"):
-    """(model, tokenizer) in evaluation mode. which: "latest" or "best", for a run folder. The tokenizer is one of
-    data/tokenizer.py, or None if the folder has none."""
+    """(model, tokenizer) in evaluation mode. which: "latest" or "best", for a run folder; "ema": the
+    average of the weights, of the latest. The tokenizer is one of data/tokenizer.py, or None if the folder has none."""
     path, device = Path(path), pick_device(device)
     if not path.is_dir():
         raise UserError(f"no folder {path}: give a run folder (out/debug), a step folder or an exported directory")
     published, step = hf.is_hf(path), checkpoint.STEP.search(path.name)
-    if which != "latest" and (published or step):
+    if which != "latest" and (published or step and which == "best"):
         raise UserError(f"{path} holds one model, no {which} one: leave --checkpoint out, or name a run folder")
     if published:
         model = hf.load_model(path, device)
@@ -46,7 +46,11 @@ def load(path, device="auto", dtype="float32", which="latest"):
         step_folder = checkpoint.find(path, which)
         manifest = checkpoint.read_manifest(step_folder)
         model = build(model_config(manifest["config"], f"in {manifest.path}"), device)
-        checkpoint.load(step_folder, checkpoint.named_tensors(model))
+        if which == "ema" and "ema_updates" not in manifest:
+            raise UserError(f"{step_folder} has no average of the weights, as --ema=0.999 keeps one in a training: "
+                            "leave --checkpoint out")
+        kind = "ema" if which == "ema" else "model"
+        checkpoint.load(step_folder, {f"{kind}.{name}": tensor for name, tensor in model.state_dict().items()})
         folder = step_folder.parent.parent / "tokenizer"
         encoder = tokenizers.load(folder) if folder.is_dir() else None
     model.compute_dtype = getattr(torch, dtype)
@@ -123,7 +127,7 @@ def parse(argv):
     parser.add_argument("--stream", action="store_true", help="print every token as it comes")
     parser.add_argument("--chat", action="store_true", help="type texts, let the model continue; /reset, /quit")
     parser.add_argument("--no_cache", action="store_true", help="recompute the whole context for every token")
-    parser.add_argument("--checkpoint", choices=["latest", "best"], default="latest")
+    parser.add_argument("--checkpoint", choices=["latest", "best", "ema"], default="latest")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(argv)

@@ -132,8 +132,9 @@ def needed(config, model, routes, layout, device, size, forwards):
     elif dtype.itemsize < 4:  # rounded weights are kept for the backward
         once = config.activation_checkpointing == "full"  # one block's at a time
         computing += copies or dtype.itemsize * (max(blocks) if once else sum(blocks))
-    copy = parameters + state if config.async_save and device.type == "cpu" else 0
-    return parameters + state + max(updating, computing) + copy + PYTORCH
+    average = parameters * bool(config.ema)
+    copy = parameters + state + average if config.async_save and device.type == "cpu" else 0
+    return parameters + state + average + max(updating, computing) + copy + PYTORCH
 
 
 def activations(config, dtype, device):

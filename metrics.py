@@ -229,6 +229,39 @@ def expert_statistics(counts_LE, biases_LE):
             "dead_experts": int((counts_LE == 0).sum()), "router_bias_std": biases_LE.std(-1).mean().item()}
 
 
+STEADY = 50  # steps in a row after which something is no accident
+LEVERS = {
+    "none": "--balance=quantile evens the load out",
+    "sign": "--balance=quantile evens the load out, or a larger --bias_update_rate sooner",
+    "quantile": "scores near 0 or 1 leave a bias nothing to choose by: try a lower --muon_lr, or --router_z_loss=1e-3"}
+
+
+class RoutingAlarm:
+    """Experts of a layer that stay without tokens, and an expert that takes more than half of all tokens, for STEADY
+    steps in a row: each is told once, until it is over. Counted on the device in every step and looked at where a
+    record is made; a start begins anew. Where an even load is half of all tokens already, only the first is told."""
+
+    def __init__(self, config):
+        self.config, self.steps_2LE, self.told = config, 0, set()
+
+    def count(self, counts_LE):
+        """Add a step, by its token counts of the whole global batch."""
+        E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
+        crowded_LE = (2 * K * counts_LE > counts_LE.sum(-1, keepdim=True)) & (2 * K < E)
+        self.steps_2LE = (self.steps_2LE + 1) * torch.stack((counts_LE == 0, crowded_LE))
+
+    def raised(self):
+        """The fields of every event that is new."""
+        found = {}
+        for kind, layer, expert in (self.steps_2LE >= STEADY).nonzero().tolist():
+            found.setdefault((kind, layer), []).append(expert)
+        new = [{"layer": self.config.first_k_dense_replace + layer, "experts": experts, "steps": STEADY,
+                "trouble": ("no tokens", "more than half of all tokens")[kind], "lever": LEVERS[self.config.balance]}
+               for (kind, layer), experts in found.items() if (kind, layer) not in self.told]
+        self.told = set(found)
+        return new
+
+
 # ----------------------------------------------------------------------------- W&B
 
 def require_wandb(config):
@@ -289,8 +322,9 @@ def draw_curves(folder):
         for key in keys:
             if found := points("train", key):
                 axis.plot(*zip(*found), label=key.replace("_", " "), linewidth=1)
-        if keys == ["loss"] and (found := points("val", "loss")):
-            axis.plot(*zip(*found), "o-", markersize=3, label="validation")
+        for key, label in (("loss", "validation"), ("ema_loss", "of the average")) if keys == ["loss"] else ():
+            if found := points("val", key):
+                axis.plot(*zip(*found), "o-", markersize=3, label=label)
         if len(axis.lines) > 1:
             axis.legend(frameon=False)
         axis.set(title=title, xlabel="step")

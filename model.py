@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils import checkpoint
 
 from errors import UserError
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from layers import MLP, Linear, RMSNorm, WeightCopies
 from mla import MHA, MLA, Cache, rope_frequencies
-from moe import Experts, MoE, Router, default_scaling_factor, keep_gradients
+from moe import Experts, MoE, Router, Routing, default_scaling_factor, keep_gradients
 from sampling import next_token
 
 
@@ -65,6 +65,10 @@ class ModelConfig:
     initializer_range: float = setting(0.02, "standard deviation of the initial weights")
     aux_loss_alpha: float = setting(1e-4, "weight of the sequence-wise balance loss")
     z_loss: float = setting(0.0, "weight of the logits' squared log-sum-exp, in the gradient only; 0: none, as K2")
+    router_z_loss: float = setting(0.0, "the same of the routers' logits, in the gradient only too; 0: none")
+    balance: Literal["quantile", "sign", "none"] = setting(
+        "sign", "how a router's bias evens out the load: quantile: solved anew in every step (Kimi K3); sign: by steps "
+        "of bias_update_rate (DeepSeek-V3); none: it stays")
 
     def __post_init__(self):
         if self.routed_scaling_factor is None and 0 < self.num_experts_per_tok <= self.n_routed_experts <= MOST_EXPERTS:
@@ -96,6 +100,8 @@ class ModelConfig:
                 (E == 0 or self.topk_group <= G, f"topk_group={self.topk_group} must be at most n_group={G}"),
                 (E == 0 or K <= E // G * self.topk_group, f"topk_group={self.topk_group} groups hold "
                  f"{E // G * self.topk_group} experts, too few for num_experts_per_tok={K}"),
+                (E == 0 or self.balance != "quantile" or K < E // G * self.topk_group, "balance='quantile' needs "
+                 f"an expert that is not chosen, but num_experts_per_tok={K} chooses all: set --balance=sign"),
                 (0 <= self.first_k_dense_replace <= self.num_hidden_layers,
                  "first_k_dense_replace must lie in 0..num_hidden_layers")):
             if not ok:
@@ -143,7 +149,7 @@ class Block(nn.Module):
         if c.is_moe_layer(index):
             self.mlp = MoE(
                 Router(c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group,
-                       c.norm_topk_prob, c.routed_scaling_factor),
+                       c.norm_topk_prob, c.routed_scaling_factor, c.balance, c.router_z_loss > 0),
                 Experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size),
                 MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts) if c.n_shared_experts else None)
         else:
@@ -151,23 +157,23 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None):
-        """Returns x_BTD, max_H, balance, counts_E; the last two are None in a dense block."""
+    def forward(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None, real_BT=None):
+        """Returns x_BTD, max_H, and the Routed of an MoE block or None. real_BT: see Router.forward."""
         if self.recompute == "none" or not self.training or cache_BSW is not None:
-            return self.compute(x_BTD, rope, cache_BSW, start, first_BT)
+            return self.compute(x_BTD, rope, cache_BSW, start, first_BT, real_BT)
         # Inside the block, so that a compiled block knows of it. "selective" keeps the matmul results.
         kept = {"context_fn": KEEP_MATMULS} if self.recompute == "selective" else {}
-        return checkpoint.checkpoint(self.compute, x_BTD, rope, None, 0, first_BT, use_reentrant=False,
+        return checkpoint.checkpoint(self.compute, x_BTD, rope, None, 0, first_BT, real_BT, use_reentrant=False,
                                      preserve_rng_state=False, **kept)  # nothing here is random
 
-    def compute(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None):
+    def compute(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None, real_BT=None):
         attended, max_H = self.self_attn(self.input_layernorm(x_BTD), rope, cache_BSW, start, first_BT)
         x_BTD = x_BTD + attended
         hidden = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            x_BTD, balance, counts_E = self.mlp(hidden, x_BTD)
-            return x_BTD, max_H, balance, counts_E
-        return x_BTD + self.mlp(hidden), max_H, None, None
+            x_BTD, routed = self.mlp(hidden, x_BTD, real_BT)
+            return x_BTD, max_H, routed
+        return x_BTD + self.mlp(hidden), max_H, None
 
 
 # ----------------------------------------------------------------------------- the transformer
@@ -175,8 +181,8 @@ class Block(nn.Module):
 class K2(nn.Module):
     """The transformer. Build it on any device, or on meta, then call init_weights(seed) or load a checkpoint.
 
-    compute_dtype is the dtype of the residual stream; parameters stay in fp32. In training, forward adds to two running
-    statistics that the optimizer step reads and clears: expert_counts (MoE layers, E) and max_logits (layers, H).
+    compute_dtype is the dtype of the residual stream; parameters stay in fp32. In training, forward adds to running
+    statistics that the optimizer step reads and clears: routing (see moe.Routing) and max_logits (layers, H).
     """
 
     def __init__(self, config):
@@ -189,9 +195,9 @@ class K2(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        n_moe = sum(config.is_moe_layer(index) for index in range(config.num_hidden_layers))
-        counts, maxima = (n_moe, config.n_routed_experts), (config.num_hidden_layers, config.num_attention_heads)
-        self.register_buffer("expert_counts", torch.zeros(counts, dtype=torch.int64), persistent=False)
+        routers = [layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, MoE)]
+        self.routing = Routing(routers, config.n_routed_experts, config.balance)
+        maxima = (config.num_hidden_layers, config.num_attention_heads)
         self.register_buffer("max_logits", torch.full(maxima, float("-inf")), persistent=False)
 
     @property
@@ -211,27 +217,29 @@ class K2(nn.Module):
         start = cache.length if cache is not None else 0
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         rope = self.rope(start, tokens_BT.shape[1], 0 if first_BT is None else first_BT)
-        maxima, balances, counts = [], [], []
+        real_BT = None if targets_BT is None else targets_BT != IGNORE  # places left empty are routed, but no tokens
+        maxima, routed = [], []
         for index, layer in enumerate(self.layers):
             past = None if cache is None else cache.layers[index]
-            x_BTD, max_H, balance, counts_E = layer(x_BTD, rope, past, start, first_BT)
+            x_BTD, max_H, told = layer(x_BTD, rope, past, start, first_BT, real_BT)
             maxima.append(max_H)
-            if counts_E is not None:
-                balances.append(balance)
-                counts.append(counts_E)
+            if told is not None:
+                routed.append(told)
         x_BTD = self.model.norm(x_BTD)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         if targets_BT is None:
             return self.lm_head(x_BTD).float()
+        loss_sum = linear_cross_entropy(
+            x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.config.z_loss, scale)
         if self.training:
             with torch.no_grad():
                 self.max_logits.copy_(torch.maximum(self.max_logits, torch.stack(maxima)))
-                if counts:
-                    self.expert_counts += torch.stack(counts)
-        loss_sum = linear_cross_entropy(
-            x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.config.z_loss, scale)
-        return loss_sum, sum(balances, torch.zeros_like(loss_sum))
+            self.routing.add(routed)
+            if self.config.router_z_loss and routed:
+                z = self.config.router_z_loss * sum(r.z for r in routed)
+                loss_sum = loss_sum + (z - z.detach())
+        return loss_sum, sum((r.balance for r in routed), torch.zeros_like(loss_sum))
 
     def make_copies(self):
         """Keep the blocks' matrices in compute_dtype too, from the next forward on: it saves every later micro-batch of
@@ -264,21 +272,10 @@ class K2(nn.Module):
     @torch.no_grad()
     def reset_statistics(self, exact_above=float("-inf")):
         """exact_above: until the next reset, max_logits must be exact above it and may be bounds below."""
-        self.expert_counts.zero_()
+        self.routing.clear()
         self.max_logits.fill_(float("-inf"))
         for layer in self.layers:
             layer.self_attn.exact_above.fill_(exact_above)
-
-    def update_router_biases(self, rate):
-        """One balancing step of every router from the counts gathered since the last reset."""
-        moes = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
-        for moe, counts_E in zip(moes, self.expert_counts):
-            moe.gate.update_bias_(counts_E, rate)
-
-    def router_biases(self):
-        """The routers' selection biases, (MoE layers, E)."""
-        biases = [layer.mlp.gate.e_score_correction_bias for layer in self.layers if isinstance(layer.mlp, MoE)]
-        return torch.stack(biases) if biases else torch.empty(0, 0)
 
     @torch.no_grad()
     def init_weights(self, seed, local_rows=lambda tensor: (tensor, 0)):

@@ -7,11 +7,12 @@ Shapes: B batch, T positions, N = B*T tokens, D model width, E routed experts, K
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kernels import backend, routing
+from kernels import backend, quantile, routing
 from kernels import experts as expert_kernels
 
 
@@ -25,21 +26,38 @@ def default_scaling_factor(n_experts, top_k):
     return round(float((1 / shares.pow(2).sum(-1).sqrt()).mean()), 3)
 
 
+class Routed(NamedTuple):
+    """What a router tells of the tokens of a forward beside their experts. It is returned and added up outside of the
+    blocks, so that recomputing a block cannot count a token twice."""
+    balance: Tensor  # the balance loss summed over the sequences, unweighted
+    counts_E: Tensor  # int64: how often each expert was chosen
+    z: Tensor | None  # the z-loss summed over the tokens, unweighted; if the router has one
+    histogram_EC: Tensor | None  # see kernels/quantile.py; of a router balanced by quantiles
+
+
 class Router(nn.Module):
     """Scores every token against every expert in fp32 and picks top_k. The bias steers the selection, has no gradient,
-    and is moved by update_bias_ once per optimizer step."""
+    and is moved once per optimizer step: by update_bias_ or, with balance="quantile", by solve_bias_."""
 
     def __init__(self, hidden_size, n_routed_experts, num_experts_per_tok, n_group, topk_group, norm_topk_prob,
-                 routed_scaling_factor):
+                 routed_scaling_factor, balance="sign", z_loss=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(n_routed_experts, dtype=torch.float32))
         self.options = (num_experts_per_tok, n_group, topk_group, norm_topk_prob, routed_scaling_factor)
+        self.balance, self.z_loss = balance, z_loss
 
-    def forward(self, x_ND, batch_size=1):
-        """weights_NK, experts_NK, the balance loss summed over batch_size sequences, counts_E: see routing.route."""
-        logits_NE = routing.router_logits(x_ND, self.weight)
-        return routing.route(logits_NE, self.e_score_correction_bias, batch_size, *self.options)
+    def forward(self, x_ND, batch_size=1, real_N=None):
+        """weights_NK, experts_NK (see routing.route), and the Routed of batch_size sequences: real_N says which tokens
+        its last two are about, None: all."""
+        logits_NE, bias_E = routing.router_logits(x_ND, self.weight), self.e_score_correction_bias
+        weights_NK, experts_NK, balance, counts_E = routing.route(logits_NE, bias_E, batch_size, *self.options)
+        z = routing.z_loss(logits_NE, real_N) if self.training and self.z_loss else None
+        histogram_EC = None
+        if self.training and self.balance == "quantile":
+            needed_NE = quantile.needed_biases(logits_NE, bias_E, experts_NK, *self.options[1:3])
+            histogram_EC = quantile.histogram(needed_NE, bias_E, real_N)
+        return weights_NK, experts_NK, Routed(balance, counts_E, z, histogram_EC)
 
     @torch.no_grad()
     def update_bias_(self, counts_E, rate):
@@ -48,6 +66,50 @@ class Router(nn.Module):
         counts_E = counts_E.float()
         sign_E = (counts_E.mean() - counts_E).sign()
         self.e_score_correction_bias += rate * (sign_E - sign_E.mean())
+
+    def solve_bias_(self, histogram_EC):
+        """Quantile balancing, from the histogram (int64) of the whole global batch: see kernels/quantile.py."""
+        self.e_score_correction_bias.copy_(quantile.solve(histogram_EC, self.e_score_correction_bias, self.options[0]))
+
+
+class Routing(nn.Module):
+    """What all routers of a model told since the last clear(), which is what it takes to balance them: expert_counts
+    (L, E) and histograms (L, E, C; none unless balance="quantile"), both int64, and z, the z-losses of all. L: MoE
+    layers."""
+
+    def __init__(self, routers, n_experts, balance):
+        super().__init__()
+        self.routers, self.balance = list(routers), balance
+        shape = (len(routers), n_experts)
+        self.register_buffer("expert_counts", torch.zeros(shape, dtype=torch.int64), persistent=False)
+        shape = (len(routers) * (balance == "quantile"), n_experts, quantile.BINS)
+        self.register_buffer("histograms", torch.zeros(shape, dtype=torch.int64), persistent=False)
+        self.register_buffer("z", torch.zeros(()), persistent=False)
+
+    def clear(self):
+        for total in self.buffers():
+            total.zero_()
+
+    @torch.no_grad()
+    def add(self, routed):
+        """Add what the routers told of a forward, the Routed of each, or of the first ones."""
+        if routed:
+            self.expert_counts[:len(routed)] += torch.stack([r.counts_E for r in routed])
+        for total_EC, r in zip(self.histograms, routed):
+            total_EC += r.histogram_EC
+        self.z += sum(r.z for r in routed if r.z is not None)
+
+    def balance_(self, rate):
+        """One balancing step of every router, from what has been added; rate is for balance="sign"."""
+        for router, counts_E in zip(self.routers, self.expert_counts if self.balance == "sign" else ()):
+            router.update_bias_(counts_E, rate)
+        for router, histogram_EC in zip(self.routers, self.histograms):
+            router.solve_bias_(histogram_EC)
+
+    def biases(self):
+        """The selection biases, (L, E)."""
+        biases = [router.e_score_correction_bias for router in self.routers]
+        return torch.stack(biases) if biases else torch.empty(0, 0)
 
 
 class Experts(nn.Module):
@@ -121,16 +183,15 @@ class MoE(nn.Module):
         self.gate, self.experts, self.shared_experts = router, experts, shared_experts
         self.dispatch = LocalDispatch()
 
-    def forward(self, x_BTD, residual_BTD=None):
-        """Returns y_BTD, plus the residual if given; the sequence balance loss summed over the batch (unweighted); and
-        counts_E (int64), not accumulated here, so that recomputing a block cannot count a token twice.
+    def forward(self, x_BTD, residual_BTD=None, real_BT=None):
+        """Returns y_BTD, plus the residual if given, and the router's Routed; real_BT: see Router.forward.
 
         The experts' operator takes the residual as it is, not as a view: torch.compile then keeps it for the backward,
         where it would otherwise add up its parts again in every kernel that wants it.
         """
         x_ND = x_BTD.flatten(0, 1)
-        weights_NK, experts_NK, balance, counts_E = self.gate(x_ND, x_BTD.shape[0])
-        return self.compute(x_ND, weights_NK, experts_NK, residual_BTD).view_as(x_BTD), balance, counts_E
+        weights_NK, experts_NK, routed = self.gate(x_ND, len(x_BTD), None if real_BT is None else real_BT.flatten())
+        return self.compute(x_ND, weights_NK, experts_NK, residual_BTD).view_as(x_BTD), routed
 
     def compute(self, x_ND, weights_NK, experts_NK, residual_BTD):
         """The experts' part, between the router's choice and the result."""

@@ -5,91 +5,38 @@ scaled to AdamW's typical size, 0.2 * sqrt(max(rows, cols)) (Moonlight, arXiv 25
 halves share a learning rate. QK-clip rescales the attention heads whose logits grew too large (Kimi K2, arXiv
 2507.20534, section 2.1).
 
-Every parameter is routed by name, exactly once; a name that no route knows is an error. A parameter of several logical
-matrices (experts, gate above up, heads) is orthogonalised matrix by matrix, batched over everything of the same shape.
+A parameter of several logical matrices (experts, gate above up, heads; routes.py says which) is orthogonalised matrix
+by matrix, batched over everything of the same shape.
 An expert without tokens keeps moving along its decaying momentum: Newton-Schulz has no sense of scale. For the same
 reason rounding noise must not get into the momentum: it would move a matrix as far as any gradient (NOISE).
 
 Over many ranks every rank keeps the momentum of its own rows; the rows of a matrix meet at its owner (owners.py), which
 orthogonalises it and sends the update back, in buckets that travel while others are computed. One rank is the same code
 with nothing to send.
-Next: owners.py, kernels/newton_schulz.py.
+Next: routes.py, owners.py, kernels/newton_schulz.py.
 """
 
 import collections
 import functools
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from errors import UserError
 from kernels import momentum
 from kernels.newton_schulz import newton_schulz, newton_schulz_replayed
+from muon_variants import equilibrate_rows_, normalise_rows_
 from owners import BUCKET_ELEMENTS, Job, Stack, make_plan
-
-# name ending -> (optimizer, how a parameter splits into logical matrices along its rows)
-ROUTES = {
-    "embed_tokens.weight": ("adamw", None),
-    "lm_head.weight": ("adamw", None),
-    "norm.weight": ("adamw", None),
-    "gate.weight": ("muon", "whole"),
-    "experts.gate_up_proj": ("muon", "halves"),
-    "experts.down_proj": ("muon", "whole"),
-    "q_proj.weight": ("muon", "heads"),
-    "q_b_proj.weight": ("muon", "heads"),
-    "kv_b_proj.weight": ("muon", "heads"),
-    "_proj.weight": ("muon", "whole"),
-    "kv_a_proj_with_mqa.weight": ("muon", "whole"),
-}
+from routes import route_parameters
 
 # A matrix whose gradient's root mean square is below this share of that over all of Muon's matrices has no gradient but
 # rounding noise, and counts as having none. Measured on configs/debug.py, 16 to 128 experts, 1 to 16 sequences a step:
 # where the exact gradient is zero (the router of a model with one expert a token, normalised) rounding leaves 1e-10 to
 # 2e-8; the smallest true ones, of experts that saw a token or two, have 7e-4.
 NOISE = 1e-6
-
-
-@dataclass(frozen=True)
-class Route:
-    """Which half of the optimizer owns a parameter; for Muon, the rows of one logical matrix (the parameter is viewed
-    as a stack of rows x last-dimension matrices)."""
-    optimizer: str
-    rows: int | None = None
-
-
-def route_parameters(named_parameters, optimizer="muon", per_head=0):
-    """{name: Route} for every trainable parameter. optimizer="adamw" sends all to AdamW. per_head, if not 0, is the
-    number of heads by which q_proj, q_b_proj and kv_b_proj are split; 0 keeps them whole, as in the K2 report."""
-    routes = {}
-    for name, parameter in named_parameters:
-        ending = next((ending for ending in ROUTES if name.endswith(ending)), None)
-        if ending is None:
-            raise UserError(f"no optimizer route for parameter {name}: add its ending to ROUTES in muon.py")
-        owner, split = ROUTES[ending]
-        if owner == "adamw" or optimizer == "adamw":
-            routes[name] = Route("adamw")
-            continue
-        parts = {"whole": 1, "halves": 2, "heads": per_head or 1}[split]
-        routes[name] = Route("muon", parameter.shape[-2] // parts)
-    return routes
-
-
-def routing_table(named_parameters, routes):
-    """The routes as printable lines: parameters of one kind are counted together, layer numbers dropped."""
-    kinds = {}
-    for name, parameter in named_parameters:
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        route = routes[name]
-        matrix = f"{parameter.numel() // (route.rows * parameter.shape[-1])} x ({route.rows}, {parameter.shape[-1]})" \
-            if route.rows else "-"
-        kinds.setdefault((kind, route.optimizer, matrix), []).append(parameter.numel())
-    return [f"  {optimizer:5} {kind:51} {len(sizes):3} x {sizes[0]:>12,}  matrices {matrix}"
-            for (kind, optimizer, matrix), sizes in kinds.items()]
 
 
 @functools.cache
@@ -114,42 +61,53 @@ class Muon(torch.optim.Optimizer):
     named_parameters: (name, parameter) pairs; DTensors sharded by rows make it distributed, and then every rank must
     call it alike. lr: Muon's rate; adamw_lr: None means lr. momentum: fp32 moving average, nesterov: look ahead by it.
     weight_decay: decoupled, p *= 1 - lr * weight_decay, for every parameter. ns_dtype: compute type of Newton-Schulz,
-    None for fp32. routes: from route_parameters, None for its defaults. exchange: "owners", or its slow twin
-    "all_gather", in which every rank orthogonalises everything. A parameter without a gradient is treated as having a
-    zero one, and so is a matrix with nothing but rounding noise. State is made here, not in the first step.
+    None for fp32. routes: from route_parameters, None for its defaults. variant: "muon", "normuon" or "muoneq_r", see
+    muon_variants.py. exchange: "owners", or its slow twin "all_gather", in which every rank orthogonalises everything.
+    A parameter without a gradient is treated as having a zero one, and so is a matrix with nothing but rounding noise.
+    State is made here, not in the first step.
     """
 
     def __init__(self, named_parameters, lr=2e-3, adamw_lr=None, momentum=0.95, nesterov=True, weight_decay=0.1,
                  ns_steps=5, ns_dtype=None, ns_coefficients="jordan", betas=(0.9, 0.95), eps=1e-8, routes=None,
-                 exchange="owners", bucket_elements=BUCKET_ELEMENTS):
+                 variant="muon", exchange="owners", bucket_elements=BUCKET_ELEMENTS):
         named = list(named_parameters)
         routes = routes or route_parameters(named)
-        rates = {"muon": lr, "adamw": lr if adamw_lr is None else adamw_lr}
-        groups = [{"kind": kind, "lr": rates[kind], "weight_decay": weight_decay, "step": 0,
-                   "params": [p for n, p in named if routes[n].optimizer == kind],
-                   "names": [n for n, _ in named if routes[n].optimizer == kind]} for kind in ("muon", "adamw")]
-        super().__init__([group for group in groups if group["params"]], {})
+        peaks = {"muon": lr, "adamw": lr if adamw_lr is None else adamw_lr}
+        members = {}
+        for name, p in named:
+            members.setdefault((routes[name].optimizer, routes[name].multiplier), []).append((name, p))
+        groups = [{"kind": kind, "lr": peaks[kind] * multiplier, "weight_decay": weight_decay, "step": 0,
+                   "params": [p for _, p in members[kind, multiplier]],
+                   "names": [name for name, _ in members[kind, multiplier]]}
+                  for kind, multiplier in sorted(members, key=lambda key: (key[0] != "muon", key[1] != 1, key[1]))]
+        super().__init__(groups, {})  # Muon's first, and of those the one with the plain rate
         self.momentum, self.nesterov, self.betas, self.eps = momentum, nesterov, betas, eps
         self.ns_options = {"steps": ns_steps, "dtype": ns_dtype, "coefficients": ns_coefficients}
         # Rows travel as Newton-Schulz will see them; fp16 could not hold the momentum before its normalisation.
         self.wire_dtype = torch.bfloat16 if ns_dtype == torch.bfloat16 else torch.float32
-        self.exchange = exchange
+        self.variant, self.exchange = variant, exchange
         self.orthogonalise = newton_schulz_replayed  # whoever captures all of update() takes newton_schulz instead
         self.traffic = {"collectives": 0, "bytes": 0}  # what this rank's exchanges have sent so far
         device = self.param_groups[0]["params"][0].device
         number = lambda: torch.zeros((), device=device)
-        self.rates, self.count = {"muon": number(), "adamw": number()} if device.type == "cuda" else {}, number()
+        self.rates, self.count = [number() for _ in groups] if device.type == "cuda" else [], number()
         for group in self.param_groups:
             for p in group["params"]:
                 keys = ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
                 self.state[p] = {key: torch.zeros_like(p, dtype=torch.float32) for key in keys}
-        if groups[0]["params"]:
-            self._make_plan(groups[0], routes, bucket_elements)
+                if variant == "normuon" and group["kind"] == "muon":
+                    self.state[p]["second_moment"] = torch.zeros_like(p.detach()[..., :1], dtype=torch.float32)
+        # Muon's parameters of all groups, one a stack of the plan, and the group of each.
+        named = [(name, p, at) for at, group in enumerate(self.param_groups) if group["kind"] == "muon"
+                 for name, p in zip(group["names"], group["params"])]
+        self.matrices, self.group_of = [p for _, p, _ in named], [at for _, _, at in named]
+        if named:
+            self._make_plan([name for name, _, _ in named], routes, bucket_elements)
 
-    def _make_plan(self, group, routes, bucket_elements):
+    def _make_plan(self, names, routes, bucket_elements):
         """Agree with the other ranks on who owns what: self.plan, and self.jobs, this rank's part of it."""
         self.stacks, self.first_rows, held = [], [], []
-        for name, p in zip(group["names"], group["params"]):
+        for name, p in zip(names, self.matrices):
             rows, columns = routes[name].rows, p.shape[-1]
             part, first = local_rows(p)
             per_index = p.shape[1:-1].numel()  # rows under one index of the first dimension
@@ -157,9 +115,9 @@ class Muon(torch.optim.Optimizer):
             held.append((first * per_index, first * per_index + part.numel() // columns))
             pinned = isinstance(p, DTensor) and "ep" in (p.device_mesh.mesh_dim_names or ())
             self.stacks.append(Stack(name, p.numel() // (rows * columns), rows, columns, pinned))
-        sharded = any(isinstance(p, DTensor) for p in group["params"])
+        sharded = any(isinstance(p, DTensor) for p in self.matrices)
         self.rank, everyone = (dist.get_rank(), _from_all_ranks(held)) if sharded else (0, [held])
-        self._number_matrices(held, everyone, group["params"][0].device)
+        self._number_matrices(held, everyone, self.matrices[0].device)
         self.plan = make_plan(self.stacks, everyone, bucket_elements)
         if sharded and len(set(_from_all_ranks(self.plan.digest()))) > 1:
             raise RuntimeError("the ranks disagree about the parameters: do all run the same code and settings?")
@@ -169,7 +127,7 @@ class Muon(torch.optim.Optimizer):
         self.jobs = [job for turn in turns for job in turn if job is not None]
 
     def _number_matrices(self, held, everyone, device):
-        """For _noise: which logical matrices of all stacks have rows here, how many, and on how many ranks."""
+        """For _sum_by_matrix: which logical matrices of all stacks have rows here, how many, and on how many ranks."""
         starts = list(itertools.accumulate((stack.count for stack in self.stacks), initial=0))
         pieces = []
         for stack, start, (low, high), others in zip(self.stacks, starts, held, zip(*everyone)):
@@ -194,72 +152,93 @@ class Muon(torch.optim.Optimizer):
         """Count the step, and bring the device what it needs of the host: the rates and the count."""
         for group in self.param_groups:
             group["step"] += 1
-            if self.rates:
-                self.rates[group["kind"]].fill_(group["lr"])
-                self.count.fill_(group["step"])
+        for rate, group in zip(self.rates, self.param_groups):
+            rate.fill_(group["lr"])
+            self.count.fill_(group["step"])
 
     @torch.no_grad()
     def update(self):
         """The rest of the step; on one CUDA device it asks the host for nothing, so that a graph can replay it."""
-        for group in self.param_groups:
-            params = [local_rows(p)[0] for p in group["params"]]
-            grads = [torch.zeros_like(part).float() if p.grad is None else local_rows(p.grad)[0].float()
-                     for p, part in zip(group["params"], params)]
-            rate = self.rates[group["kind"]] if self.rates else group["lr"]
-            (self._muon if group["kind"] == "muon" else self._adamw)(group, params, grads, rate)
+        rates = self.rates or [group["lr"] for group in self.param_groups]
+        if self.matrices:
+            self._muon(*_parts_and_grads(self.matrices), rates)
+        for group, rate in zip(self.param_groups, rates):
+            if group["kind"] == "adamw":
+                self._adamw(group, *_parts_and_grads(group["params"]), rate)
 
-    def _muon(self, group, params, grads, rate):
-        momenta = [local_rows(self.state[p]["momentum"])[0] for p in group["params"]]
+    def _muon(self, params, grads, rates):
+        momenta = [local_rows(self.state[p]["momentum"])[0] for p in self.matrices]
         directions = momentum.directions(momenta, grads, self._noise(grads), self.momentum, self.nesterov,
                                          self.wire_dtype)
         params = [p.view(-1, p.shape[-1]) for p in params]
-        (self._by_owners if self.exchange == "owners" else self._by_all)(group, params, directions, rate)
+
+        def update(stack, low, high, rows):
+            """Decay rows low..high of a parameter and move them along `rows`, their part of the orthogonal one."""
+            first, scale = self.first_rows[stack], 0.2 * math.sqrt(max(self.stacks[stack].shape))
+            momentum.update_(params[stack][low - first:high - first], rows, rates[self.group_of[stack]],
+                             self.param_groups[self.group_of[stack]]["weight_decay"], scale)
+        exchange = self._by_owners if self.exchange == "owners" else self._by_all
+        if self.variant != "muon" and not self.nesterov:
+            directions = [rows.clone() for rows in directions]  # they may be the momentum itself
+        if self.variant == "muoneq_r":
+            equilibrate_rows_(directions)
+        if self.variant != "normuon":
+            return exchange(directions, update)
+        exchange(directions, lambda stack, low, high, rows: directions[stack].narrow(
+            0, low - self.first_rows[stack], high - low).copy_(rows))  # what went out leaves its place free
+        moments = [local_rows(self.state[p]["second_moment"])[0].view(-1) for p in self.matrices]
+        normalise_rows_(directions, moments, self._sum_by_matrix, self._rows_of)
+        for stack, (rows, first) in enumerate(zip(directions, self.first_rows)):
+            update(stack, first, first + len(rows), rows)
 
     def _noise(self, grads):
-        """Per gradient the rows (bool) of matrices that have no gradient but rounding noise (NOISE). P pieces of
-        matrices are here, of M in all; a piece that is on several ranks counts once."""
-        squares = torch.cat([torch.linalg.vector_norm(grad, dim=-1).flatten().square() for grad in grads])
+        """Per gradient the rows (bool) of matrices that have no gradient but rounding noise (NOISE)."""
+        sums_M = self._sum_by_matrix(torch.cat([torch.linalg.vector_norm(g, dim=-1).flatten().square() for g in grads]))
+        return self._rows_of(sums_M < NOISE**2 * self.sizes_M * (sums_M.sum() / self.sizes_M.sum()))
+
+    def _sum_by_matrix(self, values):
+        """(M,): the sums of a value for every row here over the M matrices of all ranks. P pieces of matrices are here;
+        one that is on several ranks counts once."""
         sums_M = torch.zeros_like(self.sizes_M)
-        sums_M[self.matrix_P] = torch.segment_reduce(squares, "sum", lengths=self.rows_P, unsafe=True) / self.copies_P
+        sums_M[self.matrix_P] = torch.segment_reduce(values, "sum", lengths=self.rows_P, unsafe=True) / self.copies_P
         if self.plan.ranks > 1:
             dist.all_reduce(sums_M)
-        noise_M = sums_M < NOISE**2 * self.sizes_M * (sums_M.sum() / self.sizes_M.sum())
-        noise = noise_M[self.matrix_P].repeat_interleave(self.rows_P, output_size=len(squares))
-        return noise.split([grad.shape[:-1].numel() for grad in grads])
+        return sums_M
 
-    def _update(self, group, params, stack, low, high, rows, rate):
-        """Decay rows low..high of a parameter and move them along `rows`, their part of the orthogonal direction."""
-        first, scale = self.first_rows[stack], 0.2 * math.sqrt(max(self.stacks[stack].shape))
-        momentum.update_(params[stack][low - first:high - first], rows, rate, group["weight_decay"], scale)
+    def _rows_of(self, values_M):
+        """Of every parameter (R,): a matrix's value for each of its rows here."""
+        counts = [local_rows(p)[0].shape[:-1].numel() for p in self.matrices]
+        return values_M[self.matrix_P].repeat_interleave(self.rows_P, output_size=sum(counts)).split(counts)
 
-    def _by_all(self, group, params, directions, rate):
+    def _by_all(self, directions, update):
         """The slow twin: every rank gathers and orthogonalises everything, parameter by parameter."""
-        for stack, p in enumerate(group["params"]):
+        for stack, p in enumerate(self.matrices):
             whole = directions[stack]
             if isinstance(p, DTensor):
                 part = whole.view(p.to_local().shape)
                 whole = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
                 whole = whole.full_tensor()
             whole = newton_schulz(whole.view(-1, *self.stacks[stack].shape), **self.ns_options)
-            low, high = self.first_rows[stack], self.first_rows[stack] + len(params[stack])
-            self._update(group, params, stack, low, high, whole.reshape(-1, p.shape[-1])[low:high], rate)
+            low, high = self.first_rows[stack], self.first_rows[stack] + len(directions[stack])
+            update(stack, low, high, whole.reshape(-1, p.shape[-1])[low:high])
 
-    def _by_owners(self, group, params, directions, rate):
-        """Bring the rows of every matrix to its owner, orthogonalise there, bring the update back."""
+    def _by_owners(self, directions, update):
+        """Bring the rows of every matrix to its owner, orthogonalise there, bring them back for update(stack, low,
+        high, rows)."""
         def direction(move):
             first = self.first_rows[move.item.stack]
             return directions[move.item.stack][move.low - first:move.high - first]
 
         def finish(moves, rows):
             for move, update_rows in zip(moves, rows):
-                self._update(group, params, move.item.stack, move.low, move.high, update_rows, rate)
+                update(move.item.stack, move.low, move.high, update_rows)
 
         # Local jobs differ from rank to rank, so only those that travel may decide about the order of departures.
         coming, under_way, last = collections.deque(self.buckets), collections.deque(), None
         for job in self.jobs:
             while coming and len(under_way) < 2:
                 under_way.append(self._depart(coming.popleft().inward, direction))
-            matrices = {shape: torch.empty(rows, shape[1], dtype=self.wire_dtype, device=params[0].device)
+            matrices = {shape: torch.empty(rows, shape[1], dtype=self.wire_dtype, device=directions[0].device)
                         for shape, rows in job.rows.items()}
             arrived = under_way.popleft()() if job.travels else []
             sources = [direction(move) for move in job.inward.stays] + arrived
@@ -333,6 +312,13 @@ class Muon(torch.optim.Optimizer):
     def steps(self, value):
         for group in self.param_groups:
             group["step"] = value
+
+
+def _parts_and_grads(parameters):
+    """This rank's rows of every parameter, and of its gradient in fp32; no gradient is a zero one."""
+    parts = [local_rows(p)[0] for p in parameters]
+    return parts, [torch.zeros_like(part).float() if p.grad is None else local_rows(p.grad)[0].float()
+                   for p, part in zip(parameters, parts)]
 
 
 def _from_all_ranks(value):

@@ -193,7 +193,7 @@ def from_all(value, group=None):
 
 def add_up(tensor):
     """The sum over ranks, in place."""
-    if ranks() > 1:
+    if ranks() > 1 and tensor.numel():
         dist.all_reduce(tensor)
     return tensor
 

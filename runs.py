@@ -31,9 +31,10 @@ from model import ModelConfig
 from muon import schedule_factor
 
 # Of the model, what a resumed run may change, with a line: a stage of longer context the first three, which keeps its
-# optimizer state; the next two are weights in the loss, as rates are; the last is spent at step 0. All else holds a
-# tensor, or is the function that the tensors were trained in (num_experts_per_tok, rms_norm_eps, ...).
-FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "aux_loss_alpha", "z_loss", "initializer_range"}
+# optimizer state; the next are weights in the loss, as rates are, and how router biases move; the last is spent at step
+# 0. All else holds a tensor, or is the function that the tensors were trained in (num_experts_per_tok, rms_norm_eps).
+FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "aux_loss_alpha", "z_loss", "router_z_loss", "balance",
+        "initializer_range"}
 LOGS = ("metrics.jsonl", "samples.md", "curves.png")
 UNFINISHED = ".unfinished"  # in a folder of aside/, until all is there: the records that the run itself keeps
 WRITTEN = ["checkpoints", *LOGS, "config.json", "tokenizer", "stacks", "wandb", "aside"]  # by runs

@@ -29,6 +29,7 @@ from data import tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
 from data.tasks import open_tasks
 from data.vocabulary import open_tokenizer, require_vocabulary
+from ema import Average
 from errors import UserError
 from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
@@ -37,7 +38,8 @@ from kernels.cross_entropy import IGNORE
 from kernels.newton_schulz import newton_schulz
 from kernels.selfcheck import compile_ahead
 from model import build, count_parameters, flops_per_token, pick_device
-from muon import Muon, local_rows, qk_clip_, route_parameters, routing_table, schedule_factor
+from muon import Muon, local_rows, qk_clip_, schedule_factor
+from routes import route_parameters, routing_table
 
 
 def main(argv=None):
@@ -99,7 +101,7 @@ def train(argv, watch):
     for layer in model.layers:
         layer.recompute = config.activation_checkpointing
     heads = config.num_attention_heads if config.muon_per_head else 0
-    routes = route_parameters(model.named_parameters(), config.optimizer, heads)
+    routes = route_parameters(model.named_parameters(), config.optimizer, heads, config.lr_multipliers)
     memory.require(config, model, routes, layout, device)
     if memory.keeps_copies(config, layout, device):
         model.make_copies()
@@ -112,7 +114,8 @@ def train(argv, watch):
     first, read = tokens, manifest.get("read") or runs.data_read(manifest.get("stream", {}), tokens, {})
     spikes = guard.Spikes(config.spike_sigmas, manifest.get("losses", ()))
     state = checkpoint.named_tensors(model, optimizer)
-    parallel.once(runs.require_room, run, source, checkpoint.size(state), config.max_steps - start, config)
+    size = checkpoint.size(state) + bool(config.ema) * checkpoint.size(checkpoint.named_tensors(model))
+    parallel.once(runs.require_room, run, source, size, config.max_steps - start, config)
     if source is None:
         model.init_weights(config.seed, local_rows)
     elif checkpoint.has_optimizer(source):
@@ -123,6 +126,9 @@ def train(argv, watch):
     else:
         checkpoint.load(source, checkpoint.named_tensors(model))
         print(f"{source} has no optimizer state: starting with a fresh optimizer")
+    average = Average(model, config.ema) if config.ema else None
+    if average and source:
+        average.load(source, manifest)
     parallel.once(run.mkdir, parents=True, exist_ok=True)
     parallel.once(watch.claim, run)  # if it is new
     run_id, aside = parallel.once(runs.open_run, run, source, start, changed, config, config_file, argv, encoder)
@@ -166,7 +172,7 @@ def train(argv, watch):
                                     accumulation > 1)
     update = graphs.Update(functools.partial(update_all, model, optimizer, config), parameters, state.values(), replay,
                            micro_batch.pool)
-    record, skipped = None, 0
+    record, skipped, alarm = None, 0, metrics.RoutingAlarm(config)
     batches = prefetch(stream, device, range(start + 1, config.max_steps + 1), sequences, config.global_batch_size,
                        micro_batch_size, parallel.rank(), parallel.ranks(), timeout=0.8 * config.step_timeout)
     pace, ended = metrics.Pace(), time.perf_counter()
@@ -194,10 +200,12 @@ def train(argv, watch):
         # What the ranks must agree on, in one small reduction a kind; the only wait for the device in a step.
         squared_norm = parallel.squared_norm(parameters, layout)
         signal = sums.new_tensor(bool(watch.signal))
-        agreed = parallel.add_up(torch.cat((sums, torch.stack((squared_norm, signal)))))
+        agreed = parallel.add_up(torch.cat((sums, torch.stack((model.routing.z, squared_norm, signal)))))
         parallel.largest(model.max_logits)
-        parallel.add_up(model.expert_counts)
-        loss, balance, empty, squared_norm, watch.agreed = agreed.tolist()
+        parallel.add_up(model.routing.expert_counts)
+        parallel.add_up(model.routing.histograms)
+        alarm.count(model.routing.expert_counts)
+        loss, balance, empty, z, squared_norm, watch.agreed = agreed.tolist()
         fill = tokens_per_step / max(tokens_per_step - empty, 1)  # 1, but where packing left places empty
         loss, norm = loss * fill, math.sqrt(squared_norm) / loss_scale * fill
 
@@ -208,6 +216,8 @@ def train(argv, watch):
             parallel.scale_gradients(parameters, limit / loss_scale * fill)
             optimizer.begin_step()
             clipped = update()
+            if average:
+                average.update(optimizer.steps)
             skipped, good_steps = 0, good_steps + 1
             if config.dtype == "float16" and good_steps % 2000 == 0:
                 loss_scale *= 2
@@ -239,19 +249,27 @@ def train(argv, watch):
         last = step == config.max_steps
         if logged or watch.agreed:
             speed = tokens_per_step * steps_timed / seconds
-            routing = metrics.expert_statistics(model.expert_counts, model.router_biases())
+            routing = metrics.expert_statistics(model.routing.expert_counts, model.routing.biases())
             record = log.write(
                 "train", step, tokens=tokens, loss=loss, aux_loss=balance, lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm, tokens_per_second=speed, mfu=flops * speed / peak if peak else None,
                 step_ms=1000 * seconds / steps_timed, memory_gib=metrics.memory_gib(device),
                 max_attention_logit=model.max_logits.max().item() if logged else None, qk_clipped_heads=int(clipped),
-                **routing)
+                router_z_loss=z * fill / tokens_per_step if config.router_z_loss else None, **routing)
             print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
+            for event in alarm.raised():
+                log.write("event", step, event="routing", **event)
+                print("step {step}: layer {layer}: {trouble} for {steps} steps, experts {experts}: {lever}".format(
+                    step=step, **event), flush=True)
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0 and not skipped)
         validated = None
         if config.eval_interval and (save_now or step % config.eval_interval == 0) and not watch.agreed:
             validated = evaluate(model, validation, stream.starts, micro_batch_size, device, watch)
+        if validated and average:
+            with average.in_place():
+                found = evaluate(model, validation, stream.starts, micro_batch_size, device, watch)
+            validated["ema_loss"] = found and found["loss"]
         if validated:
             log.write("val", step, tokens=tokens, **validated)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
@@ -279,7 +297,10 @@ def train(argv, watch):
                      "tokenizer": tokenizer.fingerprint(encoder) if encoder else None, "torch": torch.__version__,
                      "loss_scale": [loss_scale, good_steps], "losses": list(spikes.losses), "places": places,
                      "config": dataclasses.asdict(config)}
-            saver.start(step, checkpoint.named_tensors(model, optimizer), about, (validated or {}).get("loss"))
+            tensors = checkpoint.named_tensors(model, optimizer)
+            if average:
+                tensors, about = tensors | average.tensors, about | {"ema_updates": average.updates}
+            saver.start(step, tensors, about, (validated or {}).get("loss"))
         final = last or bool(watch.agreed)
         report_save(saver.outcome(wait=final or not config.async_save), log, final)
         if watch.agreed and not last:
@@ -299,7 +320,8 @@ def make_optimizer(config, model, routes):
     """The Muon of a config's rates, momentum and Newton-Schulz."""
     ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
     return Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
-                config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes)
+                config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes,
+                variant=config.muon_variant)
 
 
 def wants_compile(config, device):
@@ -331,7 +353,7 @@ def clip_and_balance(model, config):
     clipped = 0
     if config.optimizer == "muonclip":
         clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)
-    model.update_router_biases(config.bias_update_rate)
+    model.routing.balance_(config.bias_update_rate)
     model.refresh_copies(always=True)  # what a replay writes is not counted
     return clipped
 

@@ -20,7 +20,8 @@ import owners
 import parallel
 from kernels import attention, backend, experts, graphs, newton_schulz
 from model import build, count_parameters, flops_per_token
-from muon import Muon, route_parameters
+from muon import Muon
+from routes import route_parameters
 from train import clip_and_balance, forward_and_backward
 
 RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is

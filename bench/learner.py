@@ -4,6 +4,7 @@ It does what train.py does, step by step, on the same tokens: tests/test_contest
 Records, samples, the guard and its rollbacks it leaves out. Next: contest.py.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -17,12 +18,14 @@ import checkpoint
 import memory
 import parallel
 from data.loader import TrainStream, ValidationSet, prefetch
+from ema import Average
 from kernels import attention, backend, expert_tiles, graphs, selfcheck
 from kernels.backend import synchronize
 from kernels.newton_schulz import newton_schulz
 from metrics import expert_statistics
 from model import build
-from muon import local_rows, route_parameters, schedule_factor
+from muon import local_rows, schedule_factor
+from routes import route_parameters
 from runs import SCHEDULE
 from train import (
     evaluate,
@@ -111,7 +114,7 @@ class Learner:
         for layer in self.model.layers:
             layer.recompute = config.activation_checkpointing
         heads = config.num_attention_heads if config.muon_per_head else 0
-        routes = route_parameters(self.model.named_parameters(), config.optimizer, heads)
+        routes = route_parameters(self.model.named_parameters(), config.optimizer, heads, config.lr_multipliers)
         memory.require(config, self.model, routes, self.layout, device)
         if memory.keeps_copies(config, self.layout, device):
             self.model.make_copies()
@@ -135,12 +138,17 @@ class Learner:
 
     def _start(self):
         """Draw the weights, or go on from what was saved."""
-        if self.folder is None or not checkpoint.step_folders(self.folder):
+        saved = self.folder is not None and checkpoint.step_folders(self.folder)
+        if not saved:
             self.model.init_weights(self.config.seed, local_rows)
+        self.average = Average(self.model, self.config.ema) if self.config.ema else None
+        if not saved:
             return
         source = checkpoint.find(self.folder)
         manifest = checkpoint.read_manifest(source)
         checkpoint.load(source, self.state)
+        if self.average:
+            self.average.load(source, manifest)
         self.step, self.optimizer.steps = manifest["step"], manifest["optimizer_steps"]
         for name in SAVED:
             setattr(self, name, manifest["learner"][name])
@@ -203,6 +211,8 @@ class Learner:
             parallel.scale_gradients(self.parameters, limit / self.loss_scale * fill)
             optimizer.begin_step()
             self.clipped = self.clipped + self.update()  # on the device, which nobody waits for
+            if self.average:
+                self.average.update(optimizer.steps)
             self.skipped, self.good_steps = 0, self.good_steps + 1
             if config.dtype == "float16" and self.good_steps % 2000 == 0:
                 self.loss_scale *= 2
@@ -220,13 +230,14 @@ class Learner:
         return self.step * self.config.global_batch_size * self.config.sequence_length
 
     def _validate(self):
-        """Add this point to the curve."""
-        found = evaluate(self.model, self.text.validation, self.stream.starts, self.micro_batch_size, self.text.device,
-                         UNWATCHED)
+        """Add this point to the curve: of the weights, or of their average where there is one."""
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            found = evaluate(self.model, self.text.validation, self.stream.starts, self.micro_batch_size,
+                             self.text.device, UNWATCHED)
         if found is None:
             self.trouble = f"no finite validation loss at step {self.step}"
             return
-        routing = expert_statistics(self.model.expert_counts, self.model.router_biases())
+        routing = expert_statistics(self.model.routing.expert_counts, self.model.routing.biases())
         self.curve.append({"tokens": self.tokens(), "seconds": self.seconds, "loss": found["loss"],
                            "bits_per_byte": found["bits_per_byte"],
                            "train_loss": self.loss if math.isfinite(self.loss) else None,
@@ -242,7 +253,10 @@ class Learner:
             return
         self.clipped = int(self.clipped)
         about = {"optimizer_steps": self.optimizer.steps, "learner": {name: getattr(self, name) for name in SAVED}}
-        checkpoint.save(self.folder, self.step, self.state, about, keep=1)
+        tensors = self.state
+        if self.average:
+            tensors, about = tensors | self.average.tensors, about | {"ema_updates": self.average.updates}
+        checkpoint.save(self.folder, self.step, tensors, about, keep=1)
         self.saved_at = time.perf_counter()
 
     def result(self):

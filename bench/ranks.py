@@ -25,7 +25,8 @@ import guard
 import parallel
 import settings
 from model import build, pick_device
-from muon import Muon, local_rows, qk_clip_, route_parameters
+from muon import Muon, local_rows, qk_clip_
+from routes import route_parameters
 
 # torch 2.13 renamed two of them: both names, counted as one.
 COLLECTIVES = {"all_reduce": "all_reduce", "all_to_all_single": "all_to_all", "broadcast": "broadcast",
@@ -102,14 +103,15 @@ def main(argv):
             (loss / n_tokens + config.aux_loss_alpha * balance / config.global_batch_size).backward()
         norm = parallel.add_up(parallel.squared_norm(parameters, layout)).sqrt().item()
         parallel.largest(model.max_logits)
-        parallel.add_up(model.expert_counts)
+        for counts in (model.routing.expert_counts, model.routing.histograms):
+            parallel.add_up(counts)
         parallel.scale_gradients(parameters, min(1.0, config.grad_clip / (norm + 1e-6)))
         started, before = time.perf_counter(), meter.waiting
         optimizer.step()
         bench.synchronize()
         spent = time.perf_counter() - started, meter.waiting - before
         qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)
-        model.update_router_biases(config.bias_update_rate)
+        model.routing.balance_(config.bias_update_rate)
         optimizer.zero_grad()
         return spent
 

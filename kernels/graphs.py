@@ -57,7 +57,7 @@ class MicroBatch:
     """compute(*inputs), a function of tensors (or None) that runs the model forward and backward and returns one tensor
     of results, as a CUDA graph from the second step on.
 
-    model: gradients of its parameters are added up over a step; its expert_counts and max_logits too. replay=False:
+    model: gradients of its parameters are added up over a step; its routing and max_logits too. replay=False:
     compute is called as it is. adds: whether a step has more than one micro-batch. tell(line): what became of it.
     With replay the model keeps gradients of experts itself (K2.keep_gradients), whatever comes of the graphs.
 
@@ -149,7 +149,7 @@ class MicroBatch:
             statistic.copy_(value)
 
     def _statistics(self):
-        return self.model.expert_counts, self.model.max_logits
+        return *self.model.routing.buffers(), self.model.max_logits
 
     def _loss_and_norms(self, results):
         norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])

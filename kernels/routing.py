@@ -67,18 +67,23 @@ def choose(logits_NE, bias_E, top_k, n_group=1, topk_group=1, normalise=True, sc
     """
     scores_NE = logits_NE.float().sigmoid()
     with torch.no_grad():
-        choice_NE = scores_NE + bias_E
-        if n_group > 1:
-            choice_NGe = choice_NE.unflatten(1, (n_group, -1))
-            group_score_NG = choice_NGe.topk(2, dim=-1).values.sum(-1)
-            kept = _lowest_index_topk(group_score_NG, topk_group)
-            dropped_NG = torch.ones_like(group_score_NG, dtype=torch.bool).scatter_(1, kept, False)
-            choice_NE = choice_NGe.masked_fill(dropped_NG.unsqueeze(-1), float("-inf")).flatten(1)
-        experts_NK = _lowest_index_topk(choice_NE, top_k)
+        experts_NK = _lowest_index_topk(biased_scores(scores_NE, bias_E, n_group, topk_group), top_k)
     weights_NK = scores_NE.gather(1, experts_NK)
     if normalise:
         weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
     return weights_NK * scale, experts_NK, scores_NE
+
+
+def biased_scores(scores_NE, bias_E, n_group=1, topk_group=1):
+    """What the choice goes by: score + bias, and -inf for the experts of groups that a token may not use."""
+    choice_NE = scores_NE + bias_E
+    if n_group == 1:
+        return choice_NE
+    choice_NGe = choice_NE.unflatten(1, (n_group, -1))
+    group_score_NG = choice_NGe.topk(2, dim=-1).values.sum(-1)
+    kept = _lowest_index_topk(group_score_NG, topk_group)
+    dropped_NG = torch.ones_like(group_score_NG, dtype=torch.bool).scatter_(1, kept, False)
+    return choice_NGe.masked_fill(dropped_NG.unsqueeze(-1), float("-inf")).flatten(1)
 
 
 def _lowest_index_topk(values, k):
@@ -132,6 +137,14 @@ def sequence_balance(scores_NE, experts_NK, batch_size):
     counts_BE.scatter_add_(1, chosen_BTK.flatten(1), torch.ones_like(chosen_BTK.flatten(1), dtype=torch.float32))
     fraction_BE = counts_BE * (n_experts / (top_k * shares_BTE.shape[1]))
     return (fraction_BE * shares_BTE.mean(1)).sum()
+
+
+def z_loss(logits_NE, real_N=None):
+    """The squared log-sum-exp of every token's logits, summed over the tokens, those that are real if not all are
+    (ST-MoE, arXiv 2202.08906, eq. 5). Of a sigmoid router it bounds the scores from above: at 0 the exponentials, which
+    the scores stay below, sum to 1. Weights do not change with the scale of small scores, since they are normalised."""
+    squares_N = logits_NE.float().logsumexp(-1).square()
+    return (squares_N if real_N is None else squares_N * real_N).sum()
 
 
 # ----------------------------------------------------------------------------- the Triton kernels as operators

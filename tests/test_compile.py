@@ -33,7 +33,7 @@ def test_compiled_blocks_have_no_graph_break_and_equal_eager_ones(recompute):
                               fullgraph=True)
         loss, balance = model(x[:, :-1], x[:, 1:])
         (loss / 128 + balance).backward()
-        results.append((loss.item(), model.expert_counts.sum(), [p.grad.norm() for p in model.parameters()]))
+        results.append((loss.item(), model.routing.expert_counts.sum(), [p.grad.norm() for p in model.parameters()]))
     (loss, counts, norms), (loss2, counts2, norms2) = results
     assert loss2 == pytest.approx(loss, rel=1e-2) and counts == counts2 == 4 * 32 * 2
     assert torch.allclose(torch.stack(norms), torch.stack(norms2), rtol=0.1, atol=1e-2)

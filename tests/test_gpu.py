@@ -74,12 +74,12 @@ def test_optimizer_on_cuda_equals_the_cpu(triton, replay):
 def test_model_on_cuda_equals_the_cpu():
     model, x = tiny_model(q_lora_rank=24), tokens(3, 33)
     loss, balance = model(x[:, :-1], x[:, 1:])
-    counts = model.expert_counts.clone()
+    counts = model.routing.expert_counts.clone()
     model.reset_statistics()
     model.cuda()
     other, other_balance = model(x[:, :-1].cuda(), x[:, 1:].cuda())
     assert abs(loss.item() / other.item() - 1) < 1e-4 and abs(balance.item() / other_balance.item() - 1) < 1e-4
-    assert torch.equal(counts, model.expert_counts.cpu())
+    assert torch.equal(counts, model.routing.expert_counts.cpu())
 
 
 @pytest.mark.parametrize("arm", ["triton", "cudnn", "flash", "sdpa", "math"])  # flex runs compiled only

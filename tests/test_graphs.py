@@ -17,10 +17,10 @@ class Recorded:
     def __init__(self, model, function, spoil):
         self.model, self.function, self.spoil = model, function, spoil
         self.anew = all(p.grad is None for p in model.parameters())
-        statistics = [s.clone() for s in (model.expert_counts, model.max_logits)]
+        statistics = [s.clone() for s in (*model.routing.buffers(), model.max_logits)]
         gradients = None if self.anew else [p.grad.clone() for p in model.parameters()]
         self.result = function()
-        for statistic, value in zip((model.expert_counts, model.max_logits), statistics):
+        for statistic, value in zip((*model.routing.buffers(), model.max_logits), statistics):
             statistic.copy_(value)  # a capture runs nothing
         self.gradients = [p.grad for p in model.parameters()]
         for held, value in zip(self.gradients, gradients or [torch.full_like(g, torch.nan) for g in self.gradients]):
@@ -82,7 +82,7 @@ def steps(replay, accumulation=2, n_steps=4, poisoned=None):
         for micro in range(accumulation):
             x = tokens(2, 17, seed=step * accumulation + micro)
             sums = sums + micro_batch(micro == 0, x[:, :-1], x[:, 1:], scale)
-        left.append([sums, model.expert_counts.clone(), model.max_logits.clone(),
+        left.append([sums, model.routing.expert_counts.clone(), model.max_logits.clone(),
                      *(p.grad.clone() for p in model.parameters())])
         with torch.no_grad():
             for p in model.parameters():

@@ -10,7 +10,8 @@ import parallel
 import settings
 from errors import UserError
 from model import build
-from muon import Muon, route_parameters
+from muon import Muon
+from routes import route_parameters
 from tests.helpers import TINY, run_train, tokens
 
 CPU = torch.device("cpu")

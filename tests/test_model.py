@@ -186,7 +186,7 @@ def test_activation_checkpointing_changes_nothing(mode):
             layer.recompute = setting
         loss, balance = model(x[:, :-1], x[:, 1:])
         (loss + balance).backward()
-        results.append((loss, model.expert_counts, model.max_logits, [p.grad for p in model.parameters()]))
+        results.append((loss, model.routing.expert_counts, model.max_logits, [p.grad for p in model.parameters()]))
     (loss, counts, maxima, grads), (loss2, counts2, maxima2, grads2) = results
     assert torch.equal(loss, loss2) and torch.equal(counts, counts2) and torch.equal(maxima, maxima2)
     assert counts.sum() == 2 * 3 * 32 * 2  # MoE layers x tokens x choices, not doubled by the recompute
@@ -259,13 +259,13 @@ def test_selective_recomputation_keeps_every_library_attention():
 def test_statistics_gather_over_micro_batches_and_not_in_evaluation():
     model, x = tiny_model(), tokens(4, 33)
     model(x[:, :-1], x[:, 1:])
-    counts, maxima = model.expert_counts.clone(), model.max_logits.clone()
+    counts, maxima = model.routing.expert_counts.clone(), model.max_logits.clone()
     model.reset_statistics()
     for part in x.split(1):
         model(part[:, :-1], part[:, 1:])
-    assert torch.equal(counts, model.expert_counts) and torch.allclose(maxima, model.max_logits, atol=1e-6)
+    assert torch.equal(counts, model.routing.expert_counts) and torch.allclose(maxima, model.max_logits, atol=1e-6)
     model.eval()(x[:, :-1], x[:, 1:])
-    assert torch.equal(counts, model.expert_counts)
+    assert torch.equal(counts, model.routing.expert_counts)
 
 
 def test_max_logit_is_the_largest_attention_logit_not_a_vocabulary_logit():

@@ -10,7 +10,8 @@ from torch.optim import _muon as torch_muon
 from errors import UserError
 from mla import MHA, MLA
 from model import build
-from muon import Muon, Route, qk_clip_, route_parameters, schedule_factor
+from muon import Muon, qk_clip_, schedule_factor
+from routes import Route, route_parameters
 from tests.helpers import tiny_config, tiny_model, tokens
 
 SHAPES = {"square": (64, 64), "wide": (32, 128), "tall": (128, 32), "odd": (17, 53), "row": (1, 40)}
@@ -365,19 +366,23 @@ def test_schedules_at_every_landmark():
 
 
 def test_muon_learns_faster_than_adamw_on_a_tiny_moe():
-    """A quick inequality, each at the best of three learning rates, same data."""
-    best = {}
+    """Half the loss after 15 steps, each at the best of three learning rates, on the same data: which token follows
+    which, a fixed permutation."""
+    follows, best = torch.randperm(97, generator=torch.Generator().manual_seed(0)), {}
     for kind in ("muon", "adamw"):
         losses = []
-        for lr in (3e-3, 1e-2, 3e-2):
+        for lr in (1e-2, 3e-2, 1e-1):
             model = build(tiny_config(initializer_range=0.02), "cpu").init_weights(0)
             optimizer = Muon(model.named_parameters(), lr, routes=route_parameters(model.named_parameters(), kind))
-            for step in range(60):
-                x = (tokens(8, 1, seed=step) * 7 + torch.arange(33) * torch.arange(33)) % 97
+            for step in range(15):
+                x = [tokens(8, 1, seed=step)[:, 0]]
+                for _ in range(32):
+                    x.append(follows[x[-1]])
+                x = torch.stack(x, 1)
                 loss, _ = model(x[:, :-1], x[:, 1:])
                 (loss / x[:, 1:].numel()).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(loss.item() / x[:, 1:].numel())
         best[kind] = min(losses)
-    assert best["muon"] < best["adamw"]
+    assert best["muon"] < 0.5 * best["adamw"], best

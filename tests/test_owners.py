@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import K2
-from muon import route_parameters
 from owners import BUCKET_ELEMENTS, Stack, make_plan
+from routes import route_parameters
 from settings import load
 from tests.helpers import ROOT
 

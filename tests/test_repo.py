@@ -14,7 +14,8 @@ from tests.helpers import ROOT
 # A file imports only from lines above its own.
 ORDER = [
     ["errors"],
-    ["sampling", "kernels", "layers", "owners", "data.advice", "data.shards", "data.tokenizer", "data.convert",
+    ["routes", "muon_variants",
+     "sampling", "kernels", "layers", "owners", "data.advice", "data.shards", "data.tokenizer", "data.convert",
      "data.published", "data.bpe", "data.words", "data.files", "data.columns", "data.sources",
      "data.tasks", "data.vocabulary"],
     ["mla", "moe", "dispatch", "data.loader", "data.stream", "data.prepare"],
@@ -22,7 +23,7 @@ ORDER = [
     ["muon", "config", "hf_weights"],
     ["settings", "parallel"],
     ["checkpoint", "metrics", "hf", "guard", "memory"],
-    ["generate", "runs"],
+    ["ema", "generate", "runs"],
     ["evaluate", "export"],
     ["train"],
 ]

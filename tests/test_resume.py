@@ -34,7 +34,8 @@ from tests.helpers import (
 
 def test_ten_and_ten_are_twenty_bitwise(config, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    options = ("--eval_interval=5", "--save_interval=10", "--sample_interval=10", "--decay_steps=4")
+    options = ("--eval_interval=5", "--save_interval=10", "--sample_interval=10", "--decay_steps=4",
+               "--balance=quantile", "--router_z_loss=1e-3")
     run_train(config, f"--out_dir={whole}", *options)
     with pytest.MonkeyPatch.context() as patch:  # a signal arrives late in the ninth step: the tenth still counts
         original = Muon.begin_step
@@ -204,7 +205,7 @@ def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
 
 
 LIKE_THE_LOSS = {"rope_theta": 10.0, "aux_loss_alpha": 0.5, "z_loss": 0.1, "initializer_range": 0.5,
-                 "max_position_embeddings": 128,
+                 "router_z_loss": 0.1, "balance": "quantile", "max_position_embeddings": 128,
                  "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}}
 THE_FUNCTION = {"num_experts_per_tok": 3, "n_group": 2, "topk_group": 2, "norm_topk_prob": False,
                 "routed_scaling_factor": 9.0, "rms_norm_eps": 1e-3}

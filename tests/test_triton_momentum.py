@@ -65,7 +65,7 @@ def test_steps_with_the_kernels_are_steps_with_the_twins():
         named = [(f"experts.{name}", torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)))
                  for name, shape in (("gate_up_proj", (3, 16, 8)), ("down_proj", (3, 8, 8)))]
         optimizer = Muon(named, 0.02)
-        optimizer.rates = {"muon": torch.zeros((), device=DEVICE)} if triton else {}
+        optimizer.rates = [torch.zeros((), device=DEVICE)] if triton else []
         with backend.running(triton):
             for _ in range(3):
                 for _, p in named:

@@ -317,7 +317,7 @@ def test_a_dataset_folder_with_a_script(area, marker):
 
 ALLOWED = {
     ("checkpoint.py", "Unpickler"),  # _SafeReader: admits a dozen harmless types
-    ("config.py", "run_path"),  # a config file is code
+    ("settings.py", "run_path"),  # a config file is code
 }
 
 
