@@ -14,7 +14,7 @@ import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 import errors
-from kernels import routing
+from kernels import quantile, routing
 from model import K2, ModelConfig
 from moe import Router
 from muon import route_parameters
@@ -71,8 +71,8 @@ def box(axis, name, place, text, colour=LIGHT):
 
 # ----------------------------------------------------------------------------- routing
 
-def draw_routing(figure, tokens=6, experts=8, top_k=2, steps=200, rate=1e-2):
-    """Left: scores plus bias and what they choose. Right: the load while the bias moves, and while it does not."""
+def draw_routing(figure, tokens=6, experts=8, top_k=2):
+    """Left: scores plus bias and what they choose. Right: the load with each way to balance it."""
     generator = torch.Generator().manual_seed(3)
     lean_E = torch.linspace(1.2, -1.2, experts)  # a router that likes the first experts
     bias_E = -lean_E / 6
@@ -89,23 +89,27 @@ def draw_routing(figure, tokens=6, experts=8, top_k=2, steps=200, rate=1e-2):
     labels = [f"{e}\n{bias:+.2f}" for e, bias in enumerate(bias_E.tolist())]
     left.set(title=f"score + bias; framed: the {top_k} largest, whose weights are from the scores alone",
              ylabel="token", xlabel="expert, its bias below", xticks=range(experts), xticklabels=labels)
-    for moved, style, name in ((0.0, "--", "no bias"), (rate, "-", f"bias moves {rate} a step")):
-        right.plot(loads(lean_E, top_k, steps, moved), style, color=DARK, label=name)
+    for balance, style in (("none", "--"), ("sign", "-"), ("quantile", ":")):
+        right.plot(loads(lean_E, top_k, balance), style, color=DARK, label=f"balance = {balance}")
     right.axhline(1, color="grey", linewidth=0.8)
     right.set(title="busiest expert, tokens over the mean", xlabel="step", ylim=(0, None))
     right.legend(frameon=False)
 
 
-def loads(lean_E, top_k, steps, rate, tokens=1024):
+def loads(lean_E, top_k, balance, steps=100, tokens=4096, rate=1e-2):
     """The busiest expert's tokens over the mean after each step, the router's weights standing still."""
-    router = Router(1, len(lean_E), top_k, 1, 1, True, 1.0)
-    generator, busiest = torch.Generator().manual_seed(0), []
+    router = Router(1, len(lean_E), top_k, 1, 1, True, 1.0, balance)
+    generator, bias_E, busiest = torch.Generator().manual_seed(0), router.e_score_correction_bias, []
     for _ in range(steps):
         logits_NE = torch.randn(tokens, len(lean_E), generator=generator) + lean_E
-        _, chosen_NK, _ = routing.choose(logits_NE, router.e_score_correction_bias, top_k)
+        _, chosen_NK, _ = routing.choose(logits_NE, bias_E, top_k)
         counts_E = routing.count_choices(chosen_NK, len(lean_E))
         busiest.append((counts_E.max() / counts_E.float().mean()).item())
-        router.update_bias_(counts_E, rate)
+        if balance == "sign":
+            router.update_bias_(counts_E, rate)
+        elif balance == "quantile":
+            needed_NE = quantile.needed_biases(logits_NE, bias_E, chosen_NK)
+            router.solve_bias_(quantile.histogram(needed_NE, bias_E).long())
     return busiest
 
 
