@@ -54,6 +54,9 @@ class Config(ModelConfig):
         0.0, "decay of an average of the weights in host memory, validated and saved with them, for --checkpoint=ema; "
         "0: none", "optimizer")
     muon_per_head: bool = setting(False, "orthogonalise q and kv up-projections head by head", "optimizer")
+    mtp_loss_weight: float = setting(0.3, "weight of the loss of mtp_depth's block (DeepSeek-V3: 0.3)", "optimizer")
+    mtp_decay_loss_weight: float = setting(
+        0.1, "the same in the last decay_steps, whatever the schedule (DeepSeek-V3: 0.1)", "optimizer")
     qk_clip_tau: float = setting(100.0, "largest attention logit that QK-clip allows", "optimizer")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", "optimizer")
     bias_update_rate: float = setting(1e-3, "step of the router bias with balance=sign; 0 freezes it", "optimizer")
@@ -140,7 +143,8 @@ class Config(ModelConfig):
                     "eval_batches", "eval_task_items")
         not_negative = ("warmup_steps", "decay_steps", "eval_interval", "save_interval", "sample_interval", "seed",
                         "muon_lr", "adamw_lr", "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio",
-                        "z_loss", "router_z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences")
+                        "z_loss", "router_z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences",
+                        "mtp_decay_loss_weight")
         for name in (*positive, *not_negative):
             value, floor = getattr(self, name), int(name in positive)
             if value is not None and value < floor:
@@ -155,6 +159,7 @@ class Config(ModelConfig):
                 (0 <= self.ema < 1, f"ema={self.ema} must lie in [0, 1)"),
                 (self.resume or not self.router_is_idle(), "num_experts_per_tok=1 with norm_topk_prob: a weight that "
                  "is always 1 teaches the router nothing: set --no-norm_topk_prob, or choose two experts or more"),
+                (self.mtp_loss_weight > 0, "mtp_loss_weight must be above 0; without the block: --mtp_depth=0"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
                 (self.data, "data is empty: name a folder of shards"),
                 (self.out_dir != "", "out_dir is empty: name the run's folder"),

@@ -4,7 +4,7 @@
     model, tokenizer = load("out/debug")      # a run folder, a step folder or an exported Hugging Face directory
 
 Prompts start a document: the end-of-text token is put before them, as in training; without a prompt it stands alone.
-Text goes to stdout, notes to stderr. The loop is K2.generate in model.py, the choice of a token in sampling.py.
+Text goes to stdout, notes to stderr. The loops are in decoding.py, the choice of a token in sampling.py.
 """
 
 import codecs
@@ -19,6 +19,7 @@ import errors
 import hf
 import sampling
 from data import tokenizer as tokenizers
+from decoding import speculate
 from errors import UserError
 from hf_weights import note, refuse_other_kinds
 from kernels import backend
@@ -87,8 +88,9 @@ def stream_text(model, encoder, prompt_ids, max_new_tokens, **options):
         yield text
 
 
-def stream(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=lambda: None, **options):
-    """Yield (id, the text that it makes whole) of every new token up to end of text, then (None, the rest)."""
+def stream(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=lambda: None, on_draft=None, **options):
+    """Yield (id, the text that it makes whole) of every new token up to end of text, then (None, the rest). on_draft:
+    decoding.speculate's, if that is to decode, which takes no other options."""
     if not prompt_ids:
         raise UserError("the prompt is empty, and the tokenizer has no end-of-text token that could stand for the "
                         "start of a document: give --prompt TEXT")
@@ -96,8 +98,12 @@ def stream(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=la
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     decoder, end = codecs.getincrementaldecoder("utf-8")("replace"), tokenizers.end_of_text(encoder)
     prompt = torch.tensor([prompt_ids], device=device)
+    if on_draft:
+        new = speculate(model, prompt, max_new_tokens, stop=end, on_slide=on_slide, on_draft=on_draft)
+    else:
+        new = model.generate(prompt, max_new_tokens, stop=end, generator=generator, on_slide=on_slide, **options)
     with torch.compiler.set_stance("force_eager"):  # lengths change at every token
-        for ids in model.generate(prompt, max_new_tokens, stop=end, generator=generator, on_slide=on_slide, **options):
+        for ids in new:
             if int(ids) == end:
                 break
             yield int(ids), decoder.decode(token_bytes(encoder, int(ids)))
@@ -126,6 +132,8 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stream", action="store_true", help="print every token as it comes")
     parser.add_argument("--chat", action="store_true", help="type texts, let the model continue; /reset, /quit")
+    parser.add_argument("--speculative", action="store_true", help="the same greedy text in fewer steps, by the block "
+                        "of a model trained with mtp_depth=1; with --temperature=0")
     parser.add_argument("--no_cache", action="store_true", help="recompute the whole context for every token")
     parser.add_argument("--checkpoint", choices=["latest", "best", "ema"], default="latest")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
@@ -136,6 +144,9 @@ def parse(argv):
     for ok, message in (
             (not (args.chat and args.prompt), "--chat asks for texts by itself: leave --prompt out"),
             (not re.search("[\ud800-\udfff]", "".join(args.prompt or [])), "--prompt has bytes that are no text here"),
+            (not args.speculative or args.temperature == 0, "--speculative makes greedy text: set --temperature=0"),
+            (not args.speculative or (args.repetition_penalty == 1.0 and not args.no_cache),
+             "--speculative needs the cache and penalises nothing: leave --no_cache and --repetition_penalty out"),
             (args.num_samples > 0, "--num_samples must be at least 1"),
             (0 <= args.seed < 2**63, "--seed must be 0 or more, below 2**63"),
             (args.max_new_tokens > 0, "--max_new_tokens must be at least 1")):
@@ -150,7 +161,12 @@ def main(argv=None):
     if encoder is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: put the tokenizer folder of the training "
                         f"data there, as {args.model}/tokenizer")
-    options = args.options | {"max_new_tokens": args.max_new_tokens, "use_cache": not args.no_cache, "seed": args.seed}
+    if args.speculative and not model.config.mtp_depth:
+        raise UserError(f"{args.model} has no block of multi-token prediction, with which --speculative drafts: leave "
+                        "it out, or train with --mtp_depth=1")
+    drafts = []
+    options = {"on_draft": drafts.append} if args.speculative else args.options | {"use_cache": not args.no_cache}
+    options |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if args.chat:
         return chat(model, encoder, options)
     started, produced, prompts = time.perf_counter(), 0, args.prompt or [""]
@@ -166,7 +182,8 @@ def main(argv=None):
             options["seed"] = args.seed + number
             produced += len(write(model, encoder, ids, options, args.stream))
     seconds = time.perf_counter() - started
-    note(f"{produced} tokens in {seconds:.1f} s, {produced / seconds:.0f} tokens/s")
+    said = f"; {sum(drafts) / max(len(drafts), 1):.0%} of {len(drafts)} drafts right" if args.speculative else ""
+    note(f"{produced} tokens in {seconds:.1f} s, {produced / seconds:.0f} tokens/s{said}")
 
 
 def write(model, encoder, prompt_ids, options, as_it_comes, interruptible=False):

@@ -1,7 +1,8 @@
 """The Hugging Face side of a model: config.json, weight names and tokenizer.json of the DeepSeek-V3 architecture.
 
-Our parameters already carry Hugging Face's names; the only difference on disk is that every expert's gate, up and down
-matrix is a tensor of its own. Used by export.py (out and in) and generate.py (loading an exported directory).
+Our parameters already carry Hugging Face's names; on disk every expert's gate, up and down matrix is a tensor of its
+own, and the layer of multi-token prediction, behind the others, holds the embedding and the head once more, as
+DeepSeek-V3's does. Used by export.py (out and in) and generate.py (loading an exported directory).
 """
 
 import re
@@ -55,7 +56,7 @@ def to_hf_config(config, encoder, dtype):
             "rope_theta": config.rope_theta, "rope_interleave": True,
             "rope_scaling": config.rope_scaling and {**config.rope_scaling}, "hidden_act": "silu",
             "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
-            "aux_loss_alpha": config.aux_loss_alpha, "seq_aux": True, "num_nextn_predict_layers": 0,
+            "aux_loss_alpha": config.aux_loss_alpha, "seq_aux": True, "num_nextn_predict_layers": config.mtp_depth,
             "bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "use_cache": True}
 
 
@@ -119,6 +120,15 @@ def to_hf_tensors(model, dtype):
                 yield name.replace("down_proj", f"{i}.down_proj.weight"), matrix.contiguous()
         elif not (tied and name == "lm_head.weight"):
             yield name, tensor.to(dtype)
+    for name, shared in shared_by_mtp(model):
+        yield name, shared.detach().to(dtype, copy=True)
+
+
+def shared_by_mtp(model):
+    """(name on disk, our parameter) of what the layer of multi-token prediction shares with the model; [] without."""
+    layer = f"model.layers.{model.config.num_hidden_layers}"
+    return [(f"{layer}.embed_tokens.weight", model.model.embed_tokens.weight),
+            (f"{layer}.shared_head.head.weight", model.lm_head.weight)] * model.config.mtp_depth
 
 
 def load_model(folder, device="cpu"):
@@ -126,6 +136,8 @@ def load_model(folder, device="cpu"):
     refuse_other_kinds(folder)
     config, stored = from_hf_config(folder), read_json(Path(folder) / "config.json")
     weights = Published(folder, _block(stored.get("quantization_config"), folder))
+    ahead = f"model.layers.{config.num_hidden_layers}.eh_proj.weight"
+    config.mtp_depth = int(_announced(stored) > 0 and ahead in weights.files)
     model = build(config, device)
     for name, parameter in model.state_dict().items():
         tied = name == "lm_head.weight" and config.tie_word_embeddings
@@ -138,12 +150,22 @@ def load_model(folder, device="cpu"):
             raise UserError(f"{folder}: lm_head.weight differs from the embedding although config.json has "
                             "tie_word_embeddings: set that to false if both are meant")
         parameter.copy_(source)
+    for name, parameter in shared_by_mtp(model):
+        if name in weights.files and not torch.equal(weights.take(name).float(), parameter.cpu()):
+            raise UserError(f"{folder}: {name} differs from the model's own, which nanok2's layer of multi-token "
+                            f"prediction shares: remove model.layers.{config.num_hidden_layers}.* to go on without it")
     if weights.n_float8:
         note(f"{folder}: {weights.n_float8} float8 matrices are read as float32, times their block scales")
     elif stored.get("quantization_config") is not None:
         note(f"{folder}: config.json has a quantization_config, but no tensor is quantised: read as they are")
-    _leave_out(weights, stored, config.num_hidden_layers)
+    _leave_out(weights, stored, config)
     return model
+
+
+def _announced(stored):
+    """How many layers of multi-token prediction config.json speaks of."""
+    announced = stored.get("num_nextn_predict_layers", stored.get("num_mtp_layers"))
+    return announced if type(announced) is int else 0
 
 
 def _block(quantised, folder):
@@ -167,16 +189,17 @@ def _stacked(weights, name, n_experts):
         raise UserError(f"{weights.folder}: the matrices of {stem} do not fit together: {error}") from error
 
 
-def _leave_out(weights, stored, n_layers):
+def _leave_out(weights, stored, config):
     """Say which of the tensors that are left stay unread, and refuse those that nothing explains."""
-    announced = stored.get("num_nextn_predict_layers", stored.get("num_mtp_layers"))
-    announced = announced if type(announced) is int else 0
+    announced, n_layers = _announced(stored), config.num_hidden_layers
+    first = n_layers + config.mtp_depth
     layer = {name: int(found[1]) for name in weights.left if (found := re.match(r"model\.layers\.(\d+)\.", name))}
-    ahead = {name for name, number in layer.items() if n_layers <= number < n_layers + announced}
+    ahead = {name for name, number in layer.items() if first <= number < n_layers + announced}
     tables = {name for name in weights.left if name.endswith("rotary_emb.inv_freq")}
     empty = {name for name in weights.left if ".shared_experts." in name  # of no shared experts
              and 0 in weights.files[name].get_slice(name).get_shape()}
-    for names, what in ((ahead, f"of {announced} multi-token prediction layers"), (tables, "with tables of RoPE")):
+    more = f"of {n_layers + announced - first} multi-token prediction layers"
+    for names, what in ((ahead, more), (tables, "with tables of RoPE")):
         if names:
             note(f"{weights.folder}: {len(names)} tensors {what} are left out, such as {min(names)}")
     if extra := sorted(weights.left - ahead - tables - empty):

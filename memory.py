@@ -123,7 +123,8 @@ def needed(config, model, routes, layout, device, size, forwards):
     graphed = graphs.wanted(config, layout, device)
     keeps = graphed and backend.triton_runs(torch.empty(0, dtype=dtype, device=device))
     gradients = total if forwards > 1 else keeps * sum(n for name, n in local.items() if ".experts." in name)
-    computing = int(kept) + 4 * head + 4 * gradients  # those that are there before the backward
+    heads = head * (1 + config.mtp_depth)
+    computing = int(kept) + 4 * heads + 4 * gradients  # those that are there before the backward
     computing += 4 * 4 * CHUNK_ELEMENTS["cpu"] if device.type == "cpu" else 2 * DEFAULT_CHUNK_BYTES
     if graphed:  # which keep all of that for themselves: what a validation takes, a block at a time, comes on top
         computing += int(kept) // config.num_hidden_layers + 2 * DEFAULT_CHUNK_BYTES
@@ -139,10 +140,11 @@ def needed(config, model, routes, layout, device, size, forwards):
 
 def activations(config, dtype, device):
     """Bytes that autograd keeps of one sequence, and that the backward of one block takes beside them."""
-    moe = [config.is_moe_layer(index) for index in range(config.num_hidden_layers)]
+    moe = [config.is_moe_layer(index) for index in range(config.num_hidden_layers + config.mtp_depth)]
     blocks = [block_bytes(config, dtype, device, kind) for kind in moe]
     D, T, s = config.hidden_size, config.sequence_length, dtype.itemsize
     ends = T * (4 * D + 2 * s * D)  # the last norm, and the gradient that the loss has made of its output
+    ends += 3 * config.mtp_depth * ends  # the MTPBlock's too, and the norms and the input of its projection
     if config.activation_checkpointing == "none":
         return ends + sum(blocks) + max(blocks) // 4
     kept = max(blocks) * 0.6 if config.activation_checkpointing == "selective" else T * s * D  # what goes into a block

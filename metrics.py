@@ -202,6 +202,8 @@ def step_line(record, max_steps, eta):
              f"lr {record['lr']:.2e}", f"norm {record['grad_norm']:.2f}", f"{record['tokens_per_second']:,.0f} tok/s"]
     if record["mfu"] is not None:
         parts.append(f"mfu {record['mfu']:.1%}")
+    if "mtp_loss" in record:
+        parts.insert(2, f"second {record['mtp_loss']:.4f}")
     parts.append(f"logit {record['max_attention_logit']:.1f}")
     if record["expert_load_max"] is not None:
         parts.append(f"load {record['expert_load_max']:.2f}")
@@ -314,15 +316,16 @@ def draw_curves(folder):
     def points(kind, key):  # null stands for what was not finite, and a damaged line can hold anything
         return [(record["step"], record[key]) for record in records if record["kind"] == kind
                 and isinstance(record.get(key), int | float) and abs(record[key]) < 1e100]
-    panels = [("loss, nats per token", ["loss"]), ("learning rate", ["lr"]), ("gradient norm", ["grad_norm"]),
-              ("tokens per second", ["tokens_per_second"]), ("largest attention logit", ["max_attention_logit"]),
+    panels = [("loss, nats per token", ["loss", "mtp_loss"]), ("learning rate", ["lr"]),
+              ("gradient norm", ["grad_norm"]), ("tokens per second", ["tokens_per_second"]),
+              ("largest attention logit", ["max_attention_logit"]),
               ("expert load over mean", ["expert_load_max", "expert_load_min"])]
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (title, keys) in zip(axes.flat, panels):
         for key in keys:
             if found := points("train", key):
                 axis.plot(*zip(*found), label=key.replace("_", " "), linewidth=1)
-        for key, label in (("loss", "validation"), ("ema_loss", "of the average")) if keys == ["loss"] else ():
+        for key, label in (("loss", "validation"), ("ema_loss", "of the average")) if "loss" in keys else ():
             if found := points("val", key):
                 axis.plot(*zip(*found), "o-", markersize=3, label=label)
         if len(axis.lines) > 1:

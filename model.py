@@ -1,8 +1,8 @@
-"""The model: ModelConfig, the block, and K2, the transformer that joins the blocks; sizes and FLOPs of any config.
+"""The model: ModelConfig, the block, and K2, the transformer that joins the blocks.
 
 It knows one device and nothing of ranks. Fields and parameters carry the names of Kimi-K2's and DeepSeek-V3's
 config.json and checkpoints, so that export is a dump. Linear, norm and MLP are in layers.py, attention in mla.py, the
-experts in moe.py, the arithmetic in kernels/.
+experts in moe.py, what more than one token ahead takes in mtp.py, the arithmetic in kernels/.
 
 Shapes: B batch, T positions, D hidden_size, H heads, V vocabulary, E routed experts, S cached positions.
 """
@@ -17,12 +17,13 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
+import decoding
 from errors import UserError
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from layers import MLP, Linear, RMSNorm, WeightCopies
 from mla import MHA, MLA, Cache, rope_frequencies
 from moe import Experts, MoE, Router, Routing, default_scaling_factor, keep_gradients
-from sampling import next_token
+from mtp import next_and_second
 
 
 def setting(default, why, group="model"):
@@ -64,6 +65,8 @@ class ModelConfig:
     tie_word_embeddings: bool = setting(False, "one matrix for embedding and head")
     initializer_range: float = setting(0.02, "standard deviation of the initial weights")
     aux_loss_alpha: float = setting(1e-4, "weight of the sequence-wise balance loss")
+    mtp_depth: int = setting(
+        0, "1: one more block learns to predict the token after the next one (DeepSeek-V3); 0: none")
     z_loss: float = setting(0.0, "weight of the logits' squared log-sum-exp, in the gradient only; 0: none, as K2")
     router_z_loss: float = setting(0.0, "the same of the routers' logits, in the gradient only too; 0: none")
     balance: Literal["quantile", "sign", "none"] = setting(
@@ -103,7 +106,8 @@ class ModelConfig:
                 (E == 0 or self.balance != "quantile" or K < E // G * self.topk_group, "balance='quantile' needs "
                  f"an expert that is not chosen, but num_experts_per_tok={K} chooses all: set --balance=sign"),
                 (0 <= self.first_k_dense_replace <= self.num_hidden_layers,
-                 "first_k_dense_replace must lie in 0..num_hidden_layers")):
+                 "first_k_dense_replace must lie in 0..num_hidden_layers"),
+                (self.mtp_depth in (0, 1), f"mtp_depth={self.mtp_depth} must be 0 or 1")):
             if not ok:
                 raise UserError(message)
         if self.rope_scaling is not None:
@@ -176,70 +180,113 @@ class Block(nn.Module):
         return x_BTD + self.mlp(hidden), max_H, None
 
 
+class MTPBlock(Block):
+    """The block of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): a Block over a projection of
+    two things, the embedding of the token after a position and what the model made of the position, and a last norm of
+    its own; embedding and head are the model's. The embedding stands first, as in the published weights."""
+
+    def __init__(self, c, index):
+        super().__init__(c, index)
+        self.enorm, self.hnorm, last = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(3))
+        self.eh_proj = Linear(2 * c.hidden_size, c.hidden_size)
+        self.shared_head = nn.ModuleDict({"norm": last})
+
+    def compute(self, both_BTW, *rest):
+        """both_BTW: next embedding and hidden state, side by side: a block, its recompute and FSDP take one tensor."""
+        next_BTD, x_BTD = both_BTW.chunk(2, dim=-1)
+        x_BTD = self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(x_BTD)), dim=-1))
+        x_BTD, *told = super().compute(x_BTD, *rest)
+        return self.shared_head.norm(x_BTD), *told
+
+
 # ----------------------------------------------------------------------------- the transformer
 
 class K2(nn.Module):
     """The transformer. Build it on any device, or on meta, then call init_weights(seed) or load a checkpoint.
 
     compute_dtype is the dtype of the residual stream; parameters stay in fp32. In training, forward adds to running
-    statistics that the optimizer step reads and clears: routing (see moe.Routing) and max_logits (layers, H).
+    statistics that the optimizer step reads and clears: routing (see moe.Routing) and max_logits (layers, H). With
+    mtp_depth=1 the last of `layers` is the MTPBlock.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, self.compute_dtype, self.copies = config, torch.float32, None
+        n_layers = config.num_hidden_layers + config.mtp_depth
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList((MTPBlock if index >= config.num_hidden_layers else Block)(config, index)
+                                    for index in range(n_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         routers = [layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, MoE)]
         self.routing = Routing(routers, config.n_routed_experts, config.balance)
-        maxima = (config.num_hidden_layers, config.num_attention_heads)
+        maxima = (n_layers, config.num_attention_heads)
         self.register_buffer("max_logits", torch.full(maxima, float("-inf")), persistent=False)
 
     @property
     def layers(self):
         return self.model.layers
 
-    def forward(self, tokens_BT, targets_BT=None, cache=None, first_BT=None, scale=1.0):
+    def trunk(self, tokens_BT, cache=None, first_BT=None, real_BT=None):
+        """All but the head: x_BTD after the last norm, rope, and of every layer what else it returns."""
+        self.refresh_copies()
+        start = cache.length if cache is not None else 0
+        x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        rope = self.rope(start, tokens_BT.shape[1], 0 if first_BT is None else first_BT)
+        told = []
+        for index in range(self.config.num_hidden_layers):
+            past = None if cache is None else cache.layers[index]
+            x_BTD, *more = self.layers[index](x_BTD, rope, past, start, first_BT, real_BT)
+            told.append(more)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return self.model.norm(x_BTD), rope, told
+
+    def ahead(self, x_BTD, next_BT, rope, past_BSW=None, start=0, first_BT=None, real_BT=None):
+        """What the MTPBlock returns for trunk's x_BTD and the tokens that come next; the head makes logits of it, for
+        the tokens after those."""
+        next_BTD = self.model.embed_tokens(next_BT).to(self.compute_dtype)
+        return self.layers[-1](torch.cat((next_BTD, x_BTD), dim=-1), rope, past_BSW, start, first_BT, real_BT)
+
+    def forward(self, tokens_BT, targets_BT=None, cache=None, first_BT=None, scale=1.0, mtp_scale=None):
         """Without targets: logits (B, T, V) in fp32. With targets: (cross-entropy summed over the targets, balance loss
         summed over sequences and layers), both unweighted sums, so that micro-batches of any size add up exactly. scale
         is what the caller multiplies the first by before the backward: see linear_cross_entropy.
+
+        mtp_scale: None leaves the MTPBlock out; else it is that of the block's own cross-entropy, which is returned
+        behind the others, a sum too, and behind it over how many targets.
 
         cache, from new_cache(), holds the positions before these tokens and receives theirs. first_BT (int32), without
         a cache: where in its row the document of each position starts. Attention then stays within a document, and its
         positions count from there.
         """
-        self.refresh_copies()
-        start = cache.length if cache is not None else 0
-        x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
-        rope = self.rope(start, tokens_BT.shape[1], 0 if first_BT is None else first_BT)
         real_BT = None if targets_BT is None else targets_BT != IGNORE  # places left empty are routed, but no tokens
-        maxima, routed = [], []
-        for index, layer in enumerate(self.layers):
-            past = None if cache is None else cache.layers[index]
-            x_BTD, max_H, told = layer(x_BTD, rope, past, start, first_BT, real_BT)
-            maxima.append(max_H)
-            if told is not None:
-                routed.append(told)
-        x_BTD = self.model.norm(x_BTD)
-        if cache is not None:
-            cache.length += tokens_BT.shape[1]
+        x_BTD, rope, told = self.trunk(tokens_BT, cache, first_BT, real_BT)
         if targets_BT is None:
             return self.lm_head(x_BTD).float()
-        loss_sum = linear_cross_entropy(
-            x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.config.z_loss, scale)
+        losses = [self.loss_sum(x_BTD, targets_BT, scale)]
+        if mtp_scale is not None:
+            next_BT, second_BT = next_and_second(tokens_BT, targets_BT, first_BT)
+            x_BTD, *more = self.ahead(x_BTD, next_BT, rope, first_BT=first_BT, real_BT=real_BT)
+            told.append(more)
+            losses += [self.loss_sum(x_BTD, second_BT, mtp_scale), (second_BT != IGNORE).sum()]
+        maxima, routed = ([one for one in column if one is not None] for column in zip(*told))
         if self.training:
             with torch.no_grad():
-                self.max_logits.copy_(torch.maximum(self.max_logits, torch.stack(maxima)))
+                max_logits = self.max_logits[:len(maxima)]
+                max_logits.copy_(torch.maximum(max_logits, torch.stack(maxima)))
             self.routing.add(routed)
             if self.config.router_z_loss and routed:
                 z = self.config.router_z_loss * sum(r.z for r in routed)
-                loss_sum = loss_sum + (z - z.detach())
-        return loss_sum, sum((r.balance for r in routed), torch.zeros_like(loss_sum))
+                losses[0] = losses[0] + (z - z.detach())
+        return losses[0], sum((r.balance for r in routed), torch.zeros_like(losses[0])), *losses[1:]
+
+    def loss_sum(self, x_BTD, targets_BT, scale):
+        return linear_cross_entropy(
+            x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), self.config.z_loss, scale)
 
     def make_copies(self):
         """Keep the blocks' matrices in compute_dtype too, from the next forward on: it saves every later micro-batch of
@@ -309,44 +356,15 @@ class K2(nn.Module):
 
     # ------------------------------------------------------------------------- generation
 
-    def new_cache(self, batch_size, length):
+    def new_cache(self, batch_size, length, mtp=False):
+        """mtp: with room for the MTPBlock too."""
         return Cache([torch.zeros(batch_size, length, layer.self_attn.cache_width(), dtype=self.compute_dtype,
-                                  device=self.lm_head.weight.device) for layer in self.layers])
+                                  device=self.lm_head.weight.device)
+                      for layer in self.layers[:None if mtp else self.config.num_hidden_layers]])
 
-    @torch.no_grad()
-    def generate(self, tokens_BT, max_new_tokens, *, stop=None, use_cache=True, on_slide=lambda: None,
-                 agree=lambda ids: ids, **sampling):
-        """Yield (B,) ids, one tensor per new token; keyword arguments of sampling.next_token choose how. agree(ids)
-        lets the ranks of a sharded model go on with one choice.
-
-        Rows that produced the id `stop` go on yielding it, and the stream ends when all have. When the context is
-        full, the newest half of it becomes the new context and on_slide() is called; cached and uncached runs slide
-        alike.
-        """
-        was_training, limit = self.training, self.config.max_position_embeddings
-        self.eval()
-        try:
-            history, done = tokens_BT, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-            window = history[:, -limit:]
-            cache = self.new_cache(len(history), limit) if use_cache else None
-            fresh = window  # what the cache has not seen
-            for _ in range(max_new_tokens):
-                if window.shape[1] > limit:
-                    on_slide()
-                    window = fresh = window[:, -max(limit // 2, 1):]
-                    cache = self.new_cache(len(history), limit) if use_cache else None
-                logits_BV = self(fresh if use_cache else window, cache=cache)[:, -1]
-                ids = agree(next_token(logits_BV, history, **sampling))
-                if stop is not None:
-                    ids = torch.where(done, stop, ids)
-                    done |= ids == stop
-                yield ids
-                if done.all():
-                    return
-                fresh = ids[:, None]
-                history, window = torch.cat((history, fresh), dim=1), torch.cat((window, fresh), dim=1)
-        finally:
-            self.train(was_training)
+    def generate(self, tokens_BT, max_new_tokens, **options):
+        """decoding.generate, with its options: yields (B,) ids, one tensor per new token."""
+        return decoding.generate(self, tokens_BT, max_new_tokens, **options)
 
 
 def pick_device(name):
@@ -371,27 +389,3 @@ def build(config, device, distribute=lambda model: None):
         model.lm_head.weight = model.model.embed_tokens.weight
     model.reset_statistics()
     return model
-
-
-# ----------------------------------------------------------------------------- counting
-
-def count_parameters(config):
-    """(total, active): all parameters, and those that one token uses: of the routed experts num_experts_per_tok, and
-    both the embedding and the head. Computed on the meta device, so any size takes seconds."""
-    with torch.device("meta"):
-        model = K2(config)
-    total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    used = routed * config.num_experts_per_tok // config.n_routed_experts if routed else 0
-    return total, total - routed + used
-
-
-def flops_per_token(config, sequence_length):
-    """Model FLOPs of one token, forward and backward (3x forward), 2 per multiply-add, causal attention at its true
-    mean context of (T+1)/2, no recompute. The embedding lookup is free, the head is not."""
-    _, active = count_parameters(config)
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    qk = config.qk_nope_head_dim + config.qk_rope_head_dim if config.attention == "mla" else config.v_head_dim
-    width = config.num_attention_heads * (qk + config.v_head_dim)
-    core = config.num_hidden_layers * width * (sequence_length + 1) / 2
-    return 3 * 2 * (active - embedding + core)

@@ -22,9 +22,11 @@ import errors
 import guard
 import memory
 import metrics
+import mtp
 import parallel
 import runs
 import settings
+from counting import count_parameters, flops_per_token
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
 from data.tasks import open_tasks
@@ -37,7 +39,7 @@ from kernels import graphs
 from kernels.cross_entropy import IGNORE
 from kernels.newton_schulz import newton_schulz
 from kernels.selfcheck import compile_ahead
-from model import build, count_parameters, flops_per_token, pick_device
+from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_, schedule_factor
 from routes import route_parameters, routing_table
 
@@ -189,13 +191,14 @@ def train(argv, watch):
         # nothing.
         logged = step % config.log_interval == 0 or step in (start + 1, config.max_steps)
         model.reset_statistics(-math.inf if logged else config.qk_clip_tau)  # exact where it is told or acted on
-        sums, scale = torch.zeros(3, device=device), torch.tensor(loss_scale, device=device)
+        sums, scale = torch.zeros(3 + 2 * config.mtp_depth, device=device), torch.tensor(loss_scale, device=device)
+        mtp_weight = mtp.loss_weight(config, step, device)
         for micro in range(accumulation):
             wait_started = time.perf_counter()
             inputs, targets, places = next(batches)
             waited += time.perf_counter() - wait_started
             parallel.last_micro_batch(model, micro == accumulation - 1)
-            sums = sums + micro_batch(micro == 0, inputs, targets, stream.starts(inputs), scale)
+            sums = sums + micro_batch(micro == 0, inputs, targets, stream.starts(inputs), scale, mtp_weight)
 
         # What the ranks must agree on, in one small reduction a kind; the only wait for the device in a step.
         squared_norm = parallel.squared_norm(parameters, layout)
@@ -205,7 +208,7 @@ def train(argv, watch):
         parallel.add_up(model.routing.expert_counts)
         parallel.add_up(model.routing.histograms)
         alarm.count(model.routing.expert_counts)
-        loss, balance, empty, z, squared_norm, watch.agreed = agreed.tolist()
+        loss, balance, empty, *ahead, z, squared_norm, watch.agreed = agreed.tolist()
         fill = tokens_per_step / max(tokens_per_step - empty, 1)  # 1, but where packing left places empty
         loss, norm = loss * fill, math.sqrt(squared_norm) / loss_scale * fill
 
@@ -249,13 +252,14 @@ def train(argv, watch):
         last = step == config.max_steps
         if logged or watch.agreed:
             speed = tokens_per_step * steps_timed / seconds
-            routing = metrics.expert_statistics(model.routing.expert_counts, model.routing.biases())
+            more = metrics.expert_statistics(model.routing.expert_counts, model.routing.biases())
+            more |= {"mtp_loss": ahead[0] / max(ahead[1], 1)} if ahead else {}
             record = log.write(
                 "train", step, tokens=tokens, loss=loss, aux_loss=balance, lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm, tokens_per_second=speed, mfu=flops * speed / peak if peak else None,
                 step_ms=1000 * seconds / steps_timed, memory_gib=metrics.memory_gib(device),
                 max_attention_logit=model.max_logits.max().item() if logged else None, qk_clipped_heads=int(clipped),
-                router_z_loss=z * fill / tokens_per_step if config.router_z_loss else None, **routing)
+                router_z_loss=z * fill / tokens_per_step if config.router_z_loss else None, **more)
             print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
             for event in alarm.raised():
                 log.write("event", step, event="routing", **event)
@@ -329,15 +333,20 @@ def wants_compile(config, device):
     return config.compile or (config.compile is None and device.type == "cuda")
 
 
-def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale):
+def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale, mtp_weight=None):
     """One micro-batch: gradients of its share of the loss, times loss_scale. Returns (3,): its shares of the
-    cross-entropy and of the balance loss of the step, and how many of its places are empty."""
+    cross-entropy and of the balance loss of the step, and how many of its places are empty; with mtp_weight, a tensor
+    by which its loss counts, (5,): the MTPBlock's cross-entropy too, as a sum, and over how many targets."""
     n_tokens = config.global_batch_size * config.sequence_length
-    loss_sum, balance_sum = model(inputs, targets, first_BT=first_BT, scale=1 / n_tokens)
+    mtp_scale = None if mtp_weight is None else config.mtp_loss_weight / n_tokens
+    loss_sum, balance_sum, *ahead = model(inputs, targets, first_BT=first_BT, scale=1 / n_tokens, mtp_scale=mtp_scale)
     loss = loss_sum / n_tokens
     balance = balance_sum / config.global_batch_size
-    ((loss + config.aux_loss_alpha * balance) * loss_scale).backward()
-    return torch.stack((loss, balance, (targets == IGNORE).sum())).detach()
+    whole = loss + config.aux_loss_alpha * balance
+    if ahead:
+        whole = whole + mtp_weight * (ahead[0] / n_tokens)
+    (whole * loss_scale).backward()
+    return torch.stack((loss, balance, (targets == IGNORE).sum(), *ahead)).detach()
 
 
 def update_all(model, optimizer, config):

@@ -16,10 +16,12 @@ import bench
 import checkpoint
 import hf
 import memory
+import mtp
 import owners
 import parallel
+from counting import count_parameters, flops_per_token
 from kernels import attention, backend, experts, graphs, newton_schulz
-from model import build, count_parameters, flops_per_token
+from model import build
 from muon import Muon
 from routes import route_parameters
 from train import clip_and_balance, forward_and_backward
@@ -156,6 +158,7 @@ class Nanok2(Arm):
         state = checkpoint.named_tensors(self.model, self.optimizer).values()
         self.replays = [graphs.Update(update, self.parameters, state, replay, self.compute.pool) for update in updates]
         self.scale, self.small_batches = torch.ones((), device=device), {}
+        self.mtp_weight = mtp.loss_weight(config, 1, device)
 
     @property
     def replayed(self):
@@ -174,7 +177,7 @@ class Nanok2(Arm):
             yield
 
     def micro_batch(self, first):
-        self.compute(first, self.tokens[:, :-1], self.tokens[:, 1:], None, self.scale)
+        self.compute(first, self.tokens[:, :-1], self.tokens[:, 1:], None, self.scale, self.mtp_weight)
 
     def update(self):
         norm = parallel.squared_norm(self.parameters, parallel.Layout()).sqrt().item()

@@ -16,6 +16,7 @@ import torch
 
 import checkpoint
 import memory
+import mtp
 import parallel
 from data.loader import TrainStream, ValidationSet, prefetch
 from ema import Average
@@ -197,12 +198,13 @@ class Learner:
         for group, peak_rate in zip(optimizer.param_groups, self.peak_rates):
             group["lr"] = peak_rate * factor
         model.reset_statistics(-math.inf if self.step in self.points else config.qk_clip_tau)
-        sums, scale = torch.zeros(3, device=device), torch.tensor(self.loss_scale, device=device)
+        sums, scale = torch.zeros(3 + 2 * config.mtp_depth, device=device), torch.tensor(self.loss_scale, device=device)
+        mtp_weight = mtp.loss_weight(config, self.step, device)
         for micro in range(self.accumulation):
             inputs, targets, _ = next(self.batches)
-            sums = sums + self.micro_batch(micro == 0, inputs, targets, self.stream.starts(inputs), scale)
+            sums = sums + self.micro_batch(micro == 0, inputs, targets, self.stream.starts(inputs), scale, mtp_weight)
         squared_norm = parallel.squared_norm(self.parameters, self.layout)
-        loss, _, empty, squared_norm = torch.cat((sums, squared_norm[None])).tolist()
+        loss, _, empty, *_, squared_norm = torch.cat((sums, squared_norm[None])).tolist()
         tokens = config.global_batch_size * config.sequence_length
         fill = tokens / max(tokens - empty, 1)
         self.loss, norm = loss * fill, math.sqrt(squared_norm) / self.loss_scale * fill

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import settings
 from bench.arms import dense_twin, equal_flops, gpt_twin
 from config import Config
+from counting import count_parameters, flops_per_token
 from errors import UserError
-from model import count_parameters, flops_per_token
 
 GRID = ("8:2:0,8:2:1,16:1:1,16:2:1,16:4:0,16:4:1,32:1:1,32:2:0,32:2:1,32:4:1,64:1:1,64:2:1,64:6:1,128:2:1,128:4:1,"
         "128:6:1,16:4:2,64:8:4")  # routed experts : active : shared

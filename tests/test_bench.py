@@ -11,8 +11,9 @@ import bench
 import settings
 from bench import arms, contest, pairs, step, summary, training
 from config import Config
+from counting import count_parameters, flops_per_token
 from errors import UserError
-from model import ModelConfig, count_parameters, flops_per_token
+from model import ModelConfig
 from tests.helpers import ROOT, TINY, make_config
 
 

@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 import settings
+from counting import count_parameters
 from errors import UserError
-from model import count_parameters
 from tests.helpers import ROOT
 
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py"))

@@ -9,8 +9,8 @@ import torch
 
 import settings
 from bench import contest, learner, pairs, verdict
+from counting import flops_per_token
 from errors import UserError
-from model import flops_per_token
 from tests.helpers import ROOT, final_tensors, make_config, make_data, records, run_train
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "global_batch_size": 4, "micro_batch_size": 2, "max_steps": 12,
@@ -41,7 +41,7 @@ def make_learner(config, points, folder=None):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(qk_clip_tau=0.02), dict(optimizer="adamw", dtype="bfloat16", document_mask=True, ema=0.9)])
+    dict(qk_clip_tau=0.02), dict(optimizer="adamw", dtype="bfloat16", document_mask=True, ema=0.9, mtp_depth=1)])
 def test_a_learner_is_a_run_of_train_py(small, tmp_path, changes):
     words = [small, *(f"--{key}={value}" for key, value in changes.items())]
     run_train(*words, f"--out_dir={tmp_path / 'run'}", "--eval_interval=1")

@@ -39,7 +39,8 @@ NOT_BELOW = {  # what --help and the checks promise
     **dict.fromkeys(
         """warmup_steps eval_interval save_interval sample_interval seed muon_lr adamw_lr weight_decay
         grad_clip bias_update_rate min_lr_ratio z_loss router_z_loss n_routed_experts n_shared_experts
-        first_k_dense_replace momentum decay_steps qk_clip_tau rope_theta rms_norm_eps initializer_range""".split(),
+        first_k_dense_replace momentum decay_steps qk_clip_tau rope_theta rms_norm_eps initializer_range mtp_depth
+        mtp_loss_weight mtp_decay_loss_weight""".split(),
         0,
     ),
 }
@@ -280,7 +281,7 @@ RUNS = dict(
     v_head_dim=[4, 6, 5], n_routed_experts=[0, 1, 4, 8, 6], num_experts_per_tok=[1, 2, 5], n_shared_experts=[0, 2],
     n_group=[1, 2, 3], topk_group=[1, 2], norm_topk_prob=[True, False], routed_scaling_factor=[None, 1.5, 0.0],
     first_k_dense_replace=[0, 1, 2, 3], num_hidden_layers=[1, 2], rms_norm_eps=[1e-6, 1e-30, 0.0],
-    rope_theta=[1e4, 1.0, 1e-30], tie_word_embeddings=[True, False],
+    mtp_depth=[0, 1, 2], rope_theta=[1e4, 1.0, 1e-30], tie_word_embeddings=[True, False],
     rope_scaling=[None, {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16},
                   {"type": "yarn", "factor": 1, "original_max_position_embeddings": 1, "beta_fast": 1, "mscale": 0},
                   {"type": "x"}],

@@ -72,14 +72,17 @@ def test_optimizer_on_cuda_equals_the_cpu(triton, replay):
 
 
 def test_model_on_cuda_equals_the_cpu():
-    model, x = tiny_model(q_lora_rank=24), tokens(3, 33)
+    model, x = tiny_model(q_lora_rank=24, balance="quantile", router_z_loss=1e-3), tokens(3, 33)
     loss, balance = model(x[:, :-1], x[:, 1:])
-    counts = model.routing.expert_counts.clone()
+    counts, histograms, z = (total.clone() for total in model.routing.buffers())
     model.reset_statistics()
     model.cuda()
     other, other_balance = model(x[:, :-1].cuda(), x[:, 1:].cuda())
     assert abs(loss.item() / other.item() - 1) < 1e-4 and abs(balance.item() / other_balance.item() - 1) < 1e-4
-    assert torch.equal(counts, model.routing.expert_counts.cpu())
+    there, other_histograms, other_z = (total.cpu() for total in model.routing.buffers())
+    assert torch.equal(counts, there) and abs(z / other_z - 1) < 1e-4
+    assert (histograms.sum(-1) == 3 * 32).all() and torch.equal(histograms.sum(-1), other_histograms.sum(-1))
+    assert (histograms - other_histograms).abs().sum() < 0.02 * histograms.sum()  # a few at the edges of bins
 
 
 @pytest.mark.parametrize("arm", ["triton", "cudnn", "flash", "sdpa", "math"])  # flex runs compiled only

@@ -231,7 +231,7 @@ def test_an_update_without_room_for_a_trial_goes_on_without(monkeypatch, functio
 def test_a_run_with_graphs_is_the_run_without(pretend, tmp_path, data, monkeypatch):
     """With validation, samples, resuming and document starts between the replays."""
     config = make_config(tmp_path / "c.py", data=str(data), micro_batch_size=2, eval_interval=3, max_steps=6,
-                         sample_interval=4, document_mask=True)
+                         sample_interval=4, document_mask=True, mtp_depth=1)
     run_train(config, f"--out_dir={tmp_path / 'plain'}")
     assert not pretend["made"]
     monkeypatch.setattr(graphs, "wanted", lambda *_: True)

@@ -19,6 +19,7 @@ KINDS = {
     "experts": dict(),
     "dense": dict(n_routed_experts=0),
     "mha": dict(n_routed_experts=0, attention="mha"),
+    "two tokens ahead": dict(mtp_depth=1),
     "wide": dict(first_k_dense_replace=2, q_lora_rank=24, n_shared_experts=2, num_experts_per_tok=3, hidden_size=64),
 }
 
@@ -33,7 +34,7 @@ def saved_bytes(model, batch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train()(batch[:, :-1], batch[:, 1:])
+        model.train()(batch[:, :-1], batch[:, 1:], mtp_scale=1.0 if model.config.mtp_depth else None)
     return sum(size for size, _ in kept.values())
 
 

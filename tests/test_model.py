@@ -12,9 +12,10 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 import hf
+from counting import count_parameters, flops_per_token
 from kernels import attention, backend
 from kernels.cross_entropy import IGNORE
-from model import ModelConfig, build, count_parameters, flops_per_token, keep_matmuls
+from model import ModelConfig, build, keep_matmuls
 from tests.helpers import tiny_config, tiny_model, tokens
 
 YARN = {

@@ -144,10 +144,8 @@ def test_weights_that_are_not_what_they_seem_are_refused_by_name(source, publish
 
 
 def test_a_cast_that_kept_its_quantization_config_is_read_with_a_line(source, published, capsys):
-    folder = published(
-        {name: tensor.bfloat16() for name, tensor in source[1].items()},
-        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
-    )
+    folder = published({name: tensor.bfloat16() for name, tensor in source[1].items()},
+                       quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     ours = hf.load_model(folder).state_dict()
     assert "no tensor is quantised" in capsys.readouterr().err
     for name in ("model.embed_tokens.weight", FIRST, "model.layers.1.mlp.gate.e_score_correction_bias"):
@@ -158,25 +156,27 @@ def test_a_cast_that_kept_its_quantization_config_is_read_with_a_line(source, pu
 
 
 def ahead(tensors, layers=1):
-    """Multi-token prediction layers behind the last, with the tensors that only they have."""
+    """Multi-token prediction layers behind the last, with the tensors that only they have and those that they share."""
     more = {}
     for number in range(3, 3 + layers):
+        layer = dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), torch.ones(136)) | {
+            "eh_proj": torch.ones(136, 272), "shared_head.head": tensors["lm_head.weight"]}
+        more |= {f"model.layers.{number}.{name}.weight": tensor for name, tensor in layer.items()}
         more |= {k.replace("layers.2.", f"layers.{number}."): v for k, v in tensors.items() if "layers.2." in k}
-        more |= {f"model.layers.{number}.eh_proj.weight": torch.ones(4, 8)}
-        more |= {f"model.layers.{number}.shared_head.norm.weight": torch.ones(4)}
     return tensors | more
 
 
 @pytest.mark.parametrize("announced, there", [(1, 1), (2, 2), (1, 0), (0, 1), (None, 1), (1, 2)])
-def test_so_many_layers_more_as_config_says_are_left_out_with_a_line(source, published, capsys, announced, there):
+def test_of_the_layers_more_that_config_says_the_first_is_read(source, published, capsys, announced, there):
     folder = published(ahead(source[1], there), num_nextn_predict_layers=announced)
     if there > (announced or 0):
         with pytest.raises(UserError, match=f"num_nextn_predict_layers={announced or 0}, such as model.layers"):
             hf.load_model(folder)
         return
     assert torch.equal(logits(folder), logits(published(name="plain")))
-    said, n_more = capsys.readouterr().err, len(ahead(source[1], there)) - len(source[1])
-    assert said.count("note") == bool(there) and (not there or f"{n_more} tensors of {announced} multi-token" in said)
+    said, more = capsys.readouterr().err, f"{len(ahead(source[1])) - len(source[1])} tensors of 1 multi-token"
+    assert said.count("note") == said.count(more) == (there > 1)
+    assert hf.load_model(folder).config.mtp_depth == bool(there)
 
 
 def test_tables_of_rope_are_left_out_with_a_line(source, published, capsys):

@@ -212,7 +212,7 @@ THE_FUNCTION = {"num_experts_per_tok": 3, "n_group": 2, "topk_group": 2, "norm_t
 TENSORS = {"attention": "mha", "vocab_size": 99, "hidden_size": 48, "intermediate_size": 48, "moe_intermediate_size": 8,
            "num_hidden_layers": 2, "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
            "qk_rope_head_dim": 8, "v_head_dim": 4, "n_routed_experts": 16, "n_shared_experts": 2,
-           "first_k_dense_replace": 2, "tie_word_embeddings": True}
+           "first_k_dense_replace": 2, "tie_word_embeddings": True, "mtp_depth": 1}
 
 
 def test_every_field_of_the_model_is_decided(tmp_path):

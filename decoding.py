@@ -1,0 +1,83 @@
+"""The loops that make text: token by token, or two at once where a block of multi-token prediction drafts the second.
+
+K2.generate is the first, generate.py offers both. The choice of a token is in sampling.py.
+
+Shapes: B sequences, T tokens.
+"""
+
+import torch
+
+from sampling import next_token
+
+
+@torch.no_grad()
+def generate(model, tokens_BT, max_new_tokens, *, stop=None, use_cache=True, on_slide=lambda: None,
+             agree=lambda ids: ids, **sampling):
+    """Yield (B,) ids, one tensor per new token; keyword arguments of sampling.next_token choose how. agree(ids) lets
+    the ranks of a sharded model go on with one choice.
+
+    Rows that produced the id `stop` go on yielding it, and the stream ends when all have. When the context is full, the
+    newest half of it becomes the new context and on_slide() is called; cached and uncached runs slide alike.
+    """
+    was_training, limit = model.training, model.config.max_position_embeddings
+    model.eval()
+    try:
+        history, done = tokens_BT, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
+        window = history[:, -limit:]
+        cache = model.new_cache(len(history), limit) if use_cache else None
+        fresh = window  # what the cache has not seen
+        for _ in range(max_new_tokens):
+            if window.shape[1] > limit:
+                on_slide()
+                window = fresh = window[:, -max(limit // 2, 1):]
+                cache = model.new_cache(len(history), limit) if use_cache else None
+            logits_BV = model(fresh if use_cache else window, cache=cache)[:, -1]
+            ids = agree(next_token(logits_BV, history, **sampling))
+            if stop is not None:
+                ids = torch.where(done, stop, ids)
+                done |= ids == stop
+            yield ids
+            if done.all():
+                return
+            fresh = ids[:, None]
+            history, window = torch.cat((history, fresh), dim=1), torch.cat((window, fresh), dim=1)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def speculate(model, tokens_BT, max_new_tokens, *, stop=None, on_slide=lambda: None, on_draft=lambda right: None):
+    """Yield what generate does at temperature 0 for one sequence (B = 1), from a model in evaluation mode with an
+    MTPBlock: it drafts the token after every new one, and the next forward confirms the draft and goes on behind it, or
+    corrects it (Leviathan et al., arXiv 2211.17192). on_draft(right) is called for every draft.
+
+    The text is that of generate, but for ties: a forward of two tokens rounds otherwise than one of one.
+    """
+    limit, window, cache = model.config.max_position_embeddings, tokens_BT, None
+    window = window[:, -limit:]
+    while max_new_tokens > 0:
+        if window.shape[1] > limit:
+            on_slide()
+            window, cache = window[:, -max(limit // 2, 1):], None
+        if cache is None:
+            cache, draft = model.new_cache(1, limit, mtp=True), window[:, :0]
+        if window.shape[1] == limit or max_new_tokens == 1:  # no room for two
+            draft = window[:, :0]
+        start = cache.length
+        x_BTD, rope, *_ = model.trunk(torch.cat((window[:, start:], draft), dim=1), cache)
+        logits_BTV = model.lm_head(x_BTD[:, window.shape[1] - start - 1:])
+        new = [next_token(logits_BTV[:, 0], window, temperature=0)]
+        if draft.shape[1]:
+            right = bool(new[0] == draft)
+            on_draft(right)
+            new += [next_token(logits_BTV[:, 1], window, temperature=0)] * right
+        for ids in new:
+            yield ids
+            if ids == stop:
+                return
+        max_new_tokens -= len(new)
+        window = torch.cat((window, torch.stack(new, dim=1)), dim=1)
+        cache.length = seen = window.shape[1] - 1  # a wrong draft is written over
+        tables = [table[:seen - start] for table in rope]
+        ahead_BTD, *_ = model.ahead(x_BTD[:, :seen - start], window[:, start + 1:], tables, cache.layers[-1], start)
+        draft = model.lm_head(ahead_BTD[:, -1:]).argmax(-1)
