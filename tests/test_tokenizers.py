@@ -18,7 +18,7 @@ from tests.helpers import ROOT
 CORPUS = [path.read_text() for path in sorted(ROOT.glob("*.py"))[:8]] + [
     "héllo wörld, ça va? 中文字符 中文 мир мира 123456 "
 ] * 20
-HELD_OUT = (ROOT / "tests/test_muon.py").read_text() + (ROOT / "README.md").read_text()
+HELD_OUT = "".join((ROOT / name).read_text() for name in ("tests/test_muon.py", "README.md", "docs/kernels.md"))
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
