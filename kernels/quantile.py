@@ -59,6 +59,6 @@ def solve(histogram_EC, bias_E, top_k):
     share_E1 = (below_EC[:, -1:] * top_k + E - 1) // E  # in whole numbers: exact with any number of tokens
     bin_E1 = (below_EC < share_E1).sum(1, keepdim=True)
     here_E1 = histogram_EC.gather(1, bin_E1)
-    inside_E1 = (share_E1 - below_EC.gather(1, bin_E1) + here_E1) / here_E1.clamp(min=1)
+    inside_E1 = (share_E1 - below_EC.gather(1, bin_E1) + here_E1) / here_E1
     solved_E = (low + width * (bin_E1 + inside_E1)).flatten()
-    return solved_E - solved_E.mean()
+    return torch.where(below_EC[:, -1] > 0, solved_E - solved_E.mean(), bias_E)  # as it was if there was no token

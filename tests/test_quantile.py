@@ -106,6 +106,11 @@ def test_what_is_no_number_does_no_harm_to_memory():
     assert quantile.histogram(needed, torch.zeros(3)).sum() == 12
 
 
+def test_without_a_token_biases_stay():
+    bias = torch.tensor([0.1, -0.2, 0.1])
+    assert torch.equal(quantile.solve(torch.zeros(3, quantile.BINS, dtype=torch.int64), bias, 1), bias)
+
+
 # ---------------------------------------------------------------------- the router and the model
 
 

@@ -105,7 +105,6 @@ def test_accumulation_and_micro_batches_do_not_change_the_run(config, tmp_path):
             f"--out_dir={tmp_path / str(size)}",
             "--aux_loss_alpha=0.01",
             "--qk_clip_tau=0.05",
-            "--balance=quantile",
             "--router_z_loss=0.01",
         )
     for one, other in zip(records(tmp_path / "8"), records(tmp_path / "2")):
