@@ -29,7 +29,9 @@ Everything of this run is in $(cd "$out" && pwd):
 More text: $python generate.py $quoted --prompt "class " --stream
 EOF
 if [ $# -eq 0 ]; then  # or it was not the model of that contest
-    contest="$(ls bench/results/*-contest-moe-dense-debug.json | tail -n 1)"
-    printf '\n%s\n' "$("$python" -m bench.verdict "$contest" | tail -n 1)"
-    echo "(measured by  python -m bench.contest moe-dense  and kept in $contest)"
+    for pair in moe-gpt moe-dense; do
+        contest="$(ls bench/results/*-contest-"$pair"-debug.json | tail -n 1)"
+        printf '\n%s\n' "$("$python" -m bench.verdict "$contest" | tail -n 1)"
+        echo "(measured by  python -m bench.contest $pair  and kept in $contest)"
+    done
 fi
