@@ -369,11 +369,11 @@ def test_whole_runs(area, monkeypatch):
 EXTREME = {"initializer_range", "muon_lr", "rope_theta", "rms_norm_eps"}  # weights may overflow in the step
 
 
-def short_sample(sample, model, encoder, prompt, config, step):
+def short_sample(sample, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             train,
             "stream_text",
             lambda *args, **options: generate.stream_text(*args, **options | {"max_new_tokens": 5}),
         )
-        return sample(model, encoder, prompt, config, step)
+        return sample(*words)

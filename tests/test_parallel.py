@@ -14,6 +14,7 @@ import export
 import parallel
 import settings
 import train
+from ema import Average
 from errors import UserError
 from muon import Muon
 from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records, run_stopped
@@ -173,7 +174,7 @@ def load_and_save(words, source, target):
     layout = parallel.make_layout(config, torch.device("cpu"))
     model = train.build(config, torch.device("cpu"), lambda m: parallel.distribute(m, layout, torch.float32))
     optimizer = Muon(model.named_parameters())
-    tensors = checkpoint.named_tensors(model, optimizer)
+    tensors = checkpoint.named_tensors(model, optimizer) | Average(model, config.ema).tensors
     checkpoint.load(source, tensors)
     checkpoint.save(target, 10, tensors, {}, keep=1)
 
@@ -315,7 +316,7 @@ def test_a_share_smaller_than_the_micro_batch_is_taken_whole(base, pool, monkeyp
     "n, words",
     [
         (2, ["--tie_word_embeddings"]),
-        (2, ["--n_routed_experts=0"]),
+        (2, ["--n_routed_experts=0", "--lr_multipliers={'embeddings': 2.0}"]),
         (2, ["--attention=mha", "--muon_per_head"]),
         (4, ["--q_lora_rank=24", "--muon_per_head", "--ep=2", "--n_group=4", "--topk_group=2"]),
         (3, ["--optimizer=adamw", "--n_routed_experts=10", "--n_shared_experts=0"]),
