@@ -143,8 +143,7 @@ class Config(ModelConfig):
                     "eval_batches", "eval_task_items")
         not_negative = ("warmup_steps", "decay_steps", "eval_interval", "save_interval", "sample_interval", "seed",
                         "muon_lr", "adamw_lr", "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio",
-                        "z_loss", "router_z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences",
-                        "mtp_decay_loss_weight")
+                        "z_loss", "router_z_loss", "spike_sigmas", "max_rollbacks", "check_interval", "skip_sequences")
         for name in (*positive, *not_negative):
             value, floor = getattr(self, name), int(name in positive)
             if value is not None and value < floor:
@@ -159,7 +158,10 @@ class Config(ModelConfig):
                 (0 <= self.ema < 1, f"ema={self.ema} must lie in [0, 1)"),
                 (self.resume or not self.router_is_idle(), "num_experts_per_tok=1 with norm_topk_prob: a weight that "
                  "is always 1 teaches the router nothing: set --no-norm_topk_prob, or choose two experts or more"),
-                (self.mtp_loss_weight > 0, "mtp_loss_weight must be above 0; without the block: --mtp_depth=0"),
+                (self.mtp_loss_weight > 0 and self.mtp_decay_loss_weight > 0,  # at 0 old momentum would go on moving it
+                 "mtp_loss_weight and mtp_decay_loss_weight must be above 0; without the block: --mtp_depth=0"),
+                (self.muon_variant == "muon" or self.optimizer != "adamw",
+                 f"muon_variant={self.muon_variant!r} is Muon's: leave it out with optimizer='adamw'"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
                 (self.data, "data is empty: name a folder of shards"),
                 (self.out_dir != "", "out_dir is empty: name the run's folder"),

@@ -31,6 +31,9 @@ class Average:
         self.decay = decay**self.interval
         self.tensors = {f"ema.{name}": tensor.detach().to("cpu", copy=True)
                         for name, tensor in model.state_dict().items()}
+        self.tied = model.config.tie_word_embeddings  # one tensor under two names: exchanged twice, nothing came back
+        if self.tied:
+            self.tensors["ema.lm_head.weight"] = self.tensors["ema.model.embed_tokens.weight"]
 
     def load(self, step_folder, manifest):
         """Go on with the average of a checkpoint, or begin here if it has none."""
@@ -44,7 +47,7 @@ class Average:
         """[(this rank's part of a tensor of the model, that of its average)]. FSDP2 lets go of what it has gathered
         when it is asked for its state, so that what is written here is what the next forward gathers."""
         return [(local_rows(tensor)[0], local_rows(self.tensors[f"ema.{name}"])[0])
-                for name, tensor in self.model.state_dict().items()]
+                for name, tensor in self.model.state_dict().items() if not (self.tied and name == "lm_head.weight")]
 
     @torch.no_grad()
     def update(self, steps):

@@ -95,11 +95,13 @@ def compare(config, encoder, stream, manifest, source):
     differing = {name: f"{name}: {stored[name]} there, {now[name]} here"
                  for name in now if name in stored and stored[name] != now[name]}
     refused = [line for name, line in differing.items() if name in model]
+    if "normuon" in (stored.get("muon_variant"), now["muon_variant"]):  # it alone has a state of its own
+        refused += [line for name, line in differing.items() if name == "muon_variant"]
     if encoder and manifest.get("tokenizer") not in (None, tokenizer.fingerprint(encoder)):
         refused.append("another tokenizer there")
     if refused:
-        raise UserError(f"{source} holds another model: {'; '.join(refused)}. Continue with the settings it was "
-                        "trained with, or start anew without --resume")
+        raise UserError(f"{source} holds another model or optimizer: {'; '.join(refused)}. Continue with the settings "
+                        "that it was trained with, or start anew without --resume")
     before, identity = {"packing": "concat", **manifest.get("stream", {})}, stream.identity()
     other = [f"{name}: {before[name]} there, {identity[name]} here"
              for name in identity if name in before and not _same(before[name], identity[name])]

@@ -187,6 +187,8 @@ def checked(name, value, where):
         return int(value)  # 1e3 steps
     elif list in kinds and isinstance(value, tuple):
         return list(value)
+    elif dict in kinds and value == ():  # as --help shows the default
+        return {}
     elif type(value) in kinds:
         return value
     raise UserError(f"{name}={value!r} {where}: expected {' or '.join(map(_kind_name, kinds))}")

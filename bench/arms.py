@@ -33,7 +33,8 @@ RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, 
 def dense_twin(config):
     """The Config of the dense model with the same attention, optimizer, batch and FLOPs a token (up to rounding
     intermediate_size to a multiple of 64, of 8 in models narrower than 512)."""
-    return equal_flops(config, "intermediate_size", _multiple(config), n_routed_experts=0)
+    return equal_flops(config, "intermediate_size", _multiple(config), n_routed_experts=0,
+                       lr_multipliers=_rates_without(config, "experts", "router"))
 
 
 def gpt_twin(config):
@@ -41,7 +42,13 @@ def gpt_twin(config):
     matrix for embedding and head, AdamW."""
     heads = max(1, config.hidden_size // 64)
     return equal_flops(config, "intermediate_size", _multiple(config), n_routed_experts=0, attention="mha",
-                       num_attention_heads=heads, v_head_dim=64, tie_word_embeddings=True, optimizer="adamw")
+                       num_attention_heads=heads, v_head_dim=64, tie_word_embeddings=True, optimizer="adamw",
+                       muon_variant="muon", lr_multipliers=_rates_without(config, "experts", "router", "head"))
+
+
+def _rates_without(config, *names):
+    """lr_multipliers without those of parameters that the twin does not have."""
+    return {name: by for name, by in config.lr_multipliers.items() if name not in names}
 
 
 def _multiple(config):
@@ -141,9 +148,11 @@ class Nanok2(Arm):
         _fill(self.model, config.initializer_range)
         if triton and memory.keeps_copies(config, parallel.Layout(), device):  # ours, as train.py makes it
             self.model.make_copies()
-        routes = route_parameters(self.model.named_parameters(), config.optimizer)
+        routes = route_parameters(self.model.named_parameters(), config.optimizer,
+                                  config.num_attention_heads if config.muon_per_head else 0, config.lr_multipliers)
         with replaced(owners, "BATCH_ELEMENTS", 1 if loops else owners.BATCH_ELEMENTS):  # 1: matrix by matrix
-            self.optimizer = Muon(self.model.named_parameters(), RATE, routes=routes, ns_dtype=self.model.compute_dtype)
+            self.optimizer = Muon(self.model.named_parameters(), RATE, routes=routes, variant=config.muon_variant,
+                                  ns_dtype=self.model.compute_dtype)
         if compiled:
             parallel.compile_blocks(self.model)
         self.parameters = list(self.model.parameters())

@@ -3,8 +3,8 @@ seeds, in turns in one process; then how many tokens, seconds and FLOPs the chal
 
     python -m bench.contest moe-dense                       (also moe-gpt muon-adamw mla-mha clip heads experts)
     python -m bench.contest configs/a.py configs/b.py       (a.py against b.py)
-    python -m bench.contest "muon_lr=2e-2 momentum=0.9" muon_lr=1e-2        (one config with other settings; the last
-                    is the baseline, the config as it is if there is only one)
+    python -m bench.contest "ns_steps=6 momentum=0.9" momentum=0.95         (one config with other settings; the last
+                    is the baseline, the config as it is if there is only one; with a muon_lr: --lr=as-is)
 
     --config=FILE   the config of all but A.py B.py (configs/debug.py)    --key=value ...   settings of all arms
     --seeds=N       3: the config's seed and those that follow            --out=FOLDER      out/contest-PAIR
@@ -83,6 +83,8 @@ def read_words(argv):
     arms = [word for word in rest if pairs.is_changes(word)]
     names, flags = settings.read_words(word for word in rest if word not in arms)
     names += arms
+    if "auto" in rates_of(own["lr"]) and any(re.search(r"(^|\s)muon_lr=", arm) for arm in arms):
+        raise UserError("--lr=auto would replace the muon_lr that an arm names: add --lr=as-is")
     if own["config"] and len(names) - len(arms) == 2 or own["grid"] and names != ["experts"]:
         raise UserError("--config goes without A.py B.py, --grid with the pair experts: what shall they be here?")
     own |= {"config": own["config"] or CONFIG, "sweep": own["sweep"] or SWEEP}

@@ -5,7 +5,6 @@ token where the architectures differ, any two config files, and one config with 
 import dataclasses
 import math
 import re
-import shlex
 from dataclasses import dataclass
 
 import settings
@@ -45,7 +44,8 @@ def with_rate(config, rate):
 def with_adamw(config):
     """The config with AdamW for all parameters, at AdamW's own base rate."""
     rate = ADAMW_RATE * math.sqrt(ADAMW_WIDTH / config.hidden_size)
-    return dataclasses.replace(config, optimizer="adamw", muon_lr=float(f"{rate:.2g}"), adamw_lr=None)
+    return dataclasses.replace(config, optimizer="adamw", muon_variant="muon", muon_lr=float(f"{rate:.2g}"),
+                               adamw_lr=None)
 
 
 # ----------------------------------------------------------------------------- pairs: challengers, then the baseline
@@ -165,7 +165,7 @@ def is_changes(word):
 
 def _changes(name):
     """{setting: value} of an arm's name."""
-    return settings.read_words(f"--{word}" for word in shlex.split(name))[1]
+    return settings.read_words(f"--{word}" for word in re.split(r"\s+(?=[a-z_]+=)", name.strip()))[1]
 
 
 def _sets(path, name):

@@ -24,6 +24,7 @@ import checkpoint
 import guard
 import parallel
 import settings
+from errors import UserError
 from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_
 from routes import route_parameters
@@ -79,6 +80,8 @@ class Waited:
 def main(argv):
     parallel.start()
     config, path = settings.load(argv)
+    if config.mtp_depth:
+        raise UserError("bench.ranks has no multi-token prediction: add --mtp_depth=0")
     device = pick_device(config.device)
     layout = parallel.make_layout(config, device)
     micro, accumulation = parallel.split_batch(config)
@@ -86,7 +89,8 @@ def main(argv):
     model = build(config, device, lambda model: parallel.distribute(model, layout, dtype))
     model.init_weights(0, local_rows).compute_dtype = dtype
     routes = route_parameters(model.named_parameters(), config.optimizer)
-    optimizer = Muon(model.named_parameters(), config.muon_lr, routes=routes, ns_dtype=dtype)
+    optimizer = Muon(model.named_parameters(), config.muon_lr, routes=routes, ns_dtype=dtype,
+                     variant=config.muon_variant)
     if device.type == "cuda" and config.compile is not False:
         parallel.compile_blocks(model)
     parameters = list(model.parameters())

@@ -12,6 +12,7 @@ p-values: Student's paired two-sided t-test over seeds, of log ratios against 0 
 
 import math
 import os
+import shlex
 import statistics
 from pathlib import Path
 
@@ -270,6 +271,7 @@ def main(argv):
     print(*table(state["arms"], {name: runs_of(state, name) for name in state["arms"]}), sep="\n")
     for name, found in state["verdict"].items():
         print(*said(name, state["baseline"], found), sentence(name, state), sep="\n")
+    print(f"(measured by  python -m bench.contest {shlex.join(state['command'])}  and kept in {argv[0]})")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ EOF
 if [ $# -eq 0 ]; then  # or it was not the model of that contest
     for pair in moe-gpt moe-dense; do
         contest="$(ls bench/results/*-contest-"$pair"-debug.json | tail -n 1)"
-        printf '\n%s\n' "$("$python" -m bench.verdict "$contest" | tail -n 1)"
-        echo "(measured by  python -m bench.contest $pair  and kept in $contest)"
+        printf '\n%s\n' "$("$python" -m bench.verdict "$contest" | tail -n 2)"
     done
 fi

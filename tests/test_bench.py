@@ -115,7 +115,11 @@ def test_arms_of_a_contest_that_are_settings():
     assert (last.config.muon_lr, last.config.momentum, last.config.seed) == (3e-3, 0.95, 5)
     _, (_, unchanged) = pairs.arms_of(["seed=1"], debug, {})
     assert unchanged.name == "as it is" and unchanged.config == Config(**settings.read_file(debug))
-    for name, message in (("momentun=1", "unknown setting 'momentun'"), ("seed=1 more", "unknown setting 'more'"),
+    _, (halved, _) = pairs.arms_of(["lr_multipliers={'experts': 0.5} momentum=0.9"], debug, {})
+    assert (halved.config.lr_multipliers, halved.config.momentum) == ({"experts": 0.5}, 0.9)
+    with pytest.raises(UserError, match="add --lr=as-is"):
+        contest.read_words(["muon_lr=2e-2"])
+    for name, message in (("momentun=1", "unknown setting 'momentun'"), ("seed=1 more", "seed='1 more'"),
                           ("sequence_length=128", "differ in sequence_length")):
         with pytest.raises(UserError, match=message):
             pairs.arms_of([name], debug, {})

@@ -44,8 +44,10 @@ def test_the_average_is_the_weighted_mean_of_what_it_saw(decay, interval):
         assert not torch.equal(average.tensors[f"ema.{name}"], tensor)
 
 
-def test_within_it_the_model_has_the_average_and_afterwards_its_own_bits():
-    model, other, x = tiny_model(), tiny_model(seed=1), tokens(2, 9)
+@pytest.mark.parametrize("tied", [False, True])
+def test_within_it_the_model_has_the_average_and_afterwards_its_own_bits(tied):
+    model, other = (tiny_model(tie_word_embeddings=tied, seed=seed) for seed in (0, 1))
+    x = tokens(2, 9)
     model.compute_dtype = other.compute_dtype = torch.bfloat16
     model.make_copies()  # rounded copies have to follow
     average = Average(other, 0.9)

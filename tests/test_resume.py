@@ -230,7 +230,7 @@ def test_every_field_of_the_model_is_decided(tmp_path):
             told = f"{name}: {getattr(there, name)} there, {value} here"
             assert runs.compare(config, None, stream, manifest, "x") == [told]
         else:
-            with pytest.raises(UserError, match=f"holds another model: {name}"):
+            with pytest.raises(UserError, match=f"holds another model or optimizer: {name}"):
                 runs.compare(config, None, stream, manifest, "x")
 
 
