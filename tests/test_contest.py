@@ -225,7 +225,7 @@ def test_a_contest_that_has_ended_is_told_again(tmp_path, capsys):
     """The dense model has the loss of 500 of 1,000 tokens, at two thirds of the challenger's pace."""
     ours = lambda tokens: made_up([3 - math.log2(tokens / 1000)], tokens, 3.0)
     base, short = made_up([4.0], 1000, 2.0), ours(350)
-    state = {"baseline": "dense", "made_on": {"device": "a laptop"}, "runs": {
+    state = {"baseline": "dense", "made_on": {"device": "a laptop"}, "command": ["moe-dense", "--lr=1,2"], "runs": {
         key: {"arm": arm, "share": share, **run} for key, arm, share, (run,) in (
             ("a", "moe", 1.0, ours(1000)), ("b", "dense", 1.0, base), ("c", "moe", 0.35, short))}}
     about = dict(parameters=2e6, active_parameters=1e6, flops_per_token=5e6, settings={})
@@ -233,8 +233,8 @@ def test_a_contest_that_has_ended_is_told_again(tmp_path, capsys):
         ours(1000), base, {0.35: short}, (1.0, 1.0))}}
     (tmp_path / "contest.json").write_text(json.dumps(state), encoding="utf-8")
     verdict.main([str(tmp_path / "contest.json")])
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert "dense model of the contest needs 2.00 times the tokens and 1.33 times the seconds of the moe model" in last
+    *_, last, how = capsys.readouterr().out.splitlines()
+    assert "needs 2.00 times the tokens and 1.33 times the seconds of the moe model" in last and "--lr=1,2  and" in how
     (tmp_path / "contest.json").write_text(json.dumps(state | {"verdict": {}}), encoding="utf-8")
     with pytest.raises(UserError, match="no verdict yet"):
         verdict.main([str(tmp_path / "contest.json")])

@@ -142,7 +142,7 @@ def assert_given(config, values):
     for name, value in values.items():
         if value in (None, "") and name in ("out_dir", "routed_scaling_factor"):
             continue  # filled in
-        value = list(value) if type(value) is tuple else value
+        value = type(getattr(config, name))(value) if type(value) is tuple else value  # () of a dict: {}
         assert getattr(config, name) == value, (name, value)
 
 
