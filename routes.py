@@ -55,6 +55,12 @@ def route_parameters(named_parameters, optimizer="muon", per_head=0, multipliers
     return routes
 
 
+def routes_of(config, model):
+    """The routes of a run's model, by its config."""
+    heads = config.num_attention_heads if config.muon_per_head else 0
+    return route_parameters(model.named_parameters(), config.optimizer, heads, config.lr_multipliers)
+
+
 def routing_table(named_parameters, routes):
     """The routes as printable lines: parameters of one kind are counted together, layer numbers dropped."""
     kinds = {}

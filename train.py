@@ -41,7 +41,7 @@ from kernels.newton_schulz import newton_schulz
 from kernels.selfcheck import compile_ahead
 from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_, schedule_factor
-from routes import route_parameters, routing_table
+from routes import routes_of, routing_table
 
 
 def main(argv=None):
@@ -102,8 +102,7 @@ def train(argv, watch):
     model.compute_dtype = compute_dtype
     for layer in model.layers:
         layer.recompute = config.activation_checkpointing
-    heads = config.num_attention_heads if config.muon_per_head else 0
-    routes = route_parameters(model.named_parameters(), config.optimizer, heads, config.lr_multipliers)
+    routes = routes_of(config, model)
     memory.require(config, model, routes, layout, device)
     if memory.keeps_copies(config, layout, device):
         model.make_copies()

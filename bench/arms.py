@@ -23,7 +23,7 @@ from counting import count_parameters, flops_per_token
 from kernels import attention, backend, experts, graphs, newton_schulz
 from model import build
 from muon import Muon
-from routes import route_parameters
+from routes import routes_of
 from train import clip_and_balance, forward_and_backward
 
 RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is
@@ -148,8 +148,7 @@ class Nanok2(Arm):
         _fill(self.model, config.initializer_range)
         if triton and memory.keeps_copies(config, parallel.Layout(), device):  # ours, as train.py makes it
             self.model.make_copies()
-        routes = route_parameters(self.model.named_parameters(), config.optimizer,
-                                  config.num_attention_heads if config.muon_per_head else 0, config.lr_multipliers)
+        routes = routes_of(config, self.model)
         with replaced(owners, "BATCH_ELEMENTS", 1 if loops else owners.BATCH_ELEMENTS):  # 1: matrix by matrix
             self.optimizer = Muon(self.model.named_parameters(), RATE, routes=routes, variant=config.muon_variant,
                                   ns_dtype=self.model.compute_dtype)

@@ -77,13 +77,13 @@ def read_words(argv):
                 raise UserError(f"--{name}={own[name]} must be above 0")
     if own["tokens"] and own["seconds"]:
         raise UserError("--tokens and --seconds are two budgets: name one")
-    if own["sweep"] and (own["sweep"] > 1 or "auto" not in rates_of(own["lr"])):
+    sought = "auto" in rates_of(own["lr"])
+    if own["sweep"] and (own["sweep"] > 1 or not sought):
         raise UserError(f"--sweep={own['sweep']} is the share of --lr=auto: at most 1, and for nothing else")
-    rates_of(own["lr"])
     arms = [word for word in rest if pairs.is_changes(word)]
     names, flags = settings.read_words(word for word in rest if word not in arms)
     names += arms
-    if "auto" in rates_of(own["lr"]) and any(re.search(r"(^|\s)muon_lr=", arm) for arm in arms):
+    if sought and any(re.search(r"(^|\s)muon_lr=", arm) for arm in arms):
         raise UserError("--lr=auto would replace the muon_lr that an arm names: add --lr=as-is")
     if own["config"] and len(names) - len(arms) == 2 or own["grid"] and names != ["experts"]:
         raise UserError("--config goes without A.py B.py, --grid with the pair experts: what shall they be here?")

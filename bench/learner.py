@@ -19,24 +19,18 @@ import memory
 import mtp
 import parallel
 from data.loader import TrainStream, ValidationSet, prefetch
+from data.vocabulary import open_tokenizer, require_vocabulary
 from ema import Average
+from evaluate import evaluate
 from kernels import attention, backend, expert_tiles, graphs, selfcheck
 from kernels.backend import synchronize
 from kernels.newton_schulz import newton_schulz
 from metrics import expert_statistics
 from model import build
 from muon import local_rows, schedule_factor
-from routes import route_parameters
+from routes import routes_of
 from runs import SCHEDULE
-from train import (
-    evaluate,
-    forward_and_backward,
-    make_optimizer,
-    open_tokenizer,
-    require_vocabulary,
-    update_all,
-    wants_compile,
-)
+from train import forward_and_backward, make_optimizer, update_all, wants_compile
 
 SETTLING = 5  # steps of a learner's first turn, in which compilers and captures are at work
 DISK = 25e6  # bytes a second: what is saved on the average at most, a twentieth of what disks write
@@ -114,8 +108,7 @@ class Learner:
         self.model.compute_dtype = getattr(torch, config.dtype)
         for layer in self.model.layers:
             layer.recompute = config.activation_checkpointing
-        heads = config.num_attention_heads if config.muon_per_head else 0
-        routes = route_parameters(self.model.named_parameters(), config.optimizer, heads, config.lr_multipliers)
+        routes = routes_of(config, self.model)
         memory.require(config, self.model, routes, self.layout, device)
         if memory.keeps_copies(config, self.layout, device):
             self.model.make_copies()

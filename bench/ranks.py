@@ -27,7 +27,7 @@ import settings
 from errors import UserError
 from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_
-from routes import route_parameters
+from routes import routes_of
 
 # torch 2.13 renamed two of them: both names, counted as one.
 COLLECTIVES = {"all_reduce": "all_reduce", "all_to_all_single": "all_to_all", "broadcast": "broadcast",
@@ -88,7 +88,7 @@ def main(argv):
     dtype = getattr(torch, config.dtype)
     model = build(config, device, lambda model: parallel.distribute(model, layout, dtype))
     model.init_weights(0, local_rows).compute_dtype = dtype
-    routes = route_parameters(model.named_parameters(), config.optimizer)
+    routes = routes_of(config, model)
     optimizer = Muon(model.named_parameters(), config.muon_lr, routes=routes, ns_dtype=dtype,
                      variant=config.muon_variant)
     if device.type == "cuda" and config.compile is not False:
