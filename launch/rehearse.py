@@ -19,7 +19,7 @@ import muon
 import parallel
 import train
 from dispatch import ExpertParallel
-from kernels import attention, cross_entropy
+from kernels import attention, cross_entropy, experts
 from model import build
 from muon import local_rows
 from routes import routes_of
@@ -61,9 +61,11 @@ def rehearse(config, n, rank, costs, layout, update=True):
         with contextlib.ExitStack() as stack:
             for target, name, value in (
                     (ExpertParallel, "sizes", lambda self, out_P2: _even(self, out_P2, config, costs)),
-                    (muon, "_from_all_ranks", lambda value: _all_held(value, n, costs, layout, rank)),
-                    (attention, "QUERY_CHUNK", 2**40), (cross_entropy, "CHUNK_ELEMENTS", {"cpu": 2**60})):
-                stack.enter_context(mock.patch.object(target, name, value))  # the last two: fewer operations
+                    (muon, "_from_all_ranks", lambda value: _all_held(value, costs, layout, rank)),
+                    # Fewer operations than on a CPU, as on a GPU.
+                    (attention, "QUERY_CHUNK", 2**40), (cross_entropy, "CHUNK_ELEMENTS", {"cpu": 2**60}),
+                    (experts, "_operator_is_best", lambda *_: True)):
+                stack.enter_context(mock.patch.object(target, name, value))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             return _step(config, device, parallel.split_batch(config)[0], update)
@@ -115,10 +117,10 @@ def _even(dispatch, out_P2, config, costs):
     return [[[rows, tokens * config.num_experts_per_tok // dispatch.ranks]] * dispatch.ranks] * 2
 
 
-def _all_held(value, n, costs, layout, rank):
+def _all_held(value, costs, layout, rank):
     """What muon asks of all ranks: the rows of every matrix, by costs; of a digest, this rank's."""
     if isinstance(value, str):
         return [value]
-    everyone = [costs.held(layout, rank) for rank in range(n)]
+    everyone = [costs.held(layout, rank) for rank in range(layout.dp_shard)] * layout.dp_replicate
     assert everyone[rank] == value, "launch/costs.py knows the shards of the parameters no longer"
     return everyone
