@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import errors
 import hf
 import sampling
@@ -24,6 +23,7 @@ from errors import UserError
 from hf_weights import note, refuse_other_kinds
 from kernels import backend
 from model import build, pick_device
+from run import checkpoint
 from settings import model_config
 
 COMMANDS = "/reset forgets all, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help lists these"

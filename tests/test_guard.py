@@ -14,15 +14,14 @@ import time
 import pytest
 import torch
 
-import checkpoint
-import guard
-import parallel
 import settings
 import train
 from data import loader
 from errors import UserError
 from model import K2
 from muon import Muon, local_rows
+from ranks import parallel
+from run import checkpoint, guard
 from tests.helpers import (
     ROOT,
     assert_equal_runs,
