@@ -228,9 +228,9 @@ def choose_kernels(config, device):
     if local_rank() == 0:
         selfcheck.compile_ahead(config, rows, device, wait=True)
     from_all(None)  # the other ranks find all compiled
-    on = backend.use(config.kernels, device, dtype, again=config.kernels_tuning == "full")
+    on = selfcheck.use(config.kernels, device, dtype, again=config.kernels_tuning == "full")
     if not all(from_all(on)):  # one rank's check failed
-        on = backend.use("torch", device, dtype)
+        on = selfcheck.use("torch", device, dtype)
     if device.type == "cuda":
         lines, choices = once(selfcheck.fastest, config, rows, device)
         selfcheck.adopt(choices)

@@ -1,6 +1,7 @@
 """The conventions of the codebase, as tests: import order, sizes, where packages may appear. Of pages: test_docs.py."""
 
 import ast
+import graphlib
 import re
 import subprocess
 
@@ -78,6 +79,15 @@ def test_imports_point_upwards_only(path):
         inside_kernels = name.startswith("kernels") and module.startswith("kernels")
         shards_and_tokenizer = name.startswith("data.") and module.startswith("data.") and level == own
         assert level is None or level < own or inside_kernels or shards_and_tokenizer, f"{name} imports {module}"
+
+
+def test_no_imports_lead_back_to_where_they_began():
+    """Those inside functions count too: of what is imported late nothing may import the importer."""
+    graph = {module_name(path): set(imports(path)) - {module_name(path)} for path in SOURCES}
+    ours = {name: modules & graph.keys() for name, modules in graph.items()}
+    assert list(graphlib.TopologicalSorter(ours).static_order())  # a CycleError names the circle
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(ours | {"errors": {"train"}}).prepare()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
