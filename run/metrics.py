@@ -233,8 +233,8 @@ def expert_statistics(counts_LE, biases_LE):
 
 STEADY = 50  # steps in a row after which something is no accident
 LEVERS = {
-    "none": "--balance=quantile evens the load out",
-    "sign": "--balance=quantile evens the load out, or a larger --bias_update_rate sooner",
+    "none": "--balance=sign, or quantile, evens the load out",
+    "sign": "a larger --bias_update_rate evens the load out sooner, or --balance=quantile, without limits to groups",
     "quantile": "scores near 0 or 1 leave a bias nothing to choose by: try a lower --muon_lr, or --router_z_loss=1e-3"}
 
 
