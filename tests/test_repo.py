@@ -151,7 +151,8 @@ def test_text_without_encoding_is_found():
     assert [word for word in good if list(text_without_encoding(word))] == []
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted(ROOT.glob("bench/*.py")), *sorted(ROOT.glob("docs/*.py"))],
+@pytest.mark.parametrize("path", [*SOURCES, *sorted(p for folder in ("bench", "docs", "launch")
+                                                    for p in (ROOT / folder).glob("*.py"))],
                          ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_text_is_utf8_whatever_the_locale(path):
     assert list(text_without_encoding(read_source(path))) == []
