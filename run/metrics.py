@@ -211,13 +211,13 @@ def step_line(record, max_steps, eta):
 
 
 def summary(folders):
-    """For python metrics.py RUN_FOLDER ...: how far each run is and its newest losses, a line each."""
+    """For python -m run.metrics RUN_FOLDER ...: how far each run is and its newest losses, a line each."""
     if {"-h", "--help"} & set(folders):
-        return print("python metrics.py RUN_FOLDER ...: how far each run is and its newest losses")
+        return print("python -m run.metrics RUN_FOLDER ...: how far each run is and its newest losses")
     for folder in folders or ["."]:
         newest = {record["kind"]: record for record in read_records(Path(folder) / "metrics.jsonl")}
         if "train" not in newest:
-            raise UserError(f"{folder}: no metrics.jsonl with a step in it (python metrics.py RUN_FOLDER ...)")
+            raise UserError(f"{folder}: no metrics.jsonl with a step in it (python -m run.metrics RUN_FOLDER ...)")
         loss, (val, bits) = newest["train"].get("loss"), map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
         print(f"{folder}: step {newest['train']['step']}  loss {loss}  validation {val}  bits per byte {bits}")
 
