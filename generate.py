@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import errors
 import hf
 import sampling
@@ -22,8 +21,9 @@ from data import tokenizer as tokenizers
 from decoding import speculate
 from errors import UserError
 from hf_weights import note, refuse_other_kinds
-from kernels import backend
+from kernels import selfcheck
 from model import build, pick_device
+from run import checkpoint
 from settings import model_config
 
 COMMANDS = "/reset forgets all, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help lists these"
@@ -55,7 +55,7 @@ def load(path, device="auto", dtype="float32", which="latest"):
         folder = step_folder.parent.parent / "tokenizer"
         encoder = tokenizers.load(folder) if folder.is_dir() else None
     model.compute_dtype = getattr(torch, dtype)
-    backend.use("auto", device, model.compute_dtype)
+    selfcheck.use("auto", device, model.compute_dtype)
     return model.eval(), encoder
 
 

@@ -1,8 +1,8 @@
 """What a training step of a config costs on a layout of many GPUs, by arithmetic: memory of a rank, bytes between ranks
 by kind, seconds by part.
 
-Memory is memory.py's sum and FLOPs are counting.py's; what travels is counted here, as parallel.py, dispatch.py and
-owners.py send it. rehearse.py counts the same on the real model. Rates are of one H100 that ran configs/small.py
+Memory is run/memory.py's sum and FLOPs are counting.py's; what travels is counted here, as ranks/ and owners.py
+send it. rehearse.py counts the same on the real model. Rates are of one H100 that ran configs/small.py
 (bench/results/2026-11-27-h100.md); links and other GPUs were never measured here, and GPUS says whence they are.
 
 Shapes: N tokens of a forward, K choices a token, D model width, P ranks of a group, E experts. Next: plan.py.
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-import memory
 from counting import flops_by_part
 from kernels import backend
-from metrics import PEAK_FLOPS
 from model import K2
 from owners import BUCKET_ELEMENTS, ROOM
-from parallel import Layout
+from ranks.parallel import Layout, check_layout
 from routes import routes_of
+from run import memory
+from run.metrics import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -280,6 +280,5 @@ def kind(name, ep):
 
 def layout_of(config, n):
     """The Layout that n ranks would have, checked as they would."""
-    from parallel import check_layout
     replicate, shard, ep = check_layout(config, n)
     return Layout(replicate, shard, ep, dense=n > 1 or None)

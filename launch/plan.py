@@ -19,7 +19,7 @@ import errors
 import settings
 from errors import UserError
 from launch.costs import GIB, GPUS, PIECES, Costs, layout_of
-from parallel import check_layout
+from ranks.parallel import check_layout
 
 CHOSEN = ("dp_replicate", "dp_shard", "ep", "micro_batch_size", "activation_checkpointing")
 RECOMPUTE = ("none", "selective", "full")

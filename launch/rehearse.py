@@ -2,7 +2,7 @@
 that moves nothing and on tensors that have no memory. It counts what this rank holds and sends, for plan.py to compare
 with its arithmetic: so plan and program cannot drift apart.
 
-What only data would tell is taken as even: every expert gets as many tokens. Next: costs.py, ../parallel.py.
+What only data would tell is taken as even: every expert gets as many tokens. Next: costs.py, ../ranks/parallel.py.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import muon
-import parallel
 import train
-from dispatch import ExpertParallel
 from kernels import attention, cross_entropy, experts
 from model import build
 from muon import local_rows
+from ranks import parallel
+from ranks.dispatch import ExpertParallel
 from routes import routes_of
 
 OPERATIONS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce",
