@@ -8,6 +8,8 @@ send it. rehearse.py counts the same on the real model. Rates are of one H100 th
 Shapes: N tokens of a forward, K choices a token, D model width, P ranks of a group, E experts. Next: plan.py.
 """
 
+import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -39,7 +41,7 @@ class Gpu:
 
 def _unmeasured(peak, copy, gib, nvlink, network):
     """From a datasheet, with the shares of it that the H100 reached."""
-    return Gpu(peak, 0.80 * peak, 0.90 * copy, gib * GIB, LINK * nvlink, LINK * network, "datasheet x the H100's shares")
+    return Gpu(peak, 0.80 * peak, 0.90 * copy, gib * GIB, LINK * nvlink, LINK * network, "datasheet x the H100's")
 
 
 LINK = 0.8  # of a link's datasheet that NCCL's large messages reach: assumed, no second GPU was ever at hand
@@ -100,6 +102,12 @@ class Costs:
         self.moe_layers = sum(".gate." in name for name in self.shapes)
         self.parameters = sum(shape.numel() for shape in self.shapes.values())
 
+    def of(self, **settings):
+        """The same with other settings of the run; those of the model stay."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, **settings)
+        return other
+
     # ------------------------------------------------------------------------- memory
 
     def local(self, layout, rank=0):
@@ -119,7 +127,8 @@ class Costs:
         """{what: bytes} of rank 0 at the peak of a step."""
         local = self.local(layout)
         with backend.running(self.device.type == "cuda"):
-            parts = memory.parts(self.config, self.model, self.routes, layout, self.device, size, forwards, local)
+            sizes = {name: (shape.numel(), local[name]) for name, shape in self.shapes.items()}
+            parts = memory.parts(self.config, sizes, self.routes, layout, self.device, size, forwards)
         parts["parameters"] = 4 * sum(local.values())
         if n > 1 and self.device.type == "cuda":
             rows = 2 * size * self.config.sequence_length * self.sent_rows(layout.ep) * self.config.hidden_size
@@ -172,16 +181,19 @@ class Costs:
     def muon_elements(self, layout, n):
         """Elements that a rank sends for Newton-Schulz on average: to a matrix's owner, and from it to all that hold
         rows of it. See owners.make_plan, whose balance by work is left out here but for experts that few ranks hold."""
-        R, total = layout.dp_replicate, 0.0
+        S, R, total = layout.dp_shard, layout.dp_replicate, 0.0
         for name, shape in self.shapes.items():
             if self.routes[name].optimizer != "muon":
                 continue
-            rows, held, per_index = self.routes[name].rows, rows_on(name, shape, layout, 0)[1], shape[1:-1].numel()
-            count, piece, holders = shape[0] * per_index // rows, held * per_index, -(-shape[0] // held)
-            whole = sum(m * rows // piece == ((m + 1) * rows - 1) // piece for m in range(count)) / count
-            pinned = ".experts." in name and layout.ep > 1
-            moved = 0 if pinned or R > 1 else 1 - min(1.0, ROOM * holders / n)
-            total += shape.numel() * (whole * (R - 1 + 2 * moved) + (1 - whole) * (1 + R - 2 / holders))
+            elsewhere = 1 + R - 2 / S  # an owner chosen among all gets what it lacks, and the holders get it back
+            if ".experts." in name and layout.ep > 1:
+                elsewhere = R - 1  # the owner is one that holds it
+            elif R == 1:
+                rows, held, per_index = self.routes[name].rows, rows_on(name, shape, layout, 0)[1], shape[1:-1].numel()
+                count, piece, holders = shape[0] * per_index // rows, held * per_index, -(-shape[0] // held)
+                whole = sum(m * rows // piece == ((m + 1) * rows - 1) // piece for m in range(count)) / count
+                elsewhere *= 1 - whole * min(1.0, ROOM * holders / n)  # those stay
+            total += shape.numel() * elsewhere
         return total / n
 
     # ------------------------------------------------------------------------- seconds
@@ -225,7 +237,7 @@ class Costs:
         return seconds
 
     def update(self, layout, n):
-        """Seconds of the optimizer on the device: Newton-Schulz, spread evenly over the ranks, and bytes of its rows."""
+        """Seconds of the optimizer on the device: Newton-Schulz, spread evenly over ranks, and bytes of its rows."""
         flops = size = 0.0
         for name, shape in self.shapes.items():
             if rows := self.routes[name].rows:

@@ -10,7 +10,6 @@ compare what it holds and sends (K2 on 2,048: a minute).
 Rates come from one H100 that ran configs/small.py; more than one GPU was never measured. Next: costs.py.
 """
 
-import copy
 import dataclasses
 import json
 import math
@@ -31,9 +30,9 @@ class Plan:
     """A layout of n GPUs that fits, and what a step takes there."""
     costs: Costs
     n: int
-    micro_batch_size: int
 
     def __post_init__(self):
+        self.micro_batch_size = min(self.costs.config.micro_batch_size, self.costs.config.global_batch_size // self.n)
         self.forwards = self.costs.config.global_batch_size // self.n // self.micro_batch_size
         self.layout = layout_of(self.costs.config, self.n)
         self.memory = self.costs.memory(self.layout, self.n, self.micro_batch_size, self.forwards)
@@ -68,44 +67,43 @@ class Plan:
 # ----------------------------------------------------------------------------- the choice
 
 def plans(config, n, gpu, per_node, kept=()):
-    """The Plans of every layout on n GPUs that fits, the fastest first; settings in `kept` stay as config has them. Of
-    a layout and a recompute choice the largest forward that fits is taken."""
+    """The Plans of every layout on n GPUs that fits, the fastest first; settings in `kept` stay as config has them."""
     if config.global_batch_size % n:
         raise UserError(f"global_batch_size={config.global_batch_size} must be a multiple of the {n} GPUs: take "
                         f"--global_batch_size={max(1, round(config.global_batch_size / n)) * n}, or fewer GPUs")
-    if "strategy" in kept or {"dp_replicate", "dp_shard"} & set(kept):
+    if {"strategy", "dp_replicate", "dp_shard"} & set(kept):
         check_layout(config, n)
-    base, found = Costs(config, gpu, per_node), []
+    return sorted((plan.predict() for plan in _fitting(config, n, gpu, per_node, kept)), key=lambda plan: plan.step)
+
+
+def _fitting(config, n, gpu, per_node, kept):
+    """The Plans that fit: of every layout and recompute choice that with the largest forward."""
+    costs = Costs(config, gpu, per_node)
     for changes in _layouts(config, n, kept):
-        for recompute in [config.activation_checkpointing] if "activation_checkpointing" in kept else RECOMPUTE:
-            costs = copy.copy(base)
-            costs.config = dataclasses.replace(config, activation_checkpointing=recompute, **changes)
-            for size in _sizes(config, n, kept):
-                costs.config.micro_batch_size = size
-                if (plan := Plan(copy.copy(costs), n, size)).fits:
-                    plan.costs.config = dataclasses.replace(costs.config)
-                    found.append(plan.predict())
-                    break
-    return sorted(found, key=lambda plan: plan.step)
+        for recompute in [config.activation_checkpointing] if "activation_checkpointing" in kept else RECOMPUTE[::-1]:
+            made = lambda size, changes=changes | {"activation_checkpointing": recompute}: \
+                Plan(costs.of(micro_batch_size=size, **changes), n)
+            sizes = _sizes(config, n, kept)
+            if sizes and made(sizes[-1]).fits:
+                yield next(plan for plan in map(made, sizes) if plan.fits)
 
 
 def _layouts(config, n, kept):
     """The settings of every mesh of n ranks that check_layout would take."""
     if config.strategy == "ddp":
         return [{}]
-    given = lambda name, values: [getattr(config, name)] if name in kept else values
-    E = config.n_routed_experts
-    return [{"dp_replicate": R, "dp_shard": n // R, "ep": ep}
-            for R in given("dp_replicate", _divisors(n)) if n % R == 0
-            and ("dp_shard" not in kept or config.dp_shard in (None, n // R))
-            for ep in given("ep", _divisors(math.gcd(n // R, E) if E else 1)) if n // R % ep == 0 and (E or 1) % ep == 0]
+    given = lambda name, values: [getattr(config, name)] if name in kept else values  # or what is named
+    E, shards = config.n_routed_experts or 1, config.dp_shard if "dp_shard" in kept else None
+    return [{"dp_replicate": n // S, "dp_shard": S, "ep": ep}
+            for S in _divisors(n) if shards in (None, S) and n // S in given("dp_replicate", [n // S])
+            for ep in _divisors(math.gcd(S, E)) if ep in given("ep", [ep])]
 
 
 def _sizes(config, n, kept):
     """Sequences of a forward, the most first."""
     share = config.global_batch_size // n
     if "micro_batch_size" in kept:
-        return [min(config.micro_batch_size, share)]
+        return [config.micro_batch_size] if share % min(config.micro_batch_size, share) == 0 else []
     return [size for size in (64, 32, 16, 8, 4, 2, 1) if share % size == 0 and size * config.sequence_length <= 2**17] \
         or [1]
 
@@ -116,16 +114,20 @@ def _divisors(n):
 
 def what_would_fit(config, n, name, kept):
     """A sentence for who asked for too little."""
-    more = next((m for m in (n * 2**i for i in range(1, 13)) if config.global_batch_size % m == 0
-                 and plans(config, m, GPUS[name], 8, kept)), None)
-    others = [other for other in GPUS if GPUS[other].memory > GPUS[name].memory
-              and plans(config, n, GPUS[other], 8, kept)]
-    least = Plan(Costs(dataclasses.replace(config, dp_shard=None, dp_replicate=1, activation_checkpointing="full")), n, 1)
-    would = [f"{more} x {name}" * bool(more), *(f"{n} x {other}" for other in others)]
-    return (f"it does not fit: sharded over all {n} GPUs, one sequence a forward, everything recomputed, a rank needs "
-            f"{PIECES * sum(least.memory.values()) / GIB:,.0f} GiB of {GPUS[name].memory / GIB:.0f}. What would: "
-            + (", ".join(filter(None, would)) or f"more than {n * 2**12} GPUs, or a smaller model")
-            + f"; or leave out --{' --'.join(sorted(kept))}" * bool(kept))
+    def some(m, other):
+        return config.global_batch_size % m == 0 and any(_fitting(config, m, GPUS[other], 8, {*kept, *least}))
+    least = {"micro_batch_size": 1, "activation_checkpointing": "full"}
+    config = dataclasses.replace(config, **least, **{"dp_replicate": 1} if "dp_replicate" not in kept else {})
+    if "dp_replicate" not in kept:
+        least["dp_replicate"] = 1
+    would = [f"{m} x {name}" for m in (n * 2**i for i in range(1, 11)) if some(m, name)][:1]
+    would += [f"{n} x {other}" for other in GPUS if GPUS[other].memory > GPUS[name].memory and some(n, other)]
+    costs = Costs(config)
+    needed = min(sum(Plan(costs.of(**changes), n).memory.values()) for changes in _layouts(config, n, kept))
+    return (f"it does not fit: one sequence a forward and everything recomputed, a rank needs "
+            f"{PIECES * needed / GIB:,.0f} GiB of {GPUS[name].memory / GIB:.0f} at least. What would: "
+            + (", ".join(would) or "a smaller model, or another --global_batch_size for more GPUs")
+            + (f"; or try without --{' --'.join(sorted(kept))}" if kept else ""))
 
 
 # ----------------------------------------------------------------------------- the command
@@ -192,7 +194,9 @@ def table(found, title, tokens):
               sorted(best.seconds.items(), key=lambda item: -item[1]) if spent > 1e-3 * best.step]
     about = best.about(tokens)
     lines += [f"  {'in all':32}{best.step:10.4f}   {about['tokens_per_second']:,.0f} tokens/s, MFU {best.mfu:.1%}",
-              f"bottleneck: {about['bottleneck']}", f"{tokens:.3g} tokens: {about['days']:,.1f} days", "",
+              f"bottleneck: {about['bottleneck']}",
+              f"{tokens:.3g} tokens: " + (f"{about['days']:,.1f} days" if about["days"] >= 2 else
+                                          f"{24 * about['days']:.1f} hours"), "",
               f"{'step, s':>9}{'MFU':>7}{'GiB':>7}  {'replicas x shards':18}{'ep':>4}{'micro-batch':>12}  recompute"]
     lines += [f"{plan.step:9.3f}{plan.mfu:7.1%}{sum(plan.memory.values()) / GIB:7.1f}  "
               f"{f'{plan.layout.dp_replicate} x {plan.layout.dp_shard}':18}{plan.layout.ep:4}"

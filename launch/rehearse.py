@@ -1,6 +1,6 @@
-"""A training step of one rank of many, without the many: the real model under the real parallel code, on a process group
-that moves nothing and on tensors that have no memory. It counts what this rank holds and sends, for plan.py to compare
-with its arithmetic: so plan and program cannot drift apart.
+"""A training step of one rank of many, without the many: the real model under the real parallel code, on a process
+group that moves nothing and on tensors that have no memory. What this rank holds and sends is counted, for plan.py to
+compare with its arithmetic: so plan and program cannot drift apart.
 
 What only data would tell is taken as even: every expert gets as many tokens. Next: costs.py, ../ranks/parallel.py.
 """
@@ -29,33 +29,61 @@ OPERATIONS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce
 
 
 class Sent(TorchDispatchMode):
-    """Within it, what this rank's collectives send, by rings and directly: bytes[operation, ranks of the group], and
-    how many there were: counts. On any process group."""
+    """Within it, what the collectives of this rank send, rings and direct ones, on any process group:
+    {(operation, ranks of the group): bytes}."""
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.counts = {}, {}
+        self.bytes = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d" and (operation := OPERATIONS.get(function._schema.name.split("::")[1])):
             tensors, group = (args[0], args[1]) if operation == "all_reduce" else (args[:2], args[2])
             group = dist.ProcessGroup.unbox(group)
-            key, n = (operation, group.size()), group.size()
-            size = max(tensor.numel() * tensor.element_size() for tensor in tensors)
-            sent = size * (n - 1) / n * (2 if operation == "all_reduce" else 1)
-            if operation == "all_to_all" and args[4]:
+            n = group.size()
+            sent = max(tensor.numel() * tensor.element_size() for tensor in tensors) * (n - 1) / n
+            if operation == "all_to_all" and args[4]:  # rows for every rank
                 row = args[1].element_size() * args[1].shape[1:].numel()
                 sent = row * (sum(args[4]) - args[4][group.rank()])
             if n > 1:
-                self.bytes[key] = self.bytes.get(key, 0) + sent
-                self.counts[key] = self.counts.get(key, 0) + 1
+                self.bytes[operation, n] = self.bytes.get((operation, n), 0) + sent * (1 + (operation == "all_reduce"))
         return function(*args, **(kwargs or {}))
 
 
-def rehearse(config, n, rank, costs, layout, update=True):
-    """One step of one micro-batch as rank `rank` of n: {"parameters", "optimizer": bytes held, "sent": Sent.bytes,
-    "counts"}. costs says what other ranks hold, and is checked for this one."""
-    device = torch.device("cpu")
+def one_step(config, model, layout, tokens_BT, forwards):
+    """A step of as many forwards of the same tokens, on any process group: {"parameters", "gradients", "optimizer":
+    bytes that this rank holds, "sent": Sent.bytes}."""
+    model.train().compute_dtype = getattr(torch, config.dtype)
+    for layer in model.layers:
+        layer.recompute = config.activation_checkpointing
+    parameters = list(model.parameters())
+    optimizer = train.make_optimizer(config, model, routes_of(config, model))
+    with Sent() as sent:
+        for forward in range(forwards):
+            parallel.last_micro_batch(model, forward == forwards - 1)
+            sums = train.forward_and_backward(model, config, tokens_BT, tokens_BT, None, 1.0,
+                                              torch.ones(()) if config.mtp_depth else None)
+        norm = parallel.squared_norm(parameters, layout)
+        parallel.add_up(torch.cat((sums, torch.stack((model.routing.z, norm, norm)))))
+        parallel.largest(model.max_logits)
+        for counts in (model.routing.expert_counts, model.routing.histograms):
+            parallel.add_up(counts)
+        held = {"parameters": parameters, "gradients": [p.grad for p in parameters],
+                "optimizer": optimizer.named_state().values()}
+        held = {what: sum(map(_bytes, tensors)) for what, tensors in held.items()}
+        optimizer.begin_step()
+        train.update_all(model, optimizer, config)
+    return held | {"sent": sent.bytes}
+
+
+def _bytes(tensor):
+    part = local_rows(tensor)[0]
+    return part.numel() * part.element_size()
+
+
+def rehearse(config, n, rank, costs, layout):
+    """one_step of one forward as rank `rank` of n, in this process alone. costs, of costs.py, says what other ranks
+    hold, and is checked for this one."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=n)
     try:
         with contextlib.ExitStack() as stack:
@@ -68,49 +96,23 @@ def rehearse(config, n, rank, costs, layout, update=True):
                 stack.enter_context(mock.patch.object(target, name, value))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            return _step(config, device, parallel.split_batch(config)[0], update)
+            cpu, dtype = torch.device("cpu"), getattr(torch, config.dtype)
+            real = parallel.make_layout(config, cpu)
+            model = build(config, torch.device("meta"), lambda model: parallel.distribute(model, real, dtype))
+            for p in model.parameters():
+                local_rows(p)  # which remembers where the rows are: it could not find out within the next
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            model.to_empty(device=cpu)
+            if config.tie_word_embeddings:  # as in build
+                model.lm_head.weight = model.model.embed_tokens.weight
+            tokens_BT = torch.zeros(parallel.split_batch(config)[0], config.sequence_length, dtype=torch.int64)
+            return one_step(config, model, real, tokens_BT, 1)
     finally:
         dist.destroy_process_group()
 
 
-def _step(config, device, size, update):
-    layout, dtype = parallel.make_layout(config, device), getattr(torch, config.dtype)
-    model = build(config, torch.device("meta"), lambda model: parallel.distribute(model, layout, dtype))
-    found = {"parameters": sum(map(_bytes, model.parameters()))}  # and muon remembers where their rows are
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device=device)
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        model.train().compute_dtype = dtype
-        for layer in model.layers:
-            layer.recompute = config.activation_checkpointing
-        parameters, routes = list(model.parameters()), routes_of(config, model)
-        tokens = torch.zeros(size, config.sequence_length, dtype=torch.int64)
-        with Sent() as sent:
-            parallel.last_micro_batch(model, True)
-            ahead = torch.ones(()) if config.mtp_depth else None
-            sums = train.forward_and_backward(model, config, tokens, tokens, None, 1.0, ahead)
-            norm = parallel.squared_norm(parameters, layout)
-            parallel.add_up(torch.cat((sums, torch.stack((model.routing.z, norm, norm)))))
-            parallel.largest(model.max_logits)
-            parallel.add_up(model.routing.expert_counts)
-            parallel.add_up(model.routing.histograms)
-            found["gradients"] = sum(_bytes(p.grad) for p in parameters)
-            if update:
-                optimizer = train.make_optimizer(config, model, routes)
-                found["optimizer"] = sum(_bytes(t) for t in optimizer.named_state().values())
-                optimizer.begin_step()
-                train.update_all(model, optimizer, config)
-    return found | {"sent": sent.bytes, "counts": sent.counts}
-
-
-def _bytes(tensor):
-    part = local_rows(tensor)[0]
-    return part.numel() * part.element_size()
-
-
 def _even(dispatch, out_P2, config, costs):
-    """What ExpertParallel.sizes would return, with the sizes travelling as they do, if all experts were chosen alike."""
+    """What ExpertParallel.sizes would return if all experts were chosen alike; the sizes travel as they do there."""
     dist.all_to_all_single(torch.empty_like(out_P2), out_P2, group=dispatch.group)
     tokens = parallel.split_batch(config)[0] * config.sequence_length
     rows = round(tokens * costs.sent_rows(dispatch.ranks) / (dispatch.ranks - 1))
@@ -122,5 +124,5 @@ def _all_held(value, costs, layout, rank):
     if isinstance(value, str):
         return [value]
     everyone = [costs.held(layout, rank) for rank in range(layout.dp_shard)] * layout.dp_replicate
-    assert everyone[rank] == value, "launch/costs.py knows the shards of the parameters no longer"
+    assert everyone[rank] == value, "launch/costs.py no longer knows how parameters are sharded"
     return everyone

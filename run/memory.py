@@ -8,6 +8,7 @@ twentieth. launch/costs.py plans with the same sums.
 Shapes: D hidden_size, H heads, Q and U widths of a query and a value, R latent, F width of an MLP, K experts a token.
 """
 
+import collections
 import ctypes
 import os
 import re
@@ -110,13 +111,13 @@ def keeps_copies(config, layout, device):
 
 def needed(config, model, routes, layout, device, size, forwards):
     """Bytes that a step of `forwards` forwards of `size` sequences will still take at its peak."""
-    local = {name: local_rows(p)[0].numel() for name, p in model.named_parameters()}
-    return sum(parts(config, model, routes, layout, device, size, forwards, local).values())
+    sizes = {name: (p.numel(), local_rows(p)[0].numel()) for name, p in model.named_parameters()}
+    return sum(parts(config, sizes, routes, layout, device, size, forwards).values())
 
 
-def parts(config, model, routes, layout, device, size, forwards, local):
-    """{what: bytes} of `needed`, from the elements of every parameter on this rank; model may be undistributed. What is
-    gathered of experts are those of one rank's group."""
+def parts(config, sizes, routes, layout, device, size, forwards):
+    """{what: bytes} of `needed`, from {name: (elements of a parameter, those on this rank)}."""
+    local = {name: here for name, (_, here) in sizes.items()}
     dtype = getattr(torch, config.dtype)
     muon = sum(n for name, n in local.items() if routes[name].optimizer == "muon")
     total, wire = sum(local.values()), 4 if "float32" in (config.ns_dtype, config.dtype) else 2
@@ -125,8 +126,13 @@ def parts(config, model, routes, layout, device, size, forwards, local):
     always["average"] = always["parameters"] * bool(config.ema)
     always["copy for a save"] = sum(always.values()) if config.async_save and device.type == "cpu" else 0
     always["libraries"] = PYTORCH
-    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
-    copies = dtype.itemsize * sum(blocks) * keeps_copies(config, layout, device)
+    blocks, gathered = collections.Counter(), collections.Counter()  # by layer: elements, and those that a rank gathers
+    for name, (whole, _) in sizes.items():
+        if ".layers." in name:
+            layer = name.split(".")[2]
+            blocks[layer] += whole
+            gathered[layer] += whole // (layout.ep if ".experts." in name else 1)
+    copies = dtype.itemsize * blocks.total() * keeps_copies(config, layout, device)
     updating = {"gradients": 4 * total, "rounded weights": copies,
                 "update": max(muon and wire * (muon + 4 * min(muon, 2**27)), 4 * (total - muon))}
     head = config.vocab_size * config.hidden_size  # the loss makes its gradient in the forward, from chunks of logits
@@ -140,8 +146,7 @@ def parts(config, model, routes, layout, device, size, forwards, local):
         computing["validation"] = int(kept) // config.num_hidden_layers + computing["logits"]
     phases = [computing, updating]
     if layout.dense is not None:  # gathered: a block, the next one, and the gradients of one; both ends all the time
-        block = max(sum(p.numel() // (layout.ep if ".experts." in name else 1) for name, p in layer.named_parameters())
-                    for layer in model.layers)
+        block = max(gathered.values())
         computing["gathered weights"] = 2 * dtype.itemsize * (block + head)
         computing["gradients"] += 4 * block
         # At the end both ends' gradients, and their fp32 copy that is reduced.
@@ -149,7 +154,7 @@ def parts(config, model, routes, layout, device, size, forwards, local):
                        "gathered weights": 2 * dtype.itemsize * head})
     elif dtype.itemsize < 4:  # rounded weights are kept for the backward
         once = config.activation_checkpointing == "full"  # one block's at a time
-        computing["rounded weights"] = copies or dtype.itemsize * (max(blocks) if once else sum(blocks))
+        computing["rounded weights"] = copies or dtype.itemsize * (max(blocks.values()) if once else blocks.total())
     return always | max(phases, key=lambda phase: sum(phase.values()))
 
 
