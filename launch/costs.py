@@ -151,14 +151,14 @@ class Costs:
         """[Exchange] of a step of `forwards` forwards of `size` sequences."""
         c, S, R, ep = self.config, layout.dp_shard, layout.dp_replicate, layout.ep
         recomputes = c.activation_checkpointing != "none"
-        ends, blocks, experts = ([self._padded(name, layout) for name in self.shapes if kind(name, ep) == unit]
-                                 for unit in ("ends", "block", "experts"))
         wide, found = self.dtype.itemsize, []
-        for elements, ranks, stride, times in (
-                (sum(ends), S, 1, 1), (sum(blocks), S, 1, 2), (sum(experts), S // ep, ep, 2 + recomputes)):
-            gathered = elements * (ranks - 1)
-            found.append(Exchange("weights", "all_gather", ranks, stride, forwards * times * wide * gathered))
-            found.append(Exchange("gradients", "reduce_scatter", ranks, stride, forwards * 4 * gathered))
+        for unit, ranks, stride in (("ends", S, 1), ("block", S, 1), ("experts", S // ep, ep)):
+            held = {name: self._padded(name, layout) for name in self.shapes if kind(name, ep) == unit}
+            elements = sum(held.values())
+            again = sum(n for name, n in held.items() if f".layers.{c.num_hidden_layers}." in name)  # for nothing
+            gathered = wide * (elements if unit == "ends" else 2 * elements + again)
+            found.append(Exchange("weights", "all_gather", ranks, stride, forwards * gathered * (ranks - 1)))
+            found.append(Exchange("gradients", "reduce_scatter", ranks, stride, forwards * 4 * elements * (ranks - 1)))
             found.append(Exchange("gradients", "all_reduce", R, S, 2 * 4 * elements * (R - 1) / R))
         tokens, D, K = size * c.sequence_length, c.hidden_size, c.num_experts_per_tok
         sent = forwards * self.moe_layers * tokens * self.sent_rows(ep)  # rows of one trip of every layer

@@ -80,7 +80,7 @@ def _fitting(config, n, gpu, per_node, kept):
     """The Plans that fit: of every layout and recompute choice that with the largest forward."""
     costs = Costs(config, gpu, per_node)
     for changes in _layouts(config, n, kept):
-        for recompute in [config.activation_checkpointing] if "activation_checkpointing" in kept else RECOMPUTE[::-1]:
+        for recompute in [config.activation_checkpointing] if "activation_checkpointing" in kept else RECOMPUTE:
             made = lambda size, changes=changes | {"activation_checkpointing": recompute}: \
                 Plan(costs.of(micro_batch_size=size, **changes), n)
             sizes = _sizes(config, n, kept)
@@ -178,8 +178,9 @@ def main(argv):
 def table(found, title, tokens):
     """The lines of the terminal: the best plan in full, and how the others compare."""
     best, gpu = found[0], found[0].costs.gpu
-    lines = [f"{title}: {best.costs.parameters / 1e9:,.2f}B parameters, {best.tokens / 1e6:,.2f}M tokens a step",
-             f"rates: {gpu.source}", "", *_wrapped(best.words()), "", "a rank's memory at the peak of a step, GiB"]
+    lines = [title, f"{best.costs.parameters / 1e9:,.2f}B parameters, {best.tokens / 1e6:,.2f}M tokens a step; rates: "
+             f"{gpu.source}", "", " ".join(best.words()[:3]), " ".join(best.words()[3:]), "",
+             "a rank's memory at the peak of a step, GiB"]
     lines += [f"  {what:24}{size / GIB:9.2f}" for what, size in sorted(best.memory.items(), key=lambda m: -m[1])]
     total = sum(best.memory.values())
     lines += [f"  {'in all':24}{total / GIB:9.2f}   with the allocator's pieces {PIECES * total / GIB:.1f}, "
@@ -202,10 +203,6 @@ def table(found, title, tokens):
               f"{f'{plan.layout.dp_replicate} x {plan.layout.dp_shard}':18}{plan.layout.ep:4}"
               f"{plan.micro_batch_size:12}  {plan.costs.config.activation_checkpointing}" for plan in found[:SHOWN]]
     return lines
-
-
-def _wrapped(words):
-    return [" ".join(words[:3]), " ".join(words[3:])]
 
 
 def rehearsal(plan):

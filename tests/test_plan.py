@@ -160,8 +160,9 @@ def test_fake_ranks_hold_and_send_what_is_planned(name, n, rank, words):
 # ---------------------------------------------------------------------- the command
 
 
-def test_the_command_prints_a_table_and_json(capsys):
-    words = [str(ROOT / "configs/debug.py"), "--gpus=16", "--gpu=a100", "--tokens=1e9", "--dp_replicate=2"]
+def test_the_command_prints_a_table_and_json(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["configs/debug.py", "--gpus=16", "--gpu=a100", "--tokens=1e9", "--dp_replicate=2"]
     plan.main(words)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and any(line.startswith("bottleneck: ") for line in lines)

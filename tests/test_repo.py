@@ -27,11 +27,14 @@ ORDER = [
     ["generate", "run.ema", "run.folder"],
     ["evaluate", "export"],
     ["train"],
+    ["launch.costs", "launch.rehearse"],
+    ["launch.plan"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Packages that only some files may import.
 ONLY_IN = {
-    "torch.distributed": {"muon.py", "ranks/parallel.py", "ranks/dispatch.py", "run/checkpoint.py"},
+    "torch.distributed": {"muon.py", "ranks/parallel.py", "ranks/dispatch.py", "run/checkpoint.py",
+                          "launch/rehearse.py"},
     "wandb": {"run/metrics.py"},
     "matplotlib": {"run/metrics.py"},
     "datasets": {"data/sources.py"},
@@ -40,7 +43,8 @@ ONLY_IN = {
     "tiktoken": {"data/tokenizer.py"},
     "triton": {path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/triton_*.py")},
 }
-SOURCES = [p for folder in ("", "kernels/", "data/", "ranks/", "run/") for p in sorted(ROOT.glob(f"{folder}*.py"))]
+FOLDERS = ("", "kernels/", "data/", "ranks/", "run/", "launch/")
+SOURCES = [p for folder in FOLDERS for p in sorted(ROOT.glob(f"{folder}*.py"))]
 
 
 def read_source(path):
