@@ -56,7 +56,8 @@ def test_sampled_rows_draw_from_generators_of_their_own():
 def test_what_is_padded_and_what_a_full_row_keeps():
     padded, starts = pad_left([[7, 8], [1, 2, 3, 4, 5]])
     assert padded.tolist() == [[7, 7, 7, 7, 8], [1, 2, 3, 4, 5]] and starts.tolist() == [3, 0]
-    assert firsts(starts, 0, 5).tolist() == [[0, 0, 0, 3, 3], [0] * 5] and firsts(starts, 2, 4).tolist() == [[0, 3], [0, 0]]
+    assert firsts(starts, 0, 5).tolist() == [[0, 0, 0, 3, 3], [0] * 5]
+    assert firsts(starts, 2, 4).tolist() == [[0, 3], [0, 0]]
     window, starts, some = newest(padded, starts, 4, 2)  # the long row is full and keeps two
     assert window.tolist() == [[7, 8], [4, 5]] and starts.tolist() == [0, 0] and not some
     window, starts, some = newest(*pad_left([[7], [1, 2, 3, 4, 5]]), 4, 3)
