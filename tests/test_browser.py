@@ -163,7 +163,7 @@ def test_a_text_is_asked_for_read_stopped_and_gone_on_from(browser, serve, folde
 
     browser.type("#prompt", "def __init__(self")
     browser.click("#go")
-    browser.until(lambda: "all that were asked for" in browser.texts("footer p")[0])
+    browser.until(lambda: "length reached" in browser.texts("footer p")[0])
     options = dict(max_new_tokens=120, temperature=0.8, top_k=50, seed=0)
     assert browser.texts("pre") == [words(folders[0], "def __init__(self", **options)]
     browser.picture("answered", 1200, 760)
