@@ -11,7 +11,7 @@ from tests.helpers import small_run
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat") / "small"
-    small_run(folder)
+    small_run(folder, max_steps=2)
     return folder / "run"
 
 
