@@ -25,11 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import errors
 import generate
 import hf
-import parallel
 from data import tokenizer as tokenizers
 from data.loader import ValidationSet, document_starts
 from data.shards import read_meta
@@ -37,7 +35,9 @@ from data.stream import is_stream
 from data.tasks import NAMED, open_tasks
 from errors import UserError
 from kernels.cross_entropy import IGNORE
-from metrics import replace_text
+from ranks import parallel
+from run import checkpoint
+from run.metrics import replace_text
 
 # Shapes: B rows, T positions, V vocabulary, N targets of a batch. A row is (ids (T,), how many of the last are scored).
 

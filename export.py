@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
 import errors
 import generate
 import hf
@@ -28,6 +27,7 @@ from data import tokenizer as tokenizers
 from errors import UserError
 from hf_weights import INDEX, note, refuse_other_kinds
 from model import pick_device
+from run import checkpoint
 
 
 def export(source, folder, dtype="float32", which="latest", shard_bytes=5 * 10**9):

@@ -160,7 +160,7 @@ def keep_gradients(modules, dtype):
 
 class LocalDispatch:
     """The dispatch seam with every expert on this device: nothing moves. Expert parallelism replaces `moe.dispatch` by
-    an object of the same three methods that exchanges rows between ranks (dispatch.py)."""
+    an object of the same three methods that exchanges rows between ranks (ranks/dispatch.py)."""
 
     def send(self, x_ND, weights_NK, experts_NK):
         """Start the rows on their way; returns a handle for the other two."""

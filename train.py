@@ -4,8 +4,8 @@
 
 The whole run in one function, top to bottom: settings, data, run folder, model, optimizer, resume, the loop. Every rank
 runs all of it. In out_dir lie config.json, metrics.jsonl, samples.md, curves.png, tokenizer/ and checkpoints/.
-The parts, in reading order: model.py, mla.py, moe.py, muon.py, data/loader.py, parallel.py, checkpoint.py, guard.py,
-runs.py, metrics.py, evaluate.py.
+The parts, in reading order: model.py, mla.py, moe.py, muon.py, data/loader.py, ranks/parallel.py, evaluate.py, and in
+run/ checkpoint.py, guard.py, folder.py, metrics.py.
 """
 
 import dataclasses
@@ -17,21 +17,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import errors
-import guard
-import memory
-import metrics
 import mtp
-import parallel
-import runs
 import settings
 from counting import count_parameters, flops_per_token
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
 from data.tasks import open_tasks
 from data.vocabulary import open_tokenizer, require_vocabulary
-from ema import Average
 from errors import UserError
 from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
@@ -41,7 +34,10 @@ from kernels.newton_schulz import newton_schulz
 from kernels.selfcheck import compile_ahead
 from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_, schedule_factor
+from ranks import parallel
 from routes import routes_of, routing_table
+from run import checkpoint, folder, guard, memory, metrics
+from run.ema import Average
 
 
 def main(argv=None):
@@ -83,16 +79,16 @@ def train(argv, watch):
     kernels = parallel.choose_kernels(config, device)
     run = Path(config.out_dir)
     parallel.once(watch.claim, run)  # before a checkpoint is chosen: its owner may still be saving
-    source = runs.find_source(run, config)  # the step folder to resume from, or None
-    parallel.once(runs.refuse_to_mix, run, source, config)
+    source = folder.find_source(run, config)  # the step folder to resume from, or None
+    parallel.once(folder.refuse_to_mix, run, source, config)
     parallel.once(metrics.require_wandb, config)
     manifest = parallel.once(checkpoint.read_manifest, source) if source else {}
-    changed = runs.compare(config, encoder, stream, manifest, source) if source else []
+    changed = folder.compare(config, encoder, stream, manifest, source) if source else []
     start = manifest.get("step", 0)
     if start >= config.max_steps:
         more = [] if manifest["config"]["max_steps"] > start else [f"--max_steps={2 * start}"]
         print(f"step {start} is done already, of max_steps={config.max_steps}: raise --max_steps to go on"
-              + f", as in  {guard.command(run, *more)}" * runs.is_within(source, run))
+              + f", as in  {guard.command(run, *more)}" * folder.is_within(source, run))
         return None
 
     # ------------------------------------------------------------------ model and optimizer
@@ -112,11 +108,11 @@ def train(argv, watch):
 
     # ------------------------------------------------------------------ resume
     sequences, tokens = manifest.get("sequences", 0) + config.skip_sequences, manifest.get("tokens", 0)  # seen so far
-    first, read = tokens, manifest.get("read") or runs.data_read(manifest.get("stream", {}), tokens, {})
+    first, read = tokens, manifest.get("read") or folder.data_read(manifest.get("stream", {}), tokens, {})
     spikes = guard.Spikes(config.spike_sigmas, manifest.get("losses", ()))
     state = checkpoint.named_tensors(model, optimizer)
     size = checkpoint.size(state) + bool(config.ema) * checkpoint.size(checkpoint.named_tensors(model))
-    parallel.once(runs.require_room, run, source, size, config.max_steps - start, config)
+    parallel.once(folder.require_room, run, source, size, config.max_steps - start, config)
     if source is None:
         model.init_weights(config.seed, local_rows)
     elif checkpoint.has_optimizer(source):
@@ -132,17 +128,17 @@ def train(argv, watch):
         average.load(source, manifest)
     parallel.once(run.mkdir, parents=True, exist_ok=True)
     parallel.once(watch.claim, run)  # if it is new
-    run_id, aside = parallel.once(runs.open_run, run, source, start, changed, config, config_file, argv, encoder)
+    run_id, aside = parallel.once(folder.open_run, run, source, start, changed, config, config_file, argv, encoder)
     log = watch.log = metrics.RunLog(run, config, start, run_id, active=parallel.rank() == 0)
     if parallel.starts() and not config.skip_sequences:
         log.write("event", start, event="restart", command=argv)
     if source:
         stream.go_to({} if config.new_data else manifest.get("places", {}))
-        rates = runs.rates(manifest["config"], config, start)
+        rates = folder.rates(manifest["config"], config, start)
         log.write("event", start, event="resume", source=str(source), changed=changed, skipped=config.skip_sequences,
                   rates=rates, set_aside=aside and str(aside))
         print(f"resumed from {source}", *(f"  changed: {line}" for line in changed), *filter(None, [rates]), sep="\n")
-    best_loss = parallel.once(runs.best_loss, run, manifest.get("best_loss"))
+    best_loss = parallel.once(folder.best_loss, run, manifest.get("best_loss"))
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
     if wants_compile(config, device):
         parallel.compile_blocks(model)
@@ -152,7 +148,7 @@ def train(argv, watch):
     total, active = count_parameters(config)
     flops = flops_per_token(config, config.sequence_length)
     epochs = stream.epochs((config.max_steps - start) * config.global_batch_size,
-                           [read.get(key, 0) / config.sequence_length for key in runs.data_keys(stream.identity())])
+                           [read.get(key, 0) / config.sequence_length for key in folder.data_keys(stream.identity())])
     print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a "
           f"token; {layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}")
     print(f"{config.max_steps - start} steps of {tokens_per_step:,} tokens, {epochs:.2f} epochs in all; "
@@ -182,7 +178,7 @@ def train(argv, watch):
     for step in range(start + 1, config.max_steps + 1):
         watch.beat(f"step {step}", patient=step <= start + guard.EARLY)
         step_started = time.perf_counter()
-        factor = schedule_factor(step, *(getattr(config, name) for name in runs.SCHEDULE))
+        factor = schedule_factor(step, *(getattr(config, name) for name in folder.SCHEDULE))
         for group, peak_rate in zip(optimizer.param_groups, peak_rates):
             group["lr"] = peak_rate * factor
 
@@ -239,7 +235,7 @@ def train(argv, watch):
         if trouble and config.max_rollbacks:
             watch.beat("the way back", patient=True)
             report_save(saver.outcome(wait=True), log, final=False)
-            runs.roll_back(run, trouble, step, sequences, config, watch, log)  # returns if there is no checkpoint yet
+            folder.roll_back(run, trouble, step, sequences, config, watch, log)  # returns if there is no checkpoint yet
         if skipped >= config.max_skipped_steps:
             raise UserError(f"{trouble}: lower the learning rates and continue from the last checkpoint:  "
                             f"{guard.command(run, f'--muon_lr={config.muon_lr / 2:g}')}")
@@ -296,7 +292,7 @@ def train(argv, watch):
             watch.beat(f"the save of step {step}", patient=True)
             report_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way
             about = {"sequences": sequences, "tokens": tokens, "optimizer_steps": optimizer.steps,
-                     "stream": stream.identity(), "read": runs.data_read(stream.identity(), tokens - first, read),
+                     "stream": stream.identity(), "read": folder.data_read(stream.identity(), tokens - first, read),
                      "tokenizer": tokenizer.fingerprint(encoder) if encoder else None, "torch": torch.__version__,
                      "loss_scale": [loss_scale, good_steps], "losses": list(spikes.losses), "places": places,
                      "config": dataclasses.asdict(config)}

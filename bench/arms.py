@@ -13,17 +13,16 @@ import torch
 import torch.nn.functional as F
 
 import bench
-import checkpoint
 import hf
-import memory
 import mtp
 import owners
-import parallel
 from counting import count_parameters, flops_per_token
 from kernels import attention, backend, experts, graphs, newton_schulz
 from model import build
 from muon import Muon
+from ranks import parallel
 from routes import routes_of
+from run import checkpoint, memory
 from train import clip_and_balance, forward_and_backward
 
 RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is

@@ -9,7 +9,7 @@ import torch
 
 import bench
 import errors
-from kernels import attention, backend
+from kernels import attention, backend, selfcheck
 
 PEAK_FLOPS, PEAK_BYTES = 788e12, 4.3e12  # an H200, measured
 # (B, T, H, Q, V); the K2 slice has 8,192 tokens
@@ -136,7 +136,7 @@ def main(argv):
         raise errors.UserError(f"what is {' '.join(argv)}? There is --tune, --out=FOLDER, and --help")
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    backend.use("triton" if cuda else "torch", torch.device(device), dtype)
+    selfcheck.use("triton" if cuda else "torch", torch.device(device), dtype)
     if not cuda:
         print("no GPU: small sizes, PyTorch only")
     if "--tune" in argv:

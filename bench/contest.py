@@ -35,14 +35,14 @@ import torch
 
 import bench
 import errors
-import guard
 import settings
 from bench import pairs, verdict
 from bench.learner import Learner, open_text, take_turns
 from data.shards import read_json
 from errors import UserError
-from metrics import duration, replace_text
 from model import pick_device
+from run import guard
+from run.metrics import duration, replace_text
 from train import wants_compile
 
 OWN = {"config": None, "seeds": "3", "tokens": None, "seconds": None, "lr": "auto", "sweep": None, "grid": None,

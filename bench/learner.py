@@ -14,22 +14,21 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
-import memory
 import mtp
-import parallel
 from data.loader import TrainStream, ValidationSet, prefetch
 from data.vocabulary import open_tokenizer, require_vocabulary
-from ema import Average
 from evaluate import evaluate
 from kernels import attention, backend, expert_tiles, graphs, selfcheck
 from kernels.backend import synchronize
 from kernels.newton_schulz import newton_schulz
-from metrics import expert_statistics
 from model import build
 from muon import local_rows, schedule_factor
+from ranks import parallel
 from routes import routes_of
-from runs import SCHEDULE
+from run import checkpoint, memory
+from run.ema import Average
+from run.folder import SCHEDULE
+from run.metrics import expert_statistics
 from train import forward_and_backward, make_optimizer, update_all, wants_compile
 
 SETTLING = 5  # steps of a learner's first turn, in which compilers and captures are at work

@@ -20,14 +20,13 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
 import bench
-import checkpoint
-import guard
-import parallel
 import settings
 from errors import UserError
 from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_
+from ranks import parallel
 from routes import routes_of
+from run import checkpoint, guard
 
 # torch 2.13 renamed two of them: both names, counted as one.
 COLLECTIVES = {"all_reduce": "all_reduce", "all_to_all_single": "all_to_all", "broadcast": "broadcast",

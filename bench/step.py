@@ -24,13 +24,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import bench
 import errors
-import parallel
 import settings
 from bench.arms import Nanok2, Transformers, dense_twin, described, gpt_twin, replaced
 from counting import flops_per_token
 from errors import said
 from kernels import attention, backend
 from model import pick_device
+from ranks import parallel
 from train import wants_compile
 
 WARMUP, MICRO_BATCHES = 3, 16  # rounds that do not count; micro-batches of the step whose tokens/s are given

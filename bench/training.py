@@ -20,11 +20,11 @@ import numpy as np
 
 import bench
 import errors
-import metrics
 import settings
 from bench.step import speeds
 from data.shards import Writer
 from errors import UserError
+from run import metrics
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NANOK2_CACHE")
 STEPS, EARLY = 30, 10  # of a run whose tokens/s are asked for; steps that do not count

@@ -1,63 +1,37 @@
-"""Which kernels run: Triton's or their PyTorch twins. `use` decides once, before anything is compiled; every public
-function of this folder then asks `triton_runs`.
+"""Which kernels run: Triton's or their PyTorch twins. selfcheck.use decides once, before anything is compiled; every
+public function of this folder then asks `triton_runs`.
 
 Triton itself is imported by the triton_*.py files alone, and those only when they run: a machine without it has the
 twins. Under TRITON_INTERPRET=1 the same kernels run on the CPU, slowly, for tests. Next: selfcheck.py, ../train.py.
 """
 
 import contextlib
-import importlib.util
 import os
 import statistics
 import time
-import warnings
 
 import torch
-
-from errors import UserError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _on = False
 
 
-def use(choice, device, dtype, again=True):
-    """Decide for this process: "torch", "triton", or "auto", which is Triton on CUDA if a short check against the twins
-    passes (or has passed on this machine, if it need not be made again), and the twins elsewhere. Returns whether
-    Triton's kernels will run."""
+def decide(on):
+    """From now on Triton's kernels run, or do not; returns `on`."""
     global _on
-    _on = False
-    possible = importlib.util.find_spec("triton") is not None and (device.type == "cuda" or INTERPRETED)
-    if choice == "triton":
-        if not possible:
-            raise UserError("kernels='triton' needs Triton and a CUDA device, or TRITON_INTERPRET=1 on a CPU "
-                            "(slow, for tests); use kernels='auto'")
-        if INTERPRETED and dtype != torch.float32:
-            raise UserError("Triton's interpreter computes matmuls of 16-bit numbers wrongly: use --dtype=float32")
-        _on = True
-    elif choice == "auto" and possible and device.type == "cuda":
-        from kernels import selfcheck, tuning
-        passed = f"checked {dtype}"
-        _on = not again and tuning.recall(device, passed) is True
-        if not _on:
-            found = selfcheck.failures(device, dtype)
-            _on = not found
-            if found:
-                warnings.warn("Triton kernels failed their check, PyTorch runs instead: " + "; ".join(found),
-                              stacklevel=2)
-            else:
-                tuning.remember(device, {passed: True})
-    return _on
+    _on = on
+    return on
 
 
 @contextlib.contextmanager
 def running(on):
     """Within it Triton's kernels run, or do not, whatever was decided."""
-    global _on
-    before, _on = _on, on
+    before = _on
+    decide(on)
     try:
         yield
     finally:
-        _on = before
+        decide(before)
 
 
 def running_now():

@@ -3,11 +3,12 @@ values and gradients. Which is the fastest where libraries compete with them: at
 Next: backend.py, ../tests/test_triton_*.py.
 """
 
+import warnings
 from importlib.util import find_spec
 
 import torch
 
-from errors import said
+from errors import UserError, said
 from kernels import (
     ahead,
     attention,
@@ -23,6 +24,31 @@ from kernels import (
 
 PATIENCE = 120  # seconds for processes that compile
 COMPILE = "kernels.triton_ahead:compile_in_turn"
+
+
+def use(choice, device, dtype, again=True):
+    """Decide for this process: "torch", "triton", or "auto", which is Triton on CUDA if a short check against the twins
+    passes (or has passed on this machine, if it need not be made again), and the twins elsewhere. Returns whether
+    Triton's kernels will run."""
+    backend.decide(False)
+    possible = find_spec("triton") is not None and (device.type == "cuda" or backend.INTERPRETED)
+    if choice == "triton":
+        if not possible:
+            raise UserError("kernels='triton' needs Triton and a CUDA device, or TRITON_INTERPRET=1 on a CPU "
+                            "(slow, for tests); use kernels='auto'")
+        if backend.INTERPRETED and dtype != torch.float32:
+            raise UserError("Triton's interpreter computes matmuls of 16-bit numbers wrongly: use --dtype=float32")
+        return backend.decide(True)
+    passed = f"checked {dtype}"
+    if choice == "torch" or not possible or device.type != "cuda":
+        return False
+    if not again and tuning.recall(device, passed) is True:
+        return backend.decide(True)
+    if found := failures(device, dtype):
+        warnings.warn("Triton kernels failed their check, PyTorch runs instead: " + "; ".join(found), stacklevel=2)
+        return False
+    tuning.remember(device, {passed: True})
+    return backend.decide(True)
 
 
 def failures(device, dtype):

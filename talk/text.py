@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import hf
 from data import tokenizer as tokenizers
 from decoding import pad_left, speculate
 from errors import UserError
 from hf_weights import note, refuse_other_kinds
-from kernels import backend
+from kernels import selfcheck
 from model import build, pick_device
+from run import checkpoint
 from settings import model_config
 
 
@@ -48,7 +48,7 @@ def load(path, device="auto", dtype="float32", which="latest"):
         folder = step_folder.parent.parent / "tokenizer"
         encoder = tokenizers.load(folder) if folder.is_dir() else None
     model.source, model.compute_dtype = path if published else step_folder, getattr(torch, dtype)
-    backend.use("auto", device, model.compute_dtype)
+    selfcheck.use("auto", device, model.compute_dtype)
     return model.eval(), encoder
 
 

@@ -17,10 +17,10 @@ import traceback
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-import checkpoint
 import sampling
 from counting import count_parameters
 from errors import UserError
+from run import checkpoint
 from talk.text import encode_prompt, load, stream
 
 HERE = "127.0.0.1"

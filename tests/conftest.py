@@ -19,9 +19,9 @@ if not torch.cuda.is_available():
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_triton_*.py", "test_kernel_choice.py"]
 
-import metrics  # noqa: E402
+from run import metrics  # noqa: E402
 from tests.helpers import make_config, make_data  # noqa: E402
-from tests.ranks import Pool  # noqa: E402
+from tests.pool import Pool  # noqa: E402
 
 torch.set_num_threads(1)
 

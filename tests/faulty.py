@@ -29,11 +29,11 @@ sys.path[0] = str(Path(__file__).parent.parent)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-import checkpoint  # noqa: E402
 import data.loader  # noqa: E402
-import parallel  # noqa: E402
 from model import K2  # noqa: E402
 from muon import Muon, local_rows  # noqa: E402
+from ranks import parallel  # noqa: E402
+from run import checkpoint  # noqa: E402
 
 SLOW = 3.0
 RANK = int(os.environ.get("RANK", 0))

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
-import parallel
 import train
 from data import tokenizer
 from data.shards import Writer
 from errors import STOPPED
 from model import ModelConfig, build
+from ranks import parallel
+from run import metrics
 from tests import forks
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +204,7 @@ def losses(run):
 
 def final_tensors(run):
     """All tensors of the newest checkpoint, by name."""
-    import checkpoint
+    from run import checkpoint
 
     step_folder = checkpoint.find(run)
     stored = checkpoint._SafeReader(step_folder).read_metadata().state_dict_metadata

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
 from errors import UserError
+from run import checkpoint
 
 
 def tensors(value):

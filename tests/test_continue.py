@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import guard
 import settings
 from errors import UserError
+from run import guard
 from tests.helpers import ROOT, losses, make_config, make_data, run_train
 
 

@@ -190,7 +190,7 @@ def test_trained_bpe_equals_the_tokenizers_library(bpe):
         CORPUS, trainers.BpeTrainer(vocab_size=599, initial_alphabet=alphabet, show_progress=False)
     )
     pieces = lambda encoding: [bytes(piece) for piece in encoding]
-    text = (ROOT / "checkpoint.py").read_text()
+    text = (ROOT / "run/checkpoint.py").read_text()
     theirs = [other.decode([i]).encode() for i in other.encode(text).ids]
     ours = [bpe.decode_single_token_bytes(i) for i in bpe.encode_ordinary(text)]
     assert pieces(ours) == pieces(theirs)

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dispatch import ExpertParallel
 from kernels import backend, routing
 from kernels import experts as expert_kernels
 from moe import LocalDispatch
+from ranks.dispatch import ExpertParallel
 from tests.helpers import tiny_model
 
 N, D, K, E = 24, 32, 2, 8

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-import parallel
 from config import Config
 from model import build
 from muon import Muon, local_rows, qk_clip_
 from owners import make_plan
+from ranks import parallel
 from routes import Route, route_parameters
 from tests.helpers import TINY
 

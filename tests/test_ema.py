@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-import checkpoint
 import evaluate
 import export
 import generate
-from ema import Average
 from errors import UserError
 from model import K2
+from run import checkpoint
+from run.ema import Average
 from tests.helpers import (
     final_tensors,
     losses,

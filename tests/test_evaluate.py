@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import export
 import generate
-import metrics
 from data import prepare, tasks
 from errors import UserError
+from run import metrics
 from tests.helpers import make_config, make_data, records, run_train, tiny_model
 
 WORDS = "the a cat dog sat ran on mat hill é 世界 naïve fish water blue 42 old big . ,".split()

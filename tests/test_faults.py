@@ -14,10 +14,9 @@ import time
 import pytest
 import torch
 
-import checkpoint
-import guard
 from errors import UserError
 from muon import Muon
+from run import checkpoint, guard
 from tests import forks
 from tests.attempts import Attempt
 from tests.helpers import (

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-import checkpoint
 import generate
 import settings
 import train
 from data import tokenizer
 from data.shards import Writer
 from mla import rope_frequencies
+from run import checkpoint
 from tests.fuzzing import attempt, damaged, fuzz, is_sound
 from tests.helpers import TINY, final_tensors, make_data, run_train
 

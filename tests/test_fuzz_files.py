@@ -15,14 +15,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-import checkpoint
 import export
 import generate
-import metrics
 import settings
 from data import tokenizer
 from data.loader import Windows
 from data.shards import Writer, open_split
+from run import checkpoint, metrics
 from tests.fuzzing import FUZZ, ODD_JSON, attempt, damaged, fuzz, is_sound, json_file
 from tests.helpers import final_tensors, make_data, run_train, small_run
 

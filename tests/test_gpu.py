@@ -5,12 +5,12 @@ import socket
 import pytest
 import torch
 
-import guard
-import parallel
 import train
-from dispatch import ExpertParallel
 from kernels import attention, backend, experts, graphs, selfcheck, triton_experts
 from muon import Muon
+from ranks import parallel
+from ranks.dispatch import ExpertParallel
+from run import guard
 from tests.helpers import losses, make_config, run_script, run_train, tiny_model, tokens
 from tests.test_model import CHEAP, recomputed
 

@@ -37,15 +37,15 @@ def leave_as_it_was(monkeypatch, tmp_path):
 
 def test_torch_and_auto_run_the_twins_on_a_cpu():
     for choice in ("torch", "auto"):
-        assert backend.use(choice, CPU, torch.float32) is False and not backend.triton_runs(torch.ones(1))
+        assert selfcheck.use(choice, CPU, torch.float32) is False and not backend.triton_runs(torch.ones(1))
 
 
 @interpreted
 def test_triton_on_a_cpu_is_the_interpreter_in_fp32():
-    assert backend.use("triton", CPU, torch.float32) and backend.triton_runs(torch.ones(1))
+    assert selfcheck.use("triton", CPU, torch.float32) and backend.triton_runs(torch.ones(1))
     assert not backend.triton_runs(torch.ones(1, dtype=torch.float64))
     with pytest.raises(UserError, match="16-bit"):
-        backend.use("triton", CPU, torch.bfloat16)
+        selfcheck.use("triton", CPU, torch.bfloat16)
     assert not backend.triton_runs(torch.ones(1))
 
 
@@ -53,29 +53,29 @@ def test_triton_on_a_cpu_is_the_interpreter_in_fp32():
 def test_triton_where_it_cannot_run_is_an_error_that_says_what_can(monkeypatch, missing):
     monkeypatch.setattr(backend, "INTERPRETED", missing != "gpu")
     if missing == "triton":
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr(selfcheck, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="kernels='auto'"):
-        backend.use("triton", CPU, torch.float32)
+        selfcheck.use("triton", CPU, torch.float32)
 
 
 def test_auto_on_a_gpu_trusts_the_check(monkeypatch):
     monkeypatch.setattr(selfcheck, "failures", lambda device, dtype: ["experts: differs"])
     with pytest.warns(UserWarning, match="experts: differs"):
-        assert not backend.use("auto", CUDA, torch.bfloat16)
+        assert not selfcheck.use("auto", CUDA, torch.bfloat16)
     monkeypatch.setattr(selfcheck, "failures", lambda device, dtype: [])
-    assert backend.use("auto", CUDA, torch.bfloat16, again=False)  # a failure is not remembered
+    assert selfcheck.use("auto", CUDA, torch.bfloat16, again=False)  # a failure is not remembered
 
 
 def test_a_check_that_passed_is_not_made_again_for_the_same_machine_and_dtype(monkeypatch, capsys):
     made = []
     monkeypatch.setattr(selfcheck, "failures", lambda device, dtype: made.append(dtype) or [])
     for _ in range(2):
-        assert backend.use("auto", CUDA, torch.bfloat16, again=False)
+        assert selfcheck.use("auto", CUDA, torch.bfloat16, again=False)
     assert made == [torch.bfloat16] and str(tuning.path()) in capsys.readouterr().out
-    assert backend.use("auto", CUDA, torch.float16, again=False) and made == [torch.bfloat16, torch.float16]
-    assert backend.use("auto", CUDA, torch.bfloat16, again=True) and len(made) == 3
+    assert selfcheck.use("auto", CUDA, torch.float16, again=False) and made == [torch.bfloat16, torch.float16]
+    assert selfcheck.use("auto", CUDA, torch.bfloat16, again=True) and len(made) == 3
     monkeypatch.setattr(tuning, "machine", lambda device: "a pretend GPU, sources 2")
-    assert backend.use("auto", CUDA, torch.bfloat16, again=False) and len(made) == 4
+    assert selfcheck.use("auto", CUDA, torch.bfloat16, again=False) and len(made) == 4
 
 
 @interpreted

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-import checkpoint
+from run import checkpoint
 from tests.attempts import GONE, Attempt, abandoned, assert_tidy, debris, newest, segments
 from tests.helpers import assert_equal_runs, make_config, records, run_script, run_train
 

@@ -7,9 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import memory
-import parallel
 import settings
 from errors import UserError
 from kernels import backend
@@ -17,6 +14,8 @@ from layers import MLP, linear
 from mla import MLA, RotateTail, apply_rope
 from model import build
 from muon import Muon, qk_clip_
+from ranks import parallel
+from run import checkpoint, memory
 from tests.helpers import TINY, tiny_config, tiny_model, tokens
 
 BF16 = torch.bfloat16

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import data.stream
 from data import sources, tokenizer
 from data.loader import TrainStream, ValidationSet, prefetch
@@ -24,6 +23,7 @@ from data.shards import Writer
 from errors import UserError
 from kernels.cross_entropy import IGNORE
 from model import ModelConfig, build
+from run import checkpoint
 from settings import load
 from tests.helpers import assert_equal_runs, make_data, records, run_script, run_train
 

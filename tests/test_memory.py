@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-import memory
-import parallel
 import settings
 from errors import UserError
 from model import build
 from muon import Muon
+from ranks import parallel
 from routes import route_parameters
+from run import memory
 from tests.helpers import TINY, run_train, tokens
 
 CPU = torch.device("cpu")

@@ -9,14 +9,14 @@ import socket
 import pytest
 import torch
 
-import checkpoint
 import export
-import parallel
 import settings
 import train
-from ema import Average
 from errors import UserError
 from muon import Muon
+from ranks import parallel
+from run import checkpoint
+from run.ema import Average
 from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records, run_stopped
 from tests.test_loader import END, write
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
 from errors import UserError
 from kernels import backend, quantile, routing
 from kernels.cross_entropy import IGNORE
 from moe import Router
+from run import metrics
 from tests.helpers import records, run_train, tiny_config, tiny_model, tokens
 
 GROUPS = pytest.mark.parametrize("E, K, G, kept", [(16, 4, 1, 1), (64, 7, 1, 1), (16, 3, 4, 2), (64, 6, 8, 3)])

@@ -1,6 +1,7 @@
 """The conventions of the codebase, as tests: import order, sizes, where packages may appear. Of pages: test_docs.py."""
 
 import ast
+import graphlib
 import re
 import subprocess
 
@@ -18,28 +19,32 @@ ORDER = [
      "sampling", "kernels", "layers", "owners", "data.advice", "data.shards", "data.tokenizer", "data.convert",
      "data.published", "data.bpe", "data.words", "data.files", "data.columns", "data.sources",
      "data.tasks", "data.vocabulary"],
-    ["mla", "moe", "mtp", "decoding", "dispatch", "data.loader", "data.stream", "data.prepare"],
+    ["mla", "moe", "mtp", "decoding", "ranks.dispatch", "data.loader", "data.stream", "data.prepare"],
     ["model"],
     ["muon", "config", "counting", "hf_weights"],
-    ["settings", "parallel"],
-    ["checkpoint", "metrics", "hf", "guard", "memory"],
-    ["ema", "generate", "runs"],
+    ["settings", "ranks.parallel"],
+    ["hf", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
+    ["talk.text", "run.ema", "run.folder"],
+    ["talk.chat", "talk.web", "talk.notebook"],
+    ["generate"],
     ["evaluate", "export"],
     ["train"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Packages that only some files may import.
 ONLY_IN = {
-    "torch.distributed": {"parallel.py", "dispatch.py", "muon.py", "checkpoint.py"},
-    "wandb": {"metrics.py"},
-    "matplotlib": {"metrics.py"},
+    "torch.distributed": {"muon.py", "ranks/parallel.py", "ranks/dispatch.py", "run/checkpoint.py"},
+    "wandb": {"run/metrics.py"},
+    "ipywidgets": {"talk/notebook.py"},
+    "http.server": {"talk/web.py"},
+    "matplotlib": {"run/metrics.py"},
     "datasets": {"data/sources.py"},
     "transformers": set(),
     "tokenizers": set(),
     "tiktoken": {"data/tokenizer.py"},
     "triton": {path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/triton_*.py")},
 }
-SOURCES = [p for p in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("kernels/*.py")) + sorted(ROOT.glob("data/*.py"))]
+SOURCES = [p for folder in ("", "kernels/", "data/", "ranks/", "run/", "talk/") for p in sorted(ROOT.glob(f"{folder}*.py"))]
 
 
 def read_source(path):
@@ -56,6 +61,10 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def module_name(path):
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+
+
 def level_of(module):
     parts = module.split(".")
     return next((LEVEL[name] for n in (2, 1) if (name := ".".join(parts[:n])) in LEVEL), None)
@@ -63,8 +72,8 @@ def level_of(module):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_imports_point_upwards_only(path):
-    name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-    if name == "data":
+    name = module_name(path)
+    if name in ("data", "ranks", "run", "talk"):
         assert not list(imports(path))
         return
     own = level_of(name)
@@ -74,6 +83,15 @@ def test_imports_point_upwards_only(path):
         inside_kernels = name.startswith("kernels") and module.startswith("kernels")
         shards_and_tokenizer = name.startswith("data.") and module.startswith("data.") and level == own
         assert level is None or level < own or inside_kernels or shards_and_tokenizer, f"{name} imports {module}"
+
+
+def test_no_imports_lead_back_to_where_they_began():
+    """Those inside functions count too: of what is imported late nothing may import the importer."""
+    graph = {module_name(path): set(imports(path)) - {module_name(path)} for path in SOURCES}
+    ours = {name: modules & graph.keys() for name, modules in graph.items()}
+    assert list(graphlib.TopologicalSorter(ours).static_order())  # a CycleError names the circle
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(ours | {"errors": {"train"}}).prepare()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -137,7 +155,8 @@ def test_text_without_encoding_is_found():
     assert [word for word in good if list(text_without_encoding(word))] == []
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted(ROOT.glob("bench/*.py")), *sorted(ROOT.glob("docs/*.py"))],
+@pytest.mark.parametrize("path", [*SOURCES, *sorted(p for folder in ("bench", "docs", "launch")
+                                                    for p in (ROOT / folder).glob("*.py"))],
                          ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_text_is_utf8_whatever_the_locale(path):
     assert list(text_without_encoding(read_source(path))) == []

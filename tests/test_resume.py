@@ -10,15 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-import checkpoint
 import export
 import generate
-import runs
 import settings
 from data import prepare
 from errors import STOPPED, UserError
 from model import ModelConfig, build
 from muon import Muon, schedule_factor
+from run import checkpoint, folder
 from tests import forks
 from tests.helpers import (
     TINY,
@@ -228,10 +227,10 @@ def test_every_field_of_the_model_is_decided(tmp_path):
         config = settings.Config(**TINY | {"routed_scaling_factor": there.routed_scaling_factor, name: value})
         if name in LIKE_THE_LOSS:
             told = f"{name}: {getattr(there, name)} there, {value} here"
-            assert runs.compare(config, None, stream, manifest, "x") == [told]
+            assert folder.compare(config, None, stream, manifest, "x") == [told]
         else:
             with pytest.raises(UserError, match=f"holds another model or optimizer: {name}"):
-                runs.compare(config, None, stream, manifest, "x")
+                folder.compare(config, None, stream, manifest, "x")
 
 
 def test_a_stage_of_longer_context_keeps_its_optimizer_state(tmp_path, capsys):
@@ -265,7 +264,7 @@ def test_what_the_rate_will_do_is_said_and_how_to_keep_it(start, there, here, ju
         return (peak or config.muon_lr) * schedule_factor(step, config.schedule, config.max_steps, config.warmup_steps,
                                                           decay, config.min_lr_ratio)
     old, new = settings.Config(**base | there), settings.Config(**base | there | here)
-    said = runs.rates(dataclasses.asdict(old), new, start)
+    said = folder.rates(dataclasses.asdict(old), new, start)
     if jumps is None:
         assert said == ""
         return

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
 import generate
-import metrics
-import runs
 import settings
 from errors import UserError
+from run import checkpoint, metrics
+from run import folder as run_folder
 from tests.helpers import final_tensors, losses, records, run_train, small_run
 
 
@@ -93,21 +92,21 @@ def test_a_kill_at_any_instant_of_setting_aside_loses_nothing(tmp_path, monkeypa
             for module, name in ((os, "rename"), (os, "replace"), (os, "unlink"), (shutil, "copy2"), (os, "mkdir")):
                 patch.setattr(module, name, dying(getattr(module, name), countdown))
             try:
-                runs.put_away(run, 4, True, [])
+                run_folder.put_away(run, 4, True, [])
                 break
             except Killed:
                 pass
         assert found(run) == ([2, 4, 6, 8], set(range(1, 11)))
         begun = bool(list(run.glob("aside/step_*")))
-        runs.finish_setting_aside(run)  # as every start does
+        run_folder.finish_setting_aside(run)  # as every start does
         assert found(run) == ([2, 4, 6, 8], set(range(1, 11)))
         newest = checkpoint.find(run).name
         assert newest == ("step_00000004" if begun else "step_00000008")
-        runs.put_away(run, 4, True, [])  # the same command again
+        run_folder.put_away(run, 4, True, [])  # the same command again
         assert [path.name for path in run.glob("aside/step_*")] == ["step_00000004_to_00000010"]
         assert found(run) == ([2, 4, 6, 8], set(range(1, 11))) and not list(run.glob("aside/*/.unfinished"))
         assert (run / "checkpoints/latest").read_text(encoding="utf-8") == "step_00000004\n"
-        assert checkpoint.find(run, "best").name == "step_00000002" and runs.best_loss(run, None) == 3.0
+        assert checkpoint.find(run, "best").name == "step_00000002" and run_folder.best_loss(run, None) == 3.0
         assert checkpoint.find(run / "aside/step_00000004_to_00000010", "best").name == "step_00000006"
     assert instant > 8
 
@@ -115,10 +114,10 @@ def test_a_kill_at_any_instant_of_setting_aside_loses_nothing(tmp_path, monkeypa
 def test_best_goes_where_no_validation_is_left_and_that_is_said(tmp_path):
     run = saved_run(tmp_path / "run", (2, 4), {4: 1.0})
     checkpoint.point(run / "checkpoints", "best", run / "checkpoints/step_00000004")
-    runs.put_away(run, 2, True, [])
+    run_folder.put_away(run, 2, True, [])
     with pytest.raises(UserError, match="none that is there was saved together with a validation"):
         checkpoint.find(run, "best")
-    assert runs.best_loss(run, 1.0) is None
+    assert run_folder.best_loss(run, 1.0) is None
 
 
 def test_only_what_is_done_again_is_dropped(tmp_path, capsys):
@@ -126,29 +125,29 @@ def test_only_what_is_done_again_is_dropped(tmp_path, capsys):
     run = saved_run(tmp_path / "run", (2, 4), {})
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "tra')
-    assert runs.put_away(run, 4, False, []) is None
-    runs.say_what_goes(run, 4)
+    assert run_folder.put_away(run, 4, False, []) is None
+    run_folder.say_what_goes(run, 4)
     said = capsys.readouterr().out
     assert "dropped 1 lines that are no records" in said
     assert "dropped 2 records, and the samples, beyond step 4: these steps are done again" in said
-    aside = runs.put_away(run, 4, False, ["muon_lr: 1 there, 2 here"])
+    aside = run_folder.put_away(run, 4, False, ["muon_lr: 1 there, 2 here"])
     assert aside.name == "step_00000004_to_00000006" and len(metrics.read_records(aside / "metrics.jsonl")) == 6
     for number in ("", "-2"):
-        assert runs.put_away(run, 2, False, []) is None
+        assert run_folder.put_away(run, 2, False, []) is None
         assert (run / f"checkpoints/damaged_step_00000004{number}/manifest.json").exists()
         checkpoint.save(run / "checkpoints", 4, {"model.a": torch.zeros(2)}, {}, keep=9)
 
 
 def test_what_is_set_aside_still_takes_its_room(tmp_path, monkeypatch):
     run = saved_run(tmp_path / "run", (2, 4, 6, 8), {})
-    each = runs.bytes_in(run / "checkpoints/step_00000002")
+    each = run_folder.bytes_in(run / "checkpoints/step_00000002")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2.5 * each))
     source = run / "checkpoints/step_00000002"
     make = lambda **changes: settings.Config(save_interval=2, keep_checkpoints=9, eval_interval=0, **changes)
-    runs.require_room(run, source, each, 4, make(resume=str(source)))
+    run_folder.require_room(run, source, each, 4, make(resume=str(source)))
     with pytest.raises(UserError, match="will need .* more, but only"):
-        runs.require_room(run, source, each, 6, make(resume=str(source)))
-    runs.require_room(run, None, each, 12, make(overwrite=True))  # deletes four
+        run_folder.require_room(run, source, each, 6, make(resume=str(source)))
+    run_folder.require_room(run, None, each, 12, make(overwrite=True))  # deletes four
 
 
 def test_ranks_rewind_together(tmp_path, pool):

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-import checkpoint
 import settings
 import train
 from errors import UserError
 from model import K2
 from muon import Muon, schedule_factor
+from run import checkpoint
 from tests.helpers import (
     ROOT,
     assert_equal_runs,

@@ -17,12 +17,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-import checkpoint
 import export
 import generate
 from data import prepare, tokenizer
 from errors import UserError
+from run import checkpoint
 from tests.helpers import ROOT, run_train, small_run
+from tests.test_repo import SOURCES
 
 
 class Payload:
@@ -316,7 +317,7 @@ def test_a_dataset_folder_with_a_script(area, marker):
 # ---------------------------------------------------------------------- the sources
 
 ALLOWED = {
-    ("checkpoint.py", "Unpickler"),  # _SafeReader: admits a dozen harmless types
+    ("run/checkpoint.py", "Unpickler"),  # _SafeReader: admits a dozen harmless types
     ("settings.py", "run_path"),  # a config file is code
 }
 
@@ -352,7 +353,7 @@ def calls_that_run_code(source):
 def test_no_source_turns_data_into_code():
     found = {
         (path.relative_to(ROOT).as_posix(), name)
-        for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("bench/*.py")]
+        for path in [*SOURCES, *ROOT.glob("bench/*.py")]
         for name in calls_that_run_code(path.read_text())
     }
     assert found == ALLOWED

@@ -12,14 +12,12 @@ import types
 import pytest
 import torch
 
-import checkpoint
 import errors
 import generate
-import guard
-import metrics
-import parallel
 import train
 from data import prepare
+from ranks import parallel
+from run import checkpoint, guard, metrics
 from tests.helpers import losses, records, run_train
 
 SHORT = ["--max_steps=3", "--decay_steps=1"]
@@ -343,19 +341,19 @@ def test_a_picture_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()) and not pyplot.get_fignums()
 
 
-# ---------------------------------------------------------------------- python metrics.py
+# ---------------------------------------------------------------------- python -m run.metrics
 
 
 def test_metrics_summary(config, tmp_path, capsys):
     run_train(config, *SHORT, "--eval_interval=3")
     capsys.readouterr()
     metrics.summary(["--help"])
-    assert capsys.readouterr().out.startswith("python metrics.py RUN_FOLDER ...: ")
+    assert capsys.readouterr().out.startswith("python -m run.metrics RUN_FOLDER ...: ")
     metrics.summary([str(tmp_path / "run")])
     last, (val,) = records(tmp_path / "run")[-1], records(tmp_path / "run", "val")
     assert capsys.readouterr().out.strip() == (
         f"{tmp_path / 'run'}: step 3  loss {last['loss']}  validation {val['loss']}  bits per byte "
         f"{val['bits_per_byte']}")
-    for words, message in (([], "python metrics.py RUN"), (["--x"], "RUN_FOLDER"), ([str(tmp_path)], "no metrics")):
+    for words, message in (([], "python -m run.metrics RUN"), (["--x"], "RUN_FOLDER"), ([str(tmp_path)], "no metrics")):
         with pytest.raises(errors.UserError, match=message):
             metrics.summary(words)

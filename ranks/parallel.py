@@ -2,12 +2,12 @@
 
 Everything here is applied to a finished model from outside: FSDP2 shards every block, the experts go to the ranks of
 their expert-parallel group, and moe.dispatch becomes an exchange of rows (dispatch.py). Without torchrun there is no
-process group, and every function here does what one rank would. Collectives of the optimizer are in muon.py.
+process group, and every function here does what one rank would. Collectives of the optimizer are in ../muon.py.
 
     ranks = dp_replicate x dp_shard              parameters of every block, HSDP: sharded inside a replica
     dp_shard = efsdp x ep                        experts: E / ep of them on a rank, these sharded over efsdp
 
-Next: dispatch.py (the exchange of rows), muon.py and owners.py (the optimizer over ranks), checkpoint.py.
+Next: dispatch.py (the exchange of rows), ../muon.py and ../owners.py (the optimizer over ranks).
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 import errors
-from dispatch import ExpertParallel
 from errors import UserError
 from kernels import backend, selfcheck
 from moe import MoE
 from muon import local_rows
+from ranks.dispatch import ExpertParallel
 
 # Selective recompute insists that the same operations come again, but FSDP2's hooks inside a block, those of the
 # experts, mark other profiler ranges in the recomputation than in the forward.
@@ -228,9 +228,9 @@ def choose_kernels(config, device):
     if local_rank() == 0:
         selfcheck.compile_ahead(config, rows, device, wait=True)
     from_all(None)  # the other ranks find all compiled
-    on = backend.use(config.kernels, device, dtype, again=config.kernels_tuning == "full")
+    on = selfcheck.use(config.kernels, device, dtype, again=config.kernels_tuning == "full")
     if not all(from_all(on)):  # one rank's check failed
-        on = backend.use("torch", device, dtype)
+        on = selfcheck.use("torch", device, dtype)
     if device.type == "cuda":
         lines, choices = once(selfcheck.fastest, config, rows, device)
         selfcheck.adopt(choices)

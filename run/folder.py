@@ -2,7 +2,7 @@
 
 What can be refused is refused before anything is written or deleted: a folder that holds another run, a checkpoint of
 another model, tokenizer or data, a disk that is too small. What a rewind leaves behind is set aside, as a run of its
-own in aside/. Next: train.py, which asks in this order.
+own in aside/. Next: ../train.py, which asks in this order.
 """
 
 import dataclasses
@@ -19,16 +19,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import guard
 import hf
-import metrics
-import parallel
 from data import tokenizer
 from data.shards import read_json
 from errors import STOPPED, UserError
 from model import ModelConfig
 from muon import schedule_factor
+from ranks import parallel
+from run import checkpoint, guard, metrics
 
 # Of the model, what a resumed run may change, with a line: a stage of longer context the first three, which keeps its
 # optimizer state; the next are weights in the loss, as rates are, and how router biases move; the last is spent at step

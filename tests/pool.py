@@ -57,7 +57,7 @@ def _serve(rank, pipe):
     import torch
     import torch.distributed as dist
 
-    import metrics
+    from run import metrics
 
     metrics.draw_curves = lambda folder: None  # see conftest.py
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Whether a run fits into memory, told before its first step: what it will need against what is free.
 
 Parameters, gradients and optimizer state are counted; what the forward keeps for the backward is added up from the
-shapes that model.py, mla.py and moe.py keep (tests/test_memory.py compares the sum with what autograd really saves).
+shapes that ../model.py, mla.py and moe.py keep (tests/test_memory.py compares the sum with what autograd really saves).
 On a CPU the peak of a process is met within a quarter; compiled blocks keep less than is counted here.
 
 Shapes: D hidden_size, H heads, Q and U widths of a query and a value, R latent, F width of an MLP, K experts a token.
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-import parallel
 from errors import UserError
 from kernels import backend, graphs
 from kernels.attention import QUERY_CHUNK
 from kernels.cross_entropy import CHUNK_ELEMENTS, DEFAULT_CHUNK_BYTES
 from muon import local_rows
+from ranks import parallel
 
 PYTORCH = 80 * 2**20  # what its libraries take when they first run
 PIECES = 1.35  # on a CPU, of what activations take: the allocator keeps pieces that it cannot use (measured)

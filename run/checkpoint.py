@@ -28,9 +28,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-import parallel
 from data.shards import file_crc32, read_json
 from errors import UserError
+from ranks import parallel
 
 STEP = re.compile(r"step_(\d{8})$")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process without a group is meant

@@ -1,7 +1,7 @@
 """What watches over a long run: signals, hung steps, memory that does not suffice, loss spikes, ranks that drift apart.
 
 Nothing here changes a number of the training. What can go on goes on by itself; what cannot ends with the cause and the
-next command, and the newest checkpoint is where it continues. Next: runs.py, what a run folder lets a run do.
+next command, and the newest checkpoint is where it continues. Next: folder.py, what a run folder lets a run do.
 """
 
 import collections
@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-import parallel
 from errors import Lossy, UserError, said, started, to_nowhere
 from muon import local_rows
+from ranks import parallel
 
 SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
 LOCK = ".lock"  # in a run folder: held by the process that trains into it

@@ -4,7 +4,7 @@ It takes the place of moe.LocalDispatch when parallel.py spreads the experts of 
 once to each rank that has any of its experts, however many, and each rank adds up what its experts make of it.
 
 Shapes: N tokens of this rank, K choices a token, D model width, P ranks of the group, E experts, L = E / P of them on a
-rank, S rows sent, M rows received.   Next: moe.py, parallel.py.
+rank, S rows sent, M rows received.   Next: ../moe.py, parallel.py.
 """
 
 import torch

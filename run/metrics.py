@@ -211,13 +211,13 @@ def step_line(record, max_steps, eta):
 
 
 def summary(folders):
-    """For python metrics.py RUN_FOLDER ...: how far each run is and its newest losses, a line each."""
+    """For python -m run.metrics RUN_FOLDER ...: how far each run is and its newest losses, a line each."""
     if {"-h", "--help"} & set(folders):
-        return print("python metrics.py RUN_FOLDER ...: how far each run is and its newest losses")
+        return print("python -m run.metrics RUN_FOLDER ...: how far each run is and its newest losses")
     for folder in folders or ["."]:
         newest = {record["kind"]: record for record in read_records(Path(folder) / "metrics.jsonl")}
         if "train" not in newest:
-            raise UserError(f"{folder}: no metrics.jsonl with a step in it (python metrics.py RUN_FOLDER ...)")
+            raise UserError(f"{folder}: no metrics.jsonl with a step in it (python -m run.metrics RUN_FOLDER ...)")
         loss, (val, bits) = newest["train"].get("loss"), map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
         print(f"{folder}: step {newest['train']['step']}  loss {loss}  validation {val}  bits per byte {bits}")
 
@@ -233,8 +233,8 @@ def expert_statistics(counts_LE, biases_LE):
 
 STEADY = 50  # steps in a row after which something is no accident
 LEVERS = {
-    "none": "--balance=quantile evens the load out",
-    "sign": "--balance=quantile evens the load out, or a larger --bias_update_rate sooner",
+    "none": "--balance=sign, or quantile, evens the load out",
+    "sign": "a larger --bias_update_rate evens the load out sooner, or --balance=quantile, without limits to groups",
     "quantile": "scores near 0 or 1 leave a bias nothing to choose by: try a lower --muon_lr, or --router_z_loss=1e-3"}
 
 
