@@ -24,8 +24,8 @@ ORDER = [
     ["muon", "config", "counting", "hf_weights"],
     ["settings", "ranks.parallel"],
     ["hf", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
-    ["talk.text", "run.ema", "run.folder"],
-    ["talk.chat", "talk.web", "talk.notebook"],
+    ["talk.text", "run.ema", "run.folder", "run.profile"],
+    ["talk.chat", "talk.web", "talk.notebook", "run.dry_run"],
     ["generate"],
     ["evaluate", "export"],
     ["train"],
@@ -44,7 +44,8 @@ ONLY_IN = {
     "tiktoken": {"data/tokenizer.py"},
     "triton": {path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/triton_*.py")},
 }
-SOURCES = [p for folder in ("", "kernels/", "data/", "ranks/", "run/", "talk/") for p in sorted(ROOT.glob(f"{folder}*.py"))]
+FOLDERS = ("", "kernels/", "data/", "ranks/", "run/", "talk/")
+SOURCES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py"))]
 
 
 def read_source(path):
