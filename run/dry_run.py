@@ -26,11 +26,11 @@ def rehearse(training):
     for _ in range(WARMING.get(device.type, 1) + 1):
         started = time.perf_counter()
         sums = training.forward_backward()
-        synchronize(device)
+        synchronize()
         middle = time.perf_counter()
         found = training.agree(sums)
         training.update(found)
-        synchronize(device)
+        synchronize()
         ended = time.perf_counter()
     if not found.finite:
         raise UserError(f"the loss is {found.loss}, the norm of its gradient {found.norm}: lower the learning rates, "

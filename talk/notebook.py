@@ -28,13 +28,13 @@ def prompt_box(path, device="auto", dtype="float32", which="latest", prompt="", 
     if encoder is None:
         raise UserError(f"{path} has no tokenizer that can be read")
     values = OPTIONS | options
-    narrow, wide = widgets.Layout(width="190px"), widgets.Layout(width="100%", max_width="800px")
+    narrow, wide = widgets.Layout(width="155px"), widgets.Layout(width="100%", max_width="800px")
     fields = {
         "temperature": widgets.BoundedFloatText(min=0, max=1000, step=0.1), "top_k": widgets.BoundedIntText(max=2**31),
         "top_p": widgets.BoundedFloatText(min=0, max=1, step=0.05), "max_new_tokens": widgets.BoundedIntText(
             min=1, max=10_000), "seed": widgets.BoundedIntText(max=2**31)}
     for name, field in fields.items():
-        field.value, field.layout = values[name], narrow
+        field.value, field.layout, field.style = values[name], narrow, {"description_width": "initial"}
         field.description = name.removeprefix("max_new_").replace("_", "-")
     typed = widgets.Textarea(prompt, placeholder="def __init__(self", rows=4, layout=wide)
     go, stop = widgets.Button(description="Continue", button_style="primary"), widgets.Button(description="Stop")
