@@ -25,7 +25,7 @@ ORDER = [
     ["settings", "ranks.parallel"],
     ["hf", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
     ["generate", "run.ema", "run.folder"],
-    ["evaluate", "export"],
+    ["evaluate", "export", "step"],
     ["train"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
