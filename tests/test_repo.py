@@ -27,7 +27,7 @@ ORDER = [
     ["talk.text", "run.ema", "run.folder", "run.profile"],
     ["talk.chat", "talk.web", "talk.notebook", "run.dry_run"],
     ["generate"],
-    ["evaluate", "export"],
+    ["evaluate", "export", "step"],
     ["train"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
