@@ -74,10 +74,10 @@ class Served:
             return checkpoint.pointed(folder, "best")
         return next(reversed(checkpoint.step_folders(folder)), None)
 
-    def about(self):
-        """What the page shows of it."""
-        total, active = (number / 1e6 for number in count_parameters(self.model.config))
-        step = checkpoint.STEP.search(self.model.source.name)
+    def about(self, model):
+        """What the page shows of it, as it was read last."""
+        total, active = (number / 1e6 for number in count_parameters(model.config))
+        step = checkpoint.STEP.search(model.source.name)
         return {"name": str(self.path), "step": step and int(step[1]),
                 "parameters": f"{total:,.1f}M parameters, {active:,.1f}M active"}
 
@@ -134,25 +134,20 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "nanok2", ""
 
     def do_GET(self):
-        pages = {"/": lambda: ("text/html; charset=utf-8", PAGE.read_bytes()),
-                 "/models": lambda: ("application/json", json.dumps(self.models()).encode())}
-        self.guarded(lambda: self.reply(200, *self.of_path(pages)()))
+        self.answer({"/": self.page, "/models": self.models})
 
     def do_POST(self):
-        self.guarded(lambda: self.of_path({"/generate": self.generate})())
+        self.answer({"/generate": self.generate})
 
-    def guarded(self, answer):
+    def answer(self, by_path):
         try:
             self.refuse_strangers()
-            answer()
+            if self.path not in by_path:
+                raise Refused(404, f"there is no {self.path[:100]!r} here")
+            by_path[self.path]()
         except Refused as refused:
             status, why = refused.args
             self.reply(status, "application/json", json.dumps({"error": why}).encode())
-
-    def of_path(self, answers):
-        if self.path not in answers:
-            raise Refused(404, f"there is no {self.path[:100]!r} here")
-        return answers[self.path]
 
     def refuse_strangers(self):
         """Names of this machine are heard with any port: a tunnel (ssh -L) has one of its own."""
@@ -162,9 +157,13 @@ class Handler(BaseHTTPRequestHandler):
         if origin is not None and origin != f"http://{host}":
             raise Refused(403, f"requests of the page {origin[:100]!r} are not heard")
 
+    def page(self):
+        self.reply(200, "text/html; charset=utf-8", PAGE.read_bytes())
+
     def models(self):
-        return {"models": [served.about() for served in self.server.models], "defaults": self.server.defaults,
-                "most_tokens": MOST_TOKENS, "most_bytes": MOST_BYTES}
+        about = [served.about(served.model) for served in self.server.models]
+        body = {"models": about, "defaults": self.server.defaults, "most_tokens": MOST_TOKENS}
+        self.reply(200, "application/json", json.dumps(body).encode())
 
     def reply(self, status, kind, body=None):
         """Headers, and the body unless it comes bit by bit."""
@@ -186,32 +185,32 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 model, encoder = served.current()
                 ids = encode_prompt(encoder, asked.pop("prompt"))
-            except UserError as error:
+            except (UserError, OSError) as error:  # the run has just deleted what was being read
                 raise Refused(409, str(error)) from error
             self.reply(200, "application/x-ndjson")
-            self.tell(model=served.about())
+            self.tell({"model": served.about(model)})
             try:
-                self.stream(model, encoder, ids, asked)
+                self.write(model, encoder, ids, asked)
             except UserError as error:
-                self.tell(error=str(error))
+                self.tell({"error": str(error)})
         finally:
             self.server.answers.release()
 
-    def stream(self, model, encoder, ids, asked):
+    def write(self, model, encoder, ids, asked):
         limit, started, produced = model.config.max_position_embeddings, time.perf_counter(), 0
         if len(ids) > limit:
-            self.tell(note=f"the prompt has {len(ids)} tokens: only the last {limit} are read")
-        full = lambda: self.tell(note=f"the context of {limit} tokens is full: on from its newest half")
+            self.tell({"note": f"the prompt has {len(ids)} tokens: only the last {limit} are read"})
+        full = lambda: self.tell({"note": f"the context of {limit} tokens is full: on from its newest half"})
         for token, text in stream(model, encoder, ids, on_slide=full, **asked):
             produced += token is not None
-            self.tell(text=text)
+            self.tell({"text": text})
             if self.server.stopping.is_set():
                 return
         end = "length" if produced == asked["max_new_tokens"] else "end of text"
-        self.tell(end=end, tokens=produced, seconds=round(time.perf_counter() - started, 3))
+        self.tell({"end": end, "tokens": produced, "seconds": round(time.perf_counter() - started, 3)})
 
-    def tell(self, **what):
-        self.wfile.write(json.dumps(what).encode() + b"\n")
+    def tell(self, line):
+        self.wfile.write(json.dumps(line).encode() + b"\n")
 
     def asked(self):
         """The checked body of a request: see check."""

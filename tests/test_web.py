@@ -197,6 +197,14 @@ def test_a_run_is_read_anew_when_it_has_saved(server, run):
 
 
 def test_errors_of_the_model_reach_the_page(server, monkeypatch):
+    def gone(*args):
+        raise FileNotFoundError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(web, "load", gone)
+        patch.setattr(server.models[0], "newest", None)
+        response = ask(server, {})
+        assert response.status == 409 and json.loads(response.read()) == {"error": "gone"}
     import torch
 
     model = server.models[0].model
