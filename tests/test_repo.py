@@ -26,6 +26,7 @@ ORDER = [
     ["hf", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
     ["generate", "run.ema", "run.folder"],
     ["evaluate", "export", "step"],
+    ["run.report"],
     ["train"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
