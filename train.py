@@ -5,11 +5,9 @@
 The whole run in one function, top to bottom: settings, data, run folder, model and optimizer, resume, the loop. Every
 rank runs all of it. In out_dir lie config.json, metrics.jsonl, samples.md, curves.png, tokenizer/ and checkpoints/.
 The parts, in reading order: step.py, model.py, mla.py, moe.py, muon.py, data/loader.py, ranks/parallel.py, evaluate.py,
-and in run/ checkpoint.py, guard.py, folder.py, metrics.py.
+and in run/ folder.py, checkpoint.py, guard.py, report.py, metrics.py.
 """
 
-import dataclasses
-import functools
 import sys
 from pathlib import Path
 
@@ -23,13 +21,11 @@ from data.loader import TrainStream, ValidationSet
 from data.tasks import open_tasks
 from data.vocabulary import open_tokenizer, require_vocabulary
 from errors import UserError
-from evaluate import evaluate, result_line, run_tasks
-from generate import encode_prompt, stream_text
 from kernels.selfcheck import compile_ahead
 from model import pick_device
 from ranks import parallel
 from routes import routing_table
-from run import checkpoint, folder, guard, memory, metrics
+from run import checkpoint, folder, guard, memory, metrics, report
 from run.dry_run import rehearse
 from run.profile import Profiler
 from step import Training, wants_compile
@@ -147,10 +143,10 @@ def train(argv, watch):
         watch.agreed = found.signals
         alarm.count(model.routing.expert_counts)
         clipped = training.update(found)
-        trouble = tell_trouble(training, found, spikes, log)
+        trouble = report.trouble(training, found, spikes, log)
         if trouble and config.max_rollbacks:
             watch.beat("the way back", patient=True)
-            report_save(saver.outcome(wait=True), log, final=False)
+            report.end_save(saver.outcome(wait=True), log, final=False)
             folder.roll_back(run, trouble, step, training.sequences, config, watch, log)  # returns without a checkpoint
         if training.skipped >= config.max_skipped_steps:
             raise UserError(f"{trouble}: lower the learning rates and continue from the last checkpoint:  "
@@ -159,7 +155,7 @@ def train(argv, watch):
 
         # Record, validate, sample, save. A signal leaves out what is not the save.
         if logged or watch.agreed:
-            fields = train_fields(training, found, clipped, logged, pace.mean(), flops)
+            fields = report.train_fields(training, found, clipped, logged, pace.mean(), flops)
             record = log.write("train", step, **fields)
             print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
             for event in alarm.raised():
@@ -169,22 +165,19 @@ def train(argv, watch):
         save_now = last or (config.save_interval and step % config.save_interval == 0 and not training.skipped)
         validated = None
         if config.eval_interval and (save_now or step % config.eval_interval == 0) and not watch.agreed:
-            validated = validate(training, validation, tasks, watch, log)
+            validated = report.validate(training, validation, tasks, watch, log)
         if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not watch.agreed:
-            watch.beat(f"the samples of step {step}", patient=True)
-            for prompt in config.sample_prompts:
-                log.sample(step, prompt, sample(model, encoder, prompt, config, step, log))
-            model.train()  # a sample that failed has not put it back yet
+            report.samples(training, encoder, watch, log)
         if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
-            compare_ranks(training, run, log)
+            report.ranks(training, run, log)
         if save_now or watch.agreed:
             watch.beat(f"the save of step {step}", patient=True)
-            report_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way
+            report.end_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way
             seen = folder.data_read(stream.identity(), training.tokens - first, read)
-            start_save(saver, training, validated, losses=list(spikes.losses), read=seen,
-                       tokenizer=tokenizer.fingerprint(encoder) if encoder else None)
+            report.begin_save(saver, training, validated, losses=list(spikes.losses), read=seen,
+                              tokenizer=tokenizer.fingerprint(encoder) if encoder else None)
         final = last or bool(watch.agreed)
-        report_save(saver.outcome(wait=final or not config.async_save), log, final)
+        report.end_save(saver.outcome(wait=final or not config.async_save), log, final)
         if watch.agreed and not last:
             print(f"{watch.signal or 'a signal on another rank'}: saved step {step}; continue with:  "
                   f"{guard.command(run)}")
@@ -195,108 +188,6 @@ def train(argv, watch):
         sys.exit(errors.STOPPED)
     print(f"done: {run}/checkpoints  {run}/metrics.jsonl  {run}/curves.png")
     return record
-
-
-# ---------------------------------------------------------------------- the steps of the loop, in its order
-
-def tell_trouble(training, found, spikes, log):
-    """Record and print a spike of the loss, or a step that was skipped; returns in words what takes a run back to its
-    newest checkpoint, "" if nothing does."""
-    step, skipped = training.step, training.skipped
-    if not found.finite:
-        log.write("event", step, event="skip", loss=found.loss, grad_norm=found.norm)
-        print(f"step {step} skipped: loss {found.loss}, gradient norm {found.norm} ({skipped} in a row)")
-        return f"{skipped} non-finite steps in a row" * (skipped >= training.config.max_skipped_steps)
-    if height := spikes.height(found.loss):
-        trouble = f"loss {found.loss:.4f} is {height:.1f} standard deviations above the mean before it"
-        log.write("event", step, event="spike", loss=found.loss, sigmas=height)
-        print(f"step {step}: {trouble}", flush=True)
-        return trouble
-    return ""
-
-
-def train_fields(training, found, clipped, exact, seconds, flops):
-    """The fields of a train record. exact: the largest attention logits are; seconds of a step; flops of a token."""
-    model, speed = training.model, training.tokens_per_step / seconds
-    peak = (metrics.peak_flops(training.device) or 0) * parallel.ranks()
-    fields = {"tokens": training.tokens, "loss": found.loss, "aux_loss": found.balance,
-              "lr": training.optimizer.param_groups[0]["lr"], "grad_norm": found.norm, "tokens_per_second": speed,
-              "mfu": flops * speed / peak if peak else None, "step_ms": 1000 * seconds,
-              "memory_gib": metrics.memory_gib(training.device),
-              "max_attention_logit": model.max_logits.max().item() if exact else None,
-              "qk_clipped_heads": int(clipped), "router_z_loss": found.z if training.config.router_z_loss else None,
-              **metrics.expert_statistics(model.routing.expert_counts, model.routing.biases())}
-    return fields if found.mtp_loss is None else fields | {"mtp_loss": found.mtp_loss}
-
-
-def validate(training, validation, tasks, watch, log):
-    """Record and print the validation loss, that of the average of the weights, and the tasks. Returns the record's
-    fields; None if a signal came before them, or if the loss is not finite."""
-    step, model = training.step, training.model
-    measure = functools.partial(evaluate, model, validation, training.stream.starts, training.micro_batch_size,
-                                training.device, watch)
-    validated = measure()
-    if not validated:
-        return None
-    if training.average:
-        with training.average.in_place():
-            found = measure()
-        validated["ema_loss"] = found and found["loss"]
-    log.write("val", step, tokens=training.tokens, **validated)
-    shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
-    print(f"step {step}: validation {shown}", flush=True)
-    for result in run_tasks(model, tasks, watch=watch):
-        log.write("task", step, tokens=training.tokens, **result)
-        print(f"step {step}: {result_line(result['task'], result)}", flush=True)
-    return validated
-
-
-def sample(model, encoder, prompt, config, step, log):
-    """A continuation of the prompt as text, from its own random generator; a sharded model needs all ranks for it.
-    None if it fails, which log tells: what the tokenizer raises is the same on all ranks. What memory, a device or a
-    collective raises may be on one alone, and to go on would leave the ranks in different collectives."""
-    def must_end(error):
-        return guard.is_out_of_memory(error) or parallel.ranks() > 1 and isinstance(error, RuntimeError)
-    return log.attempt(f"the sample of {prompt[:40]!r}", lambda: "".join(stream_text(
-        model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8, top_k=50,
-        seed=config.seed + step, agree=parallel.same)), must_end)
-
-
-def compare_ranks(training, run, log):
-    """Refuse to go on with ranks that drifted apart, and tell those that are slow."""
-    step, optimizer = training.step, training.optimizer
-    guard.refuse_drift(checkpoint.named_tensors(training.model, optimizer), [training.sequences, optimizer.steps], step,
-                       run)
-    for slow in guard.stragglers(training.waited, training.device):
-        log.write("event", step, event="straggler", **slow)
-        print("step {step}: rank {rank} on {host} is slow in {what}: {seconds:.3f} s, the median is "
-              "{median:.3f} s".format(step=step, **slow), flush=True)
-    training.waited = 0.0
-
-
-def start_save(saver, training, validated, **about):
-    """Begin to save a step. about: what its manifest has to say beside what the training says."""
-    tensors, counts = training.saved()
-    about |= {"stream": training.stream.identity(), "torch": torch.__version__,
-              "config": dataclasses.asdict(training.config)}
-    saver.start(training.step, tensors, about | counts, (validated or {}).get("loss"))
-
-
-def report_save(outcome, log, final):
-    """Record how a save ended. One that failed (a full disk) leaves what was saved before, and training goes on, unless
-    it was the last of the run."""
-    if outcome is None:
-        return
-    step, result = outcome
-    if not isinstance(result, OSError):
-        log.write("event", step, event="save", path=str(result))
-        log.draw()
-    elif final:
-        raise UserError(f"{result}; free some space and continue from the checkpoint before:  "
-                        f"{guard.command(log.folder)}") from result
-    else:
-        log.write("event", step, event="save_failed", error=str(result))
-        print(f"warning: {result}; going on", flush=True)
 
 
 if __name__ == "__main__":

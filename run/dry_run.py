@@ -42,7 +42,7 @@ def rehearse(training):
     print(f"dry run: everything is in order, and nothing was written\n"
           f"time      {duration(record['seconds'])} for {steps:,} steps of {step_seconds:.2f} s, "
           f"{training.tokens_per_step / step_seconds:,.0f} tokens/s, without validations, samples and saves\n"
-          f"memory    {record['memory_gib']:.1f} GiB at the most; predicted: {record['predicted_gib']:.1f} GiB beside Python "
-          "and its libraries\n"
+          f"memory    {record['memory_gib']:.1f} GiB at most; predicted: {record['predicted_gib']:.1f} GiB beside "
+          "Python and its libraries\n"
           f"saves     {size(record['checkpoint_bytes'])} each", flush=True)
     return record

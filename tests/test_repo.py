@@ -28,6 +28,7 @@ ORDER = [
     ["talk.chat", "talk.web", "talk.notebook", "run.dry_run"],
     ["generate"],
     ["evaluate", "export", "step"],
+    ["run.report"],
     ["train"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
