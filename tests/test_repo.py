@@ -111,7 +111,7 @@ def test_files_are_short_and_the_whole_is_small():
     lengths = {name: len(read_source(ROOT / name).splitlines()) for name in tracked if (ROOT / name).exists()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
     total = lambda *folders: sum(n for name, n in lengths.items() if name.startswith(folders))
-    assert sum(lengths.values()) - total("tests/", "bench/", "docs/", "kernels/", "configs/") <= 9850
+    assert sum(lengths.values()) - total("tests/", "bench/", "docs/", "kernels/", "configs/") <= 9900
     assert total("kernels/") <= 3720
 
 
