@@ -18,12 +18,12 @@ WARMING = {"cuda": 3}  # micro-batches before the one that is timed: compilers a
 def rehearse(training):
     """Print what the run of a step.Training that has started would need; returns it as a record. All ranks call it."""
     config, device, accumulation = training.config, training.device, training.accumulation
-    first_step = training.step
+    steps = config.max_steps - training.step
     predicted = memory.needed(config, training.model, training.routes, training.layout, device,
                               training.micro_batch_size, accumulation)
     training.begin()
     training.accumulation = 1  # a micro-batch a step
-    for _ in range(WARMING.get(device.type, 1) + 1):
+    for _ in range(min(WARMING.get(device.type, 1) + 1, steps * accumulation)):
         started = time.perf_counter()
         sums = training.forward_backward()
         synchronize()
@@ -36,7 +36,6 @@ def rehearse(training):
         raise UserError(f"the loss is {found.loss}, the norm of its gradient {found.norm}: lower the learning rates, "
                         "or try --dtype=float32, to see whether rounding is to blame")
     step_seconds = accumulation * (middle - started) + ended - middle
-    steps = config.max_steps - first_step
     record = {"step_seconds": step_seconds, "seconds": steps * step_seconds, "memory_gib": memory_gib(device),
               "predicted_gib": predicted / 2**30, "checkpoint_bytes": checkpoint.size(training.saved()[0])}
     print(f"dry run: everything is in order, and nothing was written\n"

@@ -55,6 +55,8 @@ def test_a_dry_run_counts_every_micro_batch(config, tmp_path, monkeypatch):
     clock = iter([0.0, 5.0, 6.0, 10.0, 13.0, 14.0])  # the first is not counted
     monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert run_train(config, "--dry_run", "--micro_batch_size=2")["step_seconds"] == 4 * 3.0 + 1.0
+    clock = iter([0.0, 5.0, 6.0])  # a run of one micro-batch has no second
+    assert run_train(config, "--dry_run", "--micro_batch_size=8", "--max_steps=1")["seconds"] == 6.0
 
 
 def test_profiled_steps_leave_a_trace_and_change_nothing(config, tmp_path, capsys):
