@@ -113,7 +113,8 @@ def test_files_are_short_and_the_whole_is_small():
     assert total("kernels/") <= 3720
     assert sum(lengths[name] for name in PATH) <= 2400
     functions = {f"{name}: {node.name}": node.end_lineno - node.lineno + 1 for name in lengths
-                 for node in ast.walk(ast.parse(read_source(ROOT / name))) if isinstance(node, ast.FunctionDef)}
+                 if not name.startswith("tests/") for node in ast.walk(ast.parse(read_source(ROOT / name)))
+                 if isinstance(node, ast.FunctionDef)}
     assert {name: n for name, n in functions.items() if n > 150} == {}
 
 
