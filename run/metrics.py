@@ -56,6 +56,24 @@ class Pace:
 
     def __init__(self, early=3):
         self.early, self.steps, self.others, self.seconds = early, 0, 0.0, collections.deque(maxlen=128)
+        self.stopped, self.newest = time.perf_counter(), []
+
+    def start(self):
+        """A step begins."""
+        self.started = time.perf_counter()
+
+    def stop(self):
+        """It has ended; what comes before the next start is something else."""
+        now = time.perf_counter()
+        self.add(now - self.started, self.started - self.stopped)
+        self.newest.append(now - self.started)
+        self.stopped = now
+
+    def mean(self):
+        """Mean seconds of the steps that have stopped since the last call."""
+        mean = math.fsum(self.newest) / len(self.newest)
+        self.newest = []
+        return mean
 
     def add(self, step_seconds, other_seconds=0.0):
         """A step has taken so long, and what else happened since the one before."""
