@@ -26,6 +26,8 @@ from model import pick_device
 from ranks import parallel
 from routes import routing_table
 from run import checkpoint, folder, guard, memory, metrics, report
+from run.dry_run import rehearse
+from run.profile import Profiler
 from step import Training, wants_compile
 
 
@@ -65,7 +67,8 @@ def train(argv, watch):
     # ------------------------------------------------------------------ run folder
     kernels = parallel.choose_kernels(config, device)
     run = Path(config.out_dir)
-    parallel.once(watch.claim, run)  # before a checkpoint is chosen: its owner may still be saving
+    if not config.dry_run:
+        parallel.once(watch.claim, run)  # before a checkpoint is chosen: its owner may still be saving
     source = folder.find_source(run, config)  # the step folder to resume from, or None
     parallel.once(folder.refuse_to_mix, run, source, config)
     parallel.once(metrics.require_wandb, config)
@@ -88,6 +91,8 @@ def train(argv, watch):
     size = checkpoint.size(training.state) + bool(config.ema) * checkpoint.size(checkpoint.named_tensors(model))
     parallel.once(folder.require_room, run, source, size, config.max_steps - start, config)
     training.start(source, manifest)
+    if config.dry_run:
+        return rehearse(training)
     parallel.once(run.mkdir, parents=True, exist_ok=True)
     parallel.once(watch.claim, run)  # if it is new
     run_id, aside = parallel.once(folder.open_run, run, source, start, changed, config, config_file, argv, encoder)
@@ -124,12 +129,14 @@ def train(argv, watch):
     watch.begin(config)
     training.begin()
     record, alarm, pace = None, metrics.RoutingAlarm(config), metrics.Pace()
+    profiler = Profiler(config, device, start)
     for step in range(start + 1, config.max_steps + 1):
         watch.beat(f"step {step}", patient=step <= start + guard.EARLY)
         last = step == config.max_steps
         logged = last or step % config.log_interval == 0 or step == start + 1
 
         # Data, forward and backward, gradient norm, update.
+        profiler.at(step)
         pace.start()
         sums = training.forward_backward(exact=logged)
         found = training.agree(sums, bool(watch.signal))
@@ -175,6 +182,7 @@ def train(argv, watch):
             print(f"{watch.signal or 'a signal on another rank'}: saved step {step}; continue with:  "
                   f"{guard.command(run)}")
             break
+    profiler.close()
     log.close()
     if watch.agreed and not last:
         sys.exit(errors.STOPPED)

@@ -24,7 +24,9 @@ ORDER = [
     ["muon", "config", "counting", "hf_weights"],
     ["settings", "ranks.parallel"],
     ["hf", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
-    ["generate", "run.ema", "run.folder"],
+    ["talk.text", "run.ema", "run.folder", "run.profile"],
+    ["talk.chat", "talk.web", "talk.notebook", "run.dry_run"],
+    ["generate"],
     ["evaluate", "export", "step"],
     ["run.report"],
     ["train"],
@@ -34,6 +36,8 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 ONLY_IN = {
     "torch.distributed": {"muon.py", "ranks/parallel.py", "ranks/dispatch.py", "run/checkpoint.py"},
     "wandb": {"run/metrics.py"},
+    "ipywidgets": {"talk/notebook.py"},
+    "http.server": {"talk/web.py"},
     "matplotlib": {"run/metrics.py"},
     "datasets": {"data/sources.py"},
     "transformers": set(),
@@ -44,7 +48,8 @@ ONLY_IN = {
 # What to read to know how a model is trained.
 PATH = ["train.py", "step.py", "model.py", "mla.py", "moe.py", "muon.py", "owners.py", "ranks/parallel.py",
         "ranks/dispatch.py"]
-SOURCES = [p for folder in ("", "kernels/", "data/", "ranks/", "run/") for p in sorted(ROOT.glob(f"{folder}*.py"))]
+FOLDERS = ("", "kernels/", "data/", "ranks/", "run/", "talk/")
+SOURCES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py"))]
 
 
 def read_source(path):
@@ -73,7 +78,7 @@ def level_of(module):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_imports_point_upwards_only(path):
     name = module_name(path)
-    if name in ("data", "ranks", "run"):
+    if name in ("data", "ranks", "run", "talk"):
         assert not list(imports(path))
         return
     own = level_of(name)
@@ -109,7 +114,7 @@ def test_files_are_short_and_the_whole_is_small():
     lengths = {name: len(read_source(ROOT / name).splitlines()) for name in tracked if (ROOT / name).exists()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
     total = lambda *folders: sum(n for name, n in lengths.items() if name.startswith(folders))
-    assert sum(lengths.values()) - total("tests/", "bench/", "docs/", "kernels/", "configs/") <= 9150
+    assert sum(lengths.values()) - total("tests/", "bench/", "docs/", "kernels/", "configs/") <= 9900
     assert total("kernels/") <= 3720
     assert sum(lengths[name] for name in PATH) <= 2400
     functions = {f"{name}: {node.name}": node.end_lineno - node.lineno + 1 for name in lengths
