@@ -36,7 +36,7 @@ from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_, schedule_factor
 from ranks import parallel
 from routes import routes_of, routing_table
-from run import checkpoint, folder, guard, memory, metrics
+from run import checkpoint, folder, guard, memory, metrics, services
 from run.ema import Average
 
 
@@ -81,7 +81,7 @@ def train(argv, watch):
     parallel.once(watch.claim, run)  # before a checkpoint is chosen: its owner may still be saving
     source = folder.find_source(run, config)  # the step folder to resume from, or None
     parallel.once(folder.refuse_to_mix, run, source, config)
-    parallel.once(metrics.require_wandb, config)
+    parallel.once(services.require, config)
     manifest = parallel.once(checkpoint.read_manifest, source) if source else {}
     changed = folder.compare(config, encoder, stream, manifest, source) if source else []
     start = manifest.get("step", 0)
@@ -149,16 +149,17 @@ def train(argv, watch):
     flops = flops_per_token(config, config.sequence_length)
     epochs = stream.epochs((config.max_steps - start) * config.global_batch_size,
                            [read.get(key, 0) / config.sequence_length for key in folder.data_keys(stream.identity())])
-    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a "
-          f"token; {layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}")
-    print(f"{config.max_steps - start} steps of {tokens_per_step:,} tokens, {epochs:.2f} epochs in all; "
-          f"writing to {run}/")
+    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token",
+          f"{layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}",
+          f"{config.max_steps - start} steps of {tokens_per_step:,} tokens, {epochs:.2f} epochs in all, into {run}/",
+          sep="\n  ")
     if epochs > 4:
         print(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
-    print("\n".join(routing_table(model.named_parameters(), routes)))
+    if config.verbose:
+        print("\n".join(routing_table(model.named_parameters(), routes)))
 
     # ------------------------------------------------------------------ the loop
-    watch.begin(config)
+    watch.begin(config, start)
     peak = (metrics.peak_flops(device) or 0) * parallel.ranks()
     parameters = list(model.parameters())
     model.train()
@@ -169,10 +170,11 @@ def train(argv, watch):
                                     accumulation > 1)
     update = graphs.Update(functools.partial(update_all, model, optimizer, config), parameters, state.values(), replay,
                            micro_batch.pool)
-    record, skipped, alarm = None, 0, metrics.RoutingAlarm(config)
+    record, skipped, alarm, crowding = None, 0, metrics.RoutingAlarm(config), metrics.Crowding(device)
     batches = prefetch(stream, device, range(start + 1, config.max_steps + 1), sequences, config.global_batch_size,
                        micro_batch_size, parallel.rank(), parallel.ranks(), timeout=0.8 * config.step_timeout)
-    pace, ended = metrics.Pace(), time.perf_counter()
+    pace, loop_started = metrics.Pace(), time.perf_counter()
+    ended = loop_started
     seconds, steps_timed = 0.0, 0  # spent training since the last record; validation and saving do not count
     waited = 0.0  # for data, since the ranks compared notes
     for step in range(start + 1, config.max_steps + 1):
@@ -242,6 +244,7 @@ def train(argv, watch):
         pace.add(time.perf_counter() - step_started, step_started - ended)
         ended = time.perf_counter()
         seconds, steps_timed = seconds + ended - step_started, steps_timed + 1
+        watch.live.step(step, loss, tokens_per_step / pace.usual(), pace.left(config.max_steps - step))
 
         # Record, validate, sample, save. A signal leaves out what is not the save.
         last = step == config.max_steps
@@ -255,11 +258,13 @@ def train(argv, watch):
                 step_ms=1000 * seconds / steps_timed, memory_gib=metrics.memory_gib(device),
                 max_attention_logit=model.max_logits.max().item() if logged else None, qk_clipped_heads=int(clipped),
                 router_z_loss=z * fill / tokens_per_step if config.router_z_loss else None, **more)
-            print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
+            watch.live.record(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)))
+            if logged and step % metrics.layers_interval(config) == 0:
+                log.write("layers", step, **metrics.layer_statistics(model.routing.expert_counts, model.max_logits))
             for event in alarm.raised():
-                log.write("event", step, event="routing", **event)
-                print("step {step}: layer {layer}: {trouble} for {steps} steps, experts {experts}: {lever}".format(
-                    step=step, **event), flush=True)
+                log.event(step, "routing", **event)
+            for event in crowding.found(speed):
+                log.event(step, "crowding", **event, again=guard.command(run))
             seconds, steps_timed = 0.0, 0
         save_now = last or (config.save_interval and step % config.save_interval == 0 and not skipped)
         validated = None
@@ -273,6 +278,7 @@ def train(argv, watch):
             log.write("val", step, tokens=tokens, **validated)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
             print(f"step {step}: validation {shown}", flush=True)
+            log.draw()
             for result in run_tasks(model, tasks, watch=watch):
                 log.write("task", step, tokens=tokens, **result)
                 print(f"step {step}: {result_line(result['task'], result)}", flush=True)
@@ -284,9 +290,7 @@ def train(argv, watch):
         if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
             guard.refuse_drift(checkpoint.named_tensors(model, optimizer), [sequences, optimizer.steps], step, run)
             for slow in guard.stragglers(waited, device):
-                log.write("event", step, event="straggler", **slow)
-                print("step {step}: rank {rank} on {host} is slow in {what}: {seconds:.3f} s, the median is "
-                      "{median:.3f} s".format(step=step, **slow), flush=True)
+                log.event(step, "straggler", **slow)
             waited = 0.0
         if save_now or watch.agreed:
             watch.beat(f"the save of step {step}", patient=True)
@@ -309,7 +313,7 @@ def train(argv, watch):
     log.close()
     if watch.agreed and not last:
         sys.exit(errors.STOPPED)
-    print(f"done: {run}/checkpoints  {run}/metrics.jsonl  {run}/curves.png")
+    print("\n".join(folder.summary(run, config, start, time.perf_counter() - loop_started, encoder is not None)))
     return record
 
 
@@ -381,7 +385,9 @@ def report_save(outcome, log, final):
     step, result = outcome
     if not isinstance(result, OSError):
         log.write("event", step, event="save", path=str(result))
-        log.draw()
+        best = checkpoint.pointed(result.parent, "best") == result
+        print(f"step {step}: saved {result}" + ", the best so far" * best, flush=True)
+        log.draw(final)
     elif final:
         raise UserError(f"{result}; free some space and continue from the checkpoint before:  "
                         f"{guard.command(log.folder)}") from result

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,11 +23,12 @@ import torch
 import hf
 from data import tokenizer
 from data.shards import read_json
-from errors import STOPPED, UserError
+from errors import STOPPED, UserError, started
 from model import ModelConfig
 from muon import schedule_factor
 from ranks import parallel
 from run import checkpoint, guard, metrics
+from run.terminal import duration
 
 # Of the model, what a resumed run may change, with a line: a stage of longer context the first three, which keeps its
 # optimizer state; the next are weights in the loss, as rates are, and how router biases move; the last is spent at step
@@ -35,9 +37,9 @@ FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "aux_loss_alpha
         "initializer_range"}
 LOGS = ("metrics.jsonl", "samples.md", "curves.png")
 UNFINISHED = ".unfinished"  # in a folder of aside/, until all is there: the records that the run itself keeps
-WRITTEN = ["checkpoints", *LOGS, "config.json", "tokenizer", "stacks", "wandb", "aside"]  # by runs
+WRITTEN = ["checkpoints", *LOGS, "config.json", "tokenizer", "stacks", "wandb", "tensorboard", "aside"]  # by runs
 PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_rollbacks", "new_data", "wandb",
-         "wandb_project"}
+         "wandb_project", "wandb_group", "wandb_tags", "tensorboard", "verbose"}
 
 
 def find_source(run, config):
@@ -286,8 +288,6 @@ def set_aside(run, folder, step):
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(run, temporary, ignore=lambda place, names: set(names) - copied if Path(place) == run else ())
     (temporary / "checkpoints").mkdir()
-    about = read_json(run / "config.json") | {"run_id": secrets.token_hex(4)}  # W&B would take the two for one
-    (temporary / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     (temporary / UNFINISHED).write_text(metrics.lines_up_to(run / "metrics.jsonl", step), encoding="utf-8")
     os.rename(temporary, folder)
     finish_setting_aside(run)
@@ -302,6 +302,9 @@ def finish_setting_aside(run):
                 os.rename(path, folder / "checkpoints" / path.name)
         for place in (folder, run):
             point_at_what_is_there(place)
+        # W&B cannot take back what it has of the branch: that keeps the id, and the run goes on as another.
+        about = read_json(run / "config.json") | {"run_id": secrets.token_hex(4)}
+        metrics.replace_text(run / "config.json", json.dumps(about, indent=1) + "\n")
         os.replace(kept, run / "metrics.jsonl")
         moved = len(checkpoint.step_folders(folder / "checkpoints"))
         print(f"set aside what {run} holds beyond step {step}: {moved} checkpoints, records and samples, "
@@ -332,6 +335,22 @@ def best_loss(run, otherwise):
     """The validation loss of the checkpoint that `best` names, None if there is none; otherwise: if not recorded."""
     best = checkpoint.pointed(run / "checkpoints", "best")
     return validation_losses(run).get(checkpoint.step_of(best), otherwise) if best else None
+
+
+def summary(run, config, start, seconds, talks):
+    """What a run that is done has come to, and what to do next, in lines. It began at a step and took so many seconds;
+    talks: it has a tokenizer."""
+    tokens = (config.max_steps - start) * config.global_batch_size * config.sequence_length
+    lines = [f"done:  {config.max_steps - start} steps, {tokens / 1e6:,.2f}M tokens in {duration(seconds)}: "
+             f"{tokens / seconds:,.0f} tok/s, validations and saves included"]
+    if losses := validation_losses(run):
+        best = min(losses, key=losses.get)
+        lines.append(f"best:  validation loss {losses[best]:.4f} at step {best}")
+    there = [name for name in (*LOGS, "tensorboard", "wandb") if (run / name).exists()]
+    lines.append(f"files: {run}/ with checkpoints/, {', '.join(there)}")
+    again = guard.command(run, f"--max_steps={2 * config.max_steps}")
+    return [*lines, *(["talk:  " + shlex.join([*started("generate.py"), str(run), "--chat"])] if talks else []),
+            f"go on: {again}"]
 
 
 def provenance(run, config, config_file, argv):

@@ -18,7 +18,7 @@ ORDER = [
     ["routes", "muon_variants",
      "sampling", "kernels", "layers", "owners", "data.advice", "data.shards", "data.tokenizer", "data.convert",
      "data.published", "data.bpe", "data.words", "data.files", "data.columns", "data.sources",
-     "data.tasks", "data.vocabulary"],
+     "data.tasks", "data.vocabulary", "run.terminal", "run.curves", "run.services"],
     ["mla", "moe", "mtp", "decoding", "ranks.dispatch", "data.loader", "data.stream", "data.prepare"],
     ["model"],
     ["muon", "config", "counting", "hf_weights"],
@@ -32,8 +32,9 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Packages that only some files may import.
 ONLY_IN = {
     "torch.distributed": {"muon.py", "ranks/parallel.py", "ranks/dispatch.py", "run/checkpoint.py"},
-    "wandb": {"run/metrics.py"},
-    "matplotlib": {"run/metrics.py"},
+    "wandb": {"run/services.py"},
+    "torch.utils.tensorboard": {"run/services.py"},
+    "matplotlib": {"run/curves.py"},
     "datasets": {"data/sources.py"},
     "transformers": set(),
     "tokenizers": set(),
