@@ -61,11 +61,9 @@ class Live:
     def close(self):
         """End the line, which leaves no trace; what was printed of an unfinished line comes too."""
         if self.bar is not None:
-            rest = self.out.rest + self.err.rest
-            if self.pending or rest:
-                self.say(rest, self.terminal)
             self.bar.close()
             self.bar = None
+            self.terminal.write(self.pending + "\n" * bool(self.pending) + self.out.rest + self.err.rest)
 
 
 class Above:
@@ -97,5 +95,5 @@ class Above:
 def fitting(line, columns):
     """As many of a line's parts, two spaces apart, as fit."""
     while len(line) >= columns and "  " in line.strip():
-        line = line.rpartition("  ")[0]
+        line = line.rpartition("  ")[0].rstrip()
     return line
