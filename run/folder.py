@@ -341,7 +341,7 @@ def summary(run, config, start, seconds, talks):
     """What a run that is done has come to, and what to do next, in lines. It began at a step and took so many seconds;
     talks: it has a tokenizer."""
     tokens = (config.max_steps - start) * config.global_batch_size * config.sequence_length
-    lines = [f"done:  {config.max_steps - start} steps, {tokens / 1e6:,.2f}M tokens in {duration(seconds)}: "
+    lines = [f"done:  {config.max_steps - start} steps, {tokens:,} tokens in {duration(seconds)}: "
              f"{tokens / seconds:,.0f} tok/s, validations and saves included"]
     if losses := validation_losses(run):
         best = min(losses, key=losses.get)
