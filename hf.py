@@ -120,15 +120,16 @@ def to_hf_tensors(model, dtype):
                 yield name.replace("down_proj", f"{i}.down_proj.weight"), matrix.contiguous()
         elif not (tied and name == "lm_head.weight"):
             yield name, tensor.to(dtype)
-    for name, shared in shared_by_mtp(model):
-        yield name, shared.detach().to(dtype, copy=True)
+    state = model.state_dict()
+    for name, shared in shared_by_mtp(model.config):
+        yield name, state[shared].to(dtype, copy=True)
 
 
-def shared_by_mtp(model):
-    """(name on disk, our parameter) of what the layer of multi-token prediction shares with the model; [] without."""
-    layer = f"model.layers.{model.config.num_hidden_layers}"
-    return [(f"{layer}.embed_tokens.weight", model.model.embed_tokens.weight),
-            (f"{layer}.shared_head.head.weight", model.lm_head.weight)] * model.config.mtp_depth
+def shared_by_mtp(config):
+    """(name on disk, name of our parameter) of what the layer of multi-token prediction shares with the model."""
+    layer = f"model.layers.{config.num_hidden_layers}"
+    return [(f"{layer}.embed_tokens.weight", "model.embed_tokens.weight"),
+            (f"{layer}.shared_head.head.weight", "lm_head.weight")] * config.mtp_depth
 
 
 def load_model(folder, device="cpu"):
@@ -138,6 +139,7 @@ def load_model(folder, device="cpu"):
     weights = Published(folder, _block(stored.get("quantization_config"), folder))
     ahead = f"model.layers.{config.num_hidden_layers}.eh_proj.weight"
     config.mtp_depth = int(_announced(stored) > 0 and ahead in weights.files)
+    config.mtp_depth *= _is_shared(weights, config)
     model = build(config, device)
     for name, parameter in progress(f"reading {folder}", unit=" tensors", over=model.state_dict().items()):
         tied = name == "lm_head.weight" and config.tie_word_embeddings
@@ -150,16 +152,23 @@ def load_model(folder, device="cpu"):
             raise UserError(f"{folder}: lm_head.weight differs from the embedding although config.json has "
                             "tie_word_embeddings: set that to false if both are meant")
         parameter.copy_(source)
-    for name, parameter in shared_by_mtp(model):
-        if name in weights.files and not torch.equal(weights.take(name).float(), parameter.cpu()):
-            raise UserError(f"{folder}: {name} differs from the model's own, which nanok2's layer of multi-token "
-                            f"prediction shares: remove model.layers.{config.num_hidden_layers}.* to go on without it")
     if weights.n_float8:
         note(f"{folder}: {weights.n_float8} float8 matrices are read as float32, times their block scales")
     elif stored.get("quantization_config") is not None:
         note(f"{folder}: config.json has a quantization_config, but no tensor is quantised: read as they are")
     _leave_out(weights, stored, config)
     return model
+
+
+def _is_shared(weights, config):
+    """Whether the layer of multi-token prediction has the model's own embedding and head, as ours does; told if not."""
+    own = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    for name, shared in shared_by_mtp(config):
+        shared = own if shared == "lm_head.weight" else shared
+        if name in weights.files and not torch.equal(weights.take(name), weights.take(shared)):
+            note(f"{weights.folder}: {name} is not {shared}, which nanok2's layer of multi-token prediction would use")
+            return False
+    return True
 
 
 def _announced(stored):

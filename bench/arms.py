@@ -23,7 +23,7 @@ from muon import Muon
 from ranks import parallel
 from routes import routes_of
 from run import checkpoint, memory
-from train import clip_and_balance, forward_and_backward
+from step import clip_and_balance, forward_and_backward
 
 RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is
 

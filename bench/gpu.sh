@@ -5,6 +5,7 @@
 # part can be run alone (run compares with the newest result of step).
 #   bash bench/gpu.sh                 # tests step start run kernels
 #   bash bench/gpu.sh more            # the other tests of the kernels, ranks over NCCL
+#   bash bench/gpu.sh contest         # experts against a dense model: the text of data.prepare packages, $ARM_SECONDS each
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON="${PYTHON:-python3}"
@@ -48,5 +49,11 @@ if part more; then
     try 90 ranks-plain "${ranks[@]}"
     try 90 ranks-nccl -m torch.distributed.run --standalone --nproc_per_node=1 "${ranks[@]}"
 fi
-"$PYTHON" -m bench.summary
+if part contest; then
+    contest=(-m bench.contest moe-dense --seeds=1 --data="${DATA:-data/packages}" --vocab_size=4096)
+    try 60 contest-debug "${contest[@]}" --lr=1e-2,1e-2 --dtype=bfloat16 --out="$OUT/contest-debug"
+    try 400 contest-small "${contest[@]}" --config=configs/small.py --lr=4e-3,4e-3 --global_batch_size=64 \
+        --eval_batches=8 --seconds="${ARM_SECONDS:-90}" --out="$OUT/contest-small"
+fi
+compgen -G "$OUT/*.json" > /dev/null && "$PYTHON" -m bench.summary
 if [ -n "$failed" ]; then echo "failed:$failed"; exit 1; fi

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import secrets
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -23,12 +22,11 @@ import torch
 import hf
 from data import tokenizer
 from data.shards import read_json
-from errors import STOPPED, UserError, started
+from errors import STOPPED, UserError
 from model import ModelConfig
 from muon import schedule_factor
 from ranks import parallel
 from run import checkpoint, guard, metrics
-from run.terminal import duration
 
 # Of the model, what a resumed run may change, with a line: a stage of longer context the first three, which keeps its
 # optimizer state; the next are weights in the loss, as rates are, and how router biases move; the last is spent at step
@@ -335,22 +333,6 @@ def best_loss(run, otherwise):
     """The validation loss of the checkpoint that `best` names, None if there is none; otherwise: if not recorded."""
     best = checkpoint.pointed(run / "checkpoints", "best")
     return validation_losses(run).get(checkpoint.step_of(best), otherwise) if best else None
-
-
-def summary(run, config, start, seconds, talks):
-    """What a run that is done has come to, and what to do next, in lines. It began at a step and took so many seconds;
-    talks: it has a tokenizer."""
-    tokens = (config.max_steps - start) * config.global_batch_size * config.sequence_length
-    lines = [f"done:  {config.max_steps - start} steps, {tokens:,} tokens in {duration(seconds)}: "
-             f"{tokens / seconds:,.0f} tok/s, validations and saves included"]
-    if losses := validation_losses(run):
-        best = min(losses, key=losses.get)
-        lines.append(f"best:  validation loss {losses[best]:.4f} at step {best}")
-    there = [name for name in (*LOGS, "tensorboard", "wandb") if (run / name).exists()]
-    lines.append(f"files: {run}/ with checkpoints/, {', '.join(there)}")
-    again = guard.command(run, f"--max_steps={2 * config.max_steps}")
-    return [*lines, *(["talk:  " + shlex.join([*started("generate.py"), str(run), "--chat"])] if talks else []),
-            f"go on: {again}"]
 
 
 def provenance(run, config, config_file, argv):

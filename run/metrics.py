@@ -57,6 +57,29 @@ class Pace:
 
     def __init__(self, early=3):
         self.early, self.steps, self.others, self.seconds = early, 0, 0.0, collections.deque(maxlen=128)
+        self.began = self.stopped = time.perf_counter()
+        self.newest = []
+
+    def start(self):
+        """A step begins."""
+        self.started = time.perf_counter()
+
+    def stop(self):
+        """It has ended; what comes before the next start is something else."""
+        now = time.perf_counter()
+        self.add(now - self.started, self.started - self.stopped)
+        self.newest.append(now - self.started)
+        self.stopped = now
+
+    def passed(self):
+        """Seconds of all, validations and saves too."""
+        return time.perf_counter() - self.began
+
+    def mean(self):
+        """Mean seconds of the steps that have stopped since the last call."""
+        mean = math.fsum(self.newest) / len(self.newest)
+        self.newest = []
+        return mean
 
     def add(self, step_seconds, other_seconds=0.0):
         """A step has taken so long, and what else happened since the one before."""
@@ -250,8 +273,8 @@ class Crowding:
 
 STEADY = 50  # steps in a row after which something is no accident
 LEVERS = {
-    "none": "--balance=quantile evens the load out",
-    "sign": "--balance=quantile evens the load out, or a larger --bias_update_rate sooner",
+    "none": "--balance=sign, or quantile, evens the load out",
+    "sign": "a larger --bias_update_rate evens the load out sooner, or --balance=quantile, without limits to groups",
     "quantile": "scores near 0 or 1 leave a bias nothing to choose by: try a lower --muon_lr, or --router_z_loss=1e-3"}
 
 

@@ -313,7 +313,8 @@ def test_another_error_stays_what_it_is(config, monkeypatch):
 
 
 def test_a_process_that_really_gets_no_memory_says_so_in_one_line(config, tmp_path):
-    code = "import errors, memory, train; memory.require = lambda *_: None; errors.run(train.main)"  # unforeseen
+    code = ("import errors, train; from run import memory; memory.require = lambda *_: None; "  # unforeseen
+            "errors.run(train.main)")
     words = ["-c", code, config, "--sequence_length=4096", "--max_position_embeddings=4096", "--micro_batch_size=1024",
              "--global_batch_size=1024", "--hidden_size=512", "--max_steps=1"]
     done = subprocess.run(

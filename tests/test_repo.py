@@ -25,7 +25,8 @@ ORDER = [
     ["settings", "ranks.parallel"],
     ["hf", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
     ["generate", "run.ema", "run.folder"],
-    ["evaluate", "export"],
+    ["evaluate", "export", "step"],
+    ["run.report"],
     ["train"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -152,7 +153,8 @@ def test_text_without_encoding_is_found():
     assert [word for word in good if list(text_without_encoding(word))] == []
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted(ROOT.glob("bench/*.py")), *sorted(ROOT.glob("docs/*.py"))],
+@pytest.mark.parametrize("path", [*SOURCES, *sorted(p for folder in ("bench", "docs", "launch")
+                                                    for p in (ROOT / folder).glob("*.py"))],
                          ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_text_is_utf8_whatever_the_locale(path):
     assert list(text_without_encoding(read_source(path))) == []

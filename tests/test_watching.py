@@ -17,7 +17,7 @@ import generate
 import train
 from data import prepare
 from ranks import parallel
-from run import checkpoint, guard, metrics, services
+from run import checkpoint, guard, metrics, report, services
 from tests.helpers import losses, records, run_train
 
 SHORT = ["--max_steps=3", "--decay_steps=1"]
@@ -107,7 +107,7 @@ def test_a_sample_that_fails_is_told_once_and_the_run_goes_on(config, tmp_path, 
     def encode_prompt(encoder, prompt):
         raise error
 
-    monkeypatch.setattr(train, "encode_prompt", encode_prompt)
+    monkeypatch.setattr(report, "encode_prompt", encode_prompt)
     run_train(config, *SHORT, "--sample_interval=1", "--sample_prompts=['x', 'y']")
     said = capsys.readouterr().out
     assert said.count("warning: the sample of 'x' is incomplete") == said.count("warning: the sample of 'y' is ") == 1
@@ -143,7 +143,7 @@ def test_memory_and_ctrl_c_pass_through_a_sample(config, monkeypatch, error):
     def encode_prompt(encoder, prompt):
         raise error
 
-    monkeypatch.setattr(train, "encode_prompt", encode_prompt)
+    monkeypatch.setattr(report, "encode_prompt", encode_prompt)
     with pytest.raises((errors.UserError, KeyboardInterrupt)):
         run_train(config, *SHORT, "--sample_interval=1")
 
