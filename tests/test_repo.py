@@ -110,7 +110,7 @@ def test_files_are_short_and_the_whole_is_small():
     lengths = {name: len(read_source(ROOT / name).splitlines()) for name in tracked if (ROOT / name).exists()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
     total = lambda *folders: sum(n for name, n in lengths.items() if name.startswith(folders))
-    assert sum(lengths.values()) - total("tests/", "bench/", "docs/", "kernels/", "configs/") <= 9150
+    assert sum(lengths.values()) - total("tests/", "bench/", "docs/", "kernels/", "configs/") <= 9680
     assert total("kernels/") <= 3720
     assert sum(lengths[name] for name in PATH) <= 2400
     functions = {f"{name}: {node.name}": node.end_lineno - node.lineno + 1 for name in lengths
