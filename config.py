@@ -104,6 +104,11 @@ class Config(ModelConfig):
     sample_prompts: list = setting(("",), "texts to continue; empty: from the document start", "watching")
     wandb: Literal["auto", "online", "offline", "off"] = setting("auto", "auto: if installed and logged in", "watching")
     wandb_project: str = setting("nanok2", "W&B project", "watching")
+    wandb_group: str | None = setting(None, "W&B group; None: as the run's name, so that its branches stand together",
+                                      "watching")
+    wandb_tags: list = setting((), "W&B tags", "watching")
+    tensorboard: bool = setting(False, "write event files too, into tensorboard/ of the run folder", "watching")
+    verbose: bool = setting(False, "print what the optimizer does with every parameter", "watching")
     # ---- faults
     max_skipped_steps: int = setting(10, "stop, or roll back, after this many non-finite steps in a row", "faults")
     spike_sigmas: float = setting(
@@ -132,7 +137,8 @@ class Config(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.sample_prompts, self.eval_tasks = list(self.sample_prompts), list(self.eval_tasks)
+        for name in ("sample_prompts", "eval_tasks", "wandb_tags"):
+            setattr(self, name, list(getattr(self, name)))
         self.lr_multipliers = dict(self.lr_multipliers)
 
     def router_is_idle(self):
@@ -184,8 +190,8 @@ class Config(ModelConfig):
                 (not streamed or self.tokenizer, f"data={streamed} is tokenised here: set --tokenizer, as in gpt2"),
                 (not streamed or self.packing == "concat",
                  f"packing='best_fit' needs folders of shards: prepare {streamed}, or set --packing=concat"),
-                (all(type(text) is str for text in self.sample_prompts + self.eval_tasks),
-                 "sample_prompts and eval_tasks must be texts"),
+                (all(type(text) is str for text in self.sample_prompts + self.eval_tasks + self.wandb_tags),
+                 "sample_prompts, eval_tasks and wandb_tags must be texts"),
                 (not self.eval_tasks or self.eval_interval, "eval_tasks run at validations: set --eval_interval"),
                 (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder"),
                 (not self.skip_sequences or re.search(r"step_\d+/*$", str(self.resume)),

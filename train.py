@@ -25,7 +25,7 @@ from kernels.selfcheck import compile_ahead
 from model import pick_device
 from ranks import parallel
 from routes import routing_table
-from run import checkpoint, folder, guard, memory, metrics, report
+from run import checkpoint, folder, guard, memory, metrics, report, services
 from run.dry_run import rehearse
 from run.profile import Profiler
 from step import Training, wants_compile
@@ -71,7 +71,7 @@ def train(argv, watch):
         parallel.once(watch.claim, run)  # before a checkpoint is chosen: its owner may still be saving
     source = folder.find_source(run, config)  # the step folder to resume from, or None
     parallel.once(folder.refuse_to_mix, run, source, config)
-    parallel.once(metrics.require_wandb, config)
+    parallel.once(services.require, config)
     manifest = parallel.once(checkpoint.read_manifest, source) if source else {}
     changed = folder.compare(config, encoder, stream, manifest, source) if source else []
     start = manifest.get("step", 0)
@@ -117,18 +117,19 @@ def train(argv, watch):
     flops = flops_per_token(config, config.sequence_length)
     epochs = stream.epochs((config.max_steps - start) * config.global_batch_size,
                            [read.get(key, 0) / config.sequence_length for key in folder.data_keys(stream.identity())])
-    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a "
-          f"token; {layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}")
-    print(f"{config.max_steps - start} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in all; "
-          f"writing to {run}/")
+    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token",
+          f"{layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}",
+          f"{config.max_steps - start} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in all, "
+          f"into {run}/", sep="\n  ")
     if epochs > 4:
         print(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
-    print("\n".join(routing_table(model.named_parameters(), training.routes)))
+    if config.verbose:
+        print("\n".join(routing_table(model.named_parameters(), training.routes)))
 
     # ------------------------------------------------------------------ the loop
-    watch.begin(config)
+    watch.begin(config, start)
     training.begin()
-    record, alarm, pace = None, metrics.RoutingAlarm(config), metrics.Pace()
+    record, alarm, crowding, pace = None, metrics.RoutingAlarm(config), metrics.Crowding(device), metrics.Pace()
     profiler = Profiler(config, device, start)
     for step in range(start + 1, config.max_steps + 1):
         watch.beat(f"step {step}", patient=step <= start + guard.EARLY)
@@ -152,16 +153,20 @@ def train(argv, watch):
             raise UserError(f"{trouble}: lower the learning rates and continue from the last checkpoint:  "
                             f"{guard.command(run, f'--muon_lr={config.muon_lr / 2:g}')}")
         pace.stop()
+        left = pace.left(config.max_steps - step)
+        watch.live.step(step, found.loss, training.tokens_per_step / pace.usual(), left)
 
         # Record, validate, sample, save. A signal leaves out what is not the save.
         if logged or watch.agreed:
             fields = report.train_fields(training, found, clipped, logged, pace.mean(), flops)
             record = log.write("train", step, **fields)
-            print(metrics.step_line(record, config.max_steps, pace.left(config.max_steps - step)), flush=True)
+            watch.live.record(metrics.step_line(record, config.max_steps, left))
+            if logged and step % metrics.layers_interval(config) == 0:
+                log.write("layers", step, **metrics.layer_statistics(model.routing.expert_counts, model.max_logits))
             for event in alarm.raised():
-                log.write("event", step, event="routing", **event)
-                print("step {step}: layer {layer}: {trouble} for {steps} steps, experts {experts}: {lever}".format(
-                    step=step, **event), flush=True)
+                log.event(step, "routing", **event)
+            for event in crowding.found(record["tokens_per_second"]):
+                log.event(step, "crowding", **event, again=guard.command(run))
         save_now = last or (config.save_interval and step % config.save_interval == 0 and not training.skipped)
         validated = None
         if config.eval_interval and (save_now or step % config.eval_interval == 0) and not watch.agreed:
@@ -186,7 +191,7 @@ def train(argv, watch):
     log.close()
     if watch.agreed and not last:
         sys.exit(errors.STOPPED)
-    print(f"done: {run}/checkpoints  {run}/metrics.jsonl  {run}/curves.png")
+    print(*report.summary(run, config, start, pace.passed(), encoder is not None), sep="\n")
     return record
 
 

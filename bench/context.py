@@ -70,7 +70,7 @@ def by_position(model, rows, edges):
 
 def needles(documents, encoder, length, distance):
     """One item a document: (rows of ids, one for each of WORDS, with how many are scored; which of them is right)."""
-    encode = lambda text: torch.from_numpy(tokenizers.encode(encoder, text).astype(np.int64))
+    encode = lambda text: torch.tensor(encoder.encode_ordinary(text))
     question = encode(f'\n{NAME} = "')
     endings = [encode(f'{word}"') for word in WORDS]
     for number, document in enumerate(documents):

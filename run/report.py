@@ -4,14 +4,16 @@ the terminal, in samples.md; none of it changes a number of the training. Next: 
 
 import dataclasses
 import functools
+import shlex
 
 import torch
 
-from errors import UserError
+from errors import UserError, started
 from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
 from ranks import parallel
-from run import checkpoint, guard, metrics
+from run import checkpoint, folder, guard, metrics
+from run.terminal import duration
 
 
 def trouble(training, found, spikes, log):
@@ -60,6 +62,7 @@ def validate(training, validation, tasks, watch, log):
     log.write("val", step, tokens=training.tokens, **validated)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in validated.items() if value is not None)
     print(f"step {step}: validation {shown}", flush=True)
+    log.draw()
     for result in run_tasks(model, tasks, watch=watch):
         log.write("task", step, tokens=training.tokens, **result)
         print(f"step {step}: {result_line(result['task'], result)}", flush=True)
@@ -91,9 +94,7 @@ def ranks(training, run, log):
     guard.refuse_drift(checkpoint.named_tensors(training.model, optimizer), [training.sequences, optimizer.steps], step,
                        run)
     for slow in guard.stragglers(training.waited, training.device):
-        log.write("event", step, event="straggler", **slow)
-        print("step {step}: rank {rank} on {host} is slow in {what}: {seconds:.3f} s, the median is "
-              "{median:.3f} s".format(step=step, **slow), flush=True)
+        log.event(step, "straggler", **slow)
     training.waited = 0.0
 
 
@@ -113,10 +114,29 @@ def end_save(outcome, log, final):
     step, result = outcome
     if not isinstance(result, OSError):
         log.write("event", step, event="save", path=str(result))
-        log.draw()
+        best = checkpoint.pointed(result.parent, "best") == result
+        print(f"step {step}: saved {result}" + ", the best so far" * best, flush=True)
+        log.draw(final)
     elif final:
         raise UserError(f"{result}; free some space and continue from the checkpoint before:  "
                         f"{guard.command(log.folder)}") from result
     else:
         log.write("event", step, event="save_failed", error=str(result))
         print(f"warning: {result}; going on", flush=True)
+
+
+def summary(run, config, start, seconds, talks):
+    """What a run that is done has come to, and what to do next, in lines. It began at a step and took so many seconds;
+    talks: it has a tokenizer."""
+    steps = config.max_steps - start
+    tokens = steps * config.global_batch_size * config.sequence_length
+    lines = [f"done:  {steps} steps, {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} tok/s, "
+             "validations and saves included"]
+    if losses := folder.validation_losses(run):
+        best = min(losses, key=losses.get)
+        lines.append(f"best:  validation loss {losses[best]:.4f} at step {best}")
+    there = [name for name in (*folder.LOGS, "tensorboard", "wandb") if (run / name).exists()]
+    lines.append(f"files: {run}/ with checkpoints/, {', '.join(there)}")
+    if talks:
+        lines.append("talk:  " + " ".join([*started("generate.py"), shlex.quote(str(run)), "--chat"]))
+    return [*lines, f"go on: {guard.command(run, f'--max_steps={2 * config.max_steps}')}"]
