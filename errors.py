@@ -1,5 +1,5 @@
-"""The one exception for mistakes of the user's, the command-line wrapper that prints it as one line, and a terminal
-that cannot raise.
+"""The one exception for mistakes of the user's, the command-line wrapper that prints it as one line, a terminal that
+cannot raise, and the bar that says there how far something long is.
 
 Everything else that goes wrong is a bug and keeps its traceback. Next: config.py, where most of these are raised.
 """
@@ -15,6 +15,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 STOPPED = 75  # exit status of a run that a signal ended, saved and to be continued (EX_TEMPFAIL)
 
@@ -41,6 +43,12 @@ def started(script):
     """What starts one of our scripts from here, quoted for a shell: Python as it was called, and the script's path."""
     path = os.path.relpath(Path(__file__).with_name(script))
     return shlex.quote(sys.orig_argv[0] or sys.executable), shlex.quote(path)
+
+
+def progress(what, total=None, unit="B", over=None):
+    """A bar for what may take long, or goes over something: on a terminal, after a second, until it is done. Of several
+    ranks only the first has one."""
+    return tqdm(over, what, total, leave=False, file=sys.stdout, disable=None, unit=unit, unit_scale=True, delay=1)
 
 
 class ArgumentParser(argparse.ArgumentParser):

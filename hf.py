@@ -14,7 +14,7 @@ from data.convert import byte_letters, merge_parts
 from data.shards import read_json
 from data.tokenizer import end_of_text
 from data.words import UNKNOWN, WORD, SentencePiece, Words
-from errors import UserError
+from errors import UserError, progress
 from hf_weights import Published, note, refuse_other_kinds
 from model import build
 from settings import checked, model_config
@@ -141,7 +141,7 @@ def load_model(folder, device="cpu"):
     config.mtp_depth = int(_announced(stored) > 0 and ahead in weights.files)
     config.mtp_depth *= _is_shared(weights, config)
     model = build(config, device)
-    for name, parameter in model.state_dict().items():
+    for name, parameter in progress(f"reading {folder}", unit=" tensors", over=model.state_dict().items()):
         tied = name == "lm_head.weight" and config.tie_word_embeddings
         if tied and name not in weights.files:
             continue

@@ -23,7 +23,7 @@ from muon import Muon
 from ranks import parallel
 from routes import routes_of
 from run import checkpoint, memory
-from train import clip_and_balance, forward_and_backward
+from step import clip_and_balance, forward_and_backward
 
 RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is
 
@@ -160,7 +160,7 @@ class Nanok2(Arm):
         self.compute = graphs.MicroBatch(compute, self.model, replay)
         if replay:
             self.optimizer.orthogonalise = newton_schulz.newton_schulz
-        # one graph in train.py, two here: both are timed
+        # one graph in step.py, two here: both are timed
         updates = self.optimizer.update, functools.partial(clip_and_balance, self.model, config)
         state = checkpoint.named_tensors(self.model, self.optimizer).values()
         self.replays = [graphs.Update(update, self.parameters, state, replay, self.compute.pool) for update in updates]

@@ -43,7 +43,7 @@ from errors import UserError
 from model import pick_device
 from run import guard
 from run.metrics import duration, replace_text
-from train import wants_compile
+from step import wants_compile
 
 OWN = {"config": None, "seeds": "3", "tokens": None, "seconds": None, "lr": "auto", "sweep": None, "grid": None,
        "out": None}
@@ -182,7 +182,7 @@ def train_runs(state, folder, text, stage, wanted, interval=None):
         elif time.perf_counter() > told + TELL:
             told = time.perf_counter()
             print(f"{stage}: {key}  step {learner.step}/{config.max_steps}  loss {learner.loss:.4f}  "
-                  f"{learner.tokens() / learner.seconds:,.0f} tok/s  eta {eta(learners.values())}", flush=True)
+                  f"{learner.tokens / learner.seconds:,.0f} tok/s  eta {eta(learners.values())}", flush=True)
     try:
         take_turns(list(learners.values()), TURN, tell)
     finally:

@@ -1,11 +1,10 @@
 """A learner: one run of train.py on one device, in pieces, so that several learn in turns in one process.
 
-It does what train.py does, step by step, on the same tokens: tests/test_contest.py compares the two to the last bit.
-Records, samples, the guard and its rollbacks it leaves out. Next: contest.py.
+Its steps are train.py's, on the same tokens: tests/test_contest.py compares the two to the last bit. Records, samples,
+the guard and its rollbacks it leaves out. Next: ../step.py, contest.py.
 """
 
 import contextlib
-import functools
 import math
 import sys
 import time
@@ -14,22 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-import mtp
-from data.loader import TrainStream, ValidationSet, prefetch
+from data.loader import TrainStream, ValidationSet
 from data.vocabulary import open_tokenizer, require_vocabulary
 from evaluate import evaluate
-from kernels import attention, backend, expert_tiles, graphs, selfcheck
+from kernels import attention, backend, expert_tiles, selfcheck
 from kernels.backend import synchronize
-from kernels.newton_schulz import newton_schulz
-from model import build
-from muon import local_rows, schedule_factor
 from ranks import parallel
-from routes import routes_of
 from run import checkpoint, memory
-from run.ema import Average
-from run.folder import SCHEDULE
 from run.metrics import expert_statistics
-from train import forward_and_backward, make_optimizer, update_all, wants_compile
+from step import Training
 
 SETTLING = 5  # steps of a learner's first turn, in which compilers and captures are at work
 DISK = 25e6  # bytes a second: what is saved on the average at most, a twentieth of what disks write
@@ -60,7 +52,7 @@ def open_text(config, device, vocab_size):
     return Text(device, encoder, validation, stream.identity())
 
 
-class Learner:
+class Learner(Training):
     """One run of a config, from its first step, or from what it saved in `folder`, to its end.
 
     points: the steps after which it validates, the last of them config.max_steps; () if it never does. folder: None, or
@@ -72,79 +64,32 @@ class Learner:
     """
 
     def __init__(self, config, text, points, folder=None):
-        self.config, self.text, self.points, self.folder = config, text, points, folder
-        self.step, self.seconds, self.saved_at = 0, 0.0, time.perf_counter()
+        self.text, self.points, self.folder = text, points, folder
+        self.seconds, self.saved_at = 0.0, time.perf_counter()
         self.pace, self.first_turn, self.timed = None, None, (0, 0.0)  # of this process
-        self.clipped, self.skipped, self.first_loss, self.loss, self.trouble, self.curve = 0, 0, None, None, "", []
-        self.loss_scale, self.good_steps = 2.0**16 if config.dtype == "float16" else 1.0, 0
-        self._choose_kernels()
-        self.layout = parallel.make_layout(config, text.device)
-        self.micro_batch_size, self.accumulation = parallel.split_batch(config)
-        self._make_model()
-        self.state = checkpoint.named_tensors(self.model, self.optimizer)
-        self._start()
-        self._make_calls()
-        self.stream = TrainStream(config.data, config.sequence_length, config.seed, False, encoder=text.encoder,
-                                  packing=config.packing, document_mask=config.document_mask)
-        self.batches = prefetch(
-            self.stream, text.device, range(self.step + 1, config.max_steps + 1),
-            self.step * config.global_batch_size, config.global_batch_size, self.micro_batch_size,
-            timeout=0.8 * config.step_timeout)
+        self.clipped, self.first_loss, self.loss, self.trouble, self.curve = 0, None, None, "", []
+        self._choose_kernels(config)
+        stream = TrainStream(config.data, config.sequence_length, config.seed, False, encoder=text.encoder,
+                             packing=config.packing, document_mask=config.document_mask)
+        super().__init__(config, parallel.make_layout(config, text.device), text.device, stream)
+        if folder is not None and checkpoint.step_folders(folder):
+            source = checkpoint.find(folder)
+            manifest = checkpoint.read_manifest(source)
+            self.start(source, manifest)
+            self.sequences, self.tokens = self.step * config.global_batch_size, self.step * self.tokens_per_step
+            for name in SAVED:
+                setattr(self, name, manifest["learner"][name])
+        else:
+            self.start()
+        self.begin()
 
-    # ------------------------------------------------------------------ making it, in train.py's order
-
-    def _choose_kernels(self):
+    def _choose_kernels(self, config):
         """Let the kernels be chosen for this config; what was chosen is taken up again at every turn."""
-        parallel.choose_kernels(self.config, self.text.device)
+        parallel.choose_kernels(config, self.text.device)
         on_gpu = sys.modules.get("kernels.triton_experts") if self.text.device.type == "cuda" else None
         self.on_triton = backend.running_now()
         self.choices = {"attention": list(attention.ARM.items()), "tiles": list(expert_tiles.TILES.items()),
                         "library": sorted(on_gpu.LIBRARY) if on_gpu else None}
-
-    def _make_model(self):
-        config, device = self.config, self.text.device
-        self.model = build(config, device)
-        self.model.compute_dtype = getattr(torch, config.dtype)
-        for layer in self.model.layers:
-            layer.recompute = config.activation_checkpointing
-        routes = routes_of(config, self.model)
-        memory.require(config, self.model, routes, self.layout, device)
-        if memory.keeps_copies(config, self.layout, device):
-            self.model.make_copies()
-        self.optimizer = make_optimizer(config, self.model, routes)
-        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
-
-    def _make_calls(self):
-        """forward and backward, and the update: compiled and replayed where train.py would."""
-        config, device, model = self.config, self.text.device, self.model
-        if wants_compile(config, device):
-            parallel.compile_blocks(model)
-        self.parameters = list(model.parameters())
-        model.train()
-        replay = graphs.wanted(config, self.layout, device)
-        if replay:
-            self.optimizer.orthogonalise = newton_schulz
-        self.micro_batch = graphs.MicroBatch(functools.partial(forward_and_backward, model, config), model, replay,
-                                             self.accumulation > 1)
-        self.update = graphs.Update(functools.partial(update_all, model, self.optimizer, config), self.parameters,
-                                    self.state.values(), replay, self.micro_batch.pool)
-
-    def _start(self):
-        """Draw the weights, or go on from what was saved."""
-        saved = self.folder is not None and checkpoint.step_folders(self.folder)
-        if not saved:
-            self.model.init_weights(self.config.seed, local_rows)
-        self.average = Average(self.model, self.config.ema) if self.config.ema else None
-        if not saved:
-            return
-        source = checkpoint.find(self.folder)
-        manifest = checkpoint.read_manifest(source)
-        checkpoint.load(source, self.state)
-        if self.average:
-            self.average.load(source, manifest)
-        self.step, self.optimizer.steps = manifest["step"], manifest["optimizer_steps"]
-        for name in SAVED:
-            setattr(self, name, manifest["learner"][name])
 
     # ------------------------------------------------------------------ learning
 
@@ -184,44 +129,15 @@ class Learner:
         return time.perf_counter() - started
 
     def _train_step(self):
-        config, model, optimizer, device = self.config, self.model, self.optimizer, self.text.device
-        self.step += 1
-        factor = schedule_factor(self.step, *(getattr(config, name) for name in SCHEDULE))
-        for group, peak_rate in zip(optimizer.param_groups, self.peak_rates):
-            group["lr"] = peak_rate * factor
-        model.reset_statistics(-math.inf if self.step in self.points else config.qk_clip_tau)
-        sums, scale = torch.zeros(3 + 2 * config.mtp_depth, device=device), torch.tensor(self.loss_scale, device=device)
-        mtp_weight = mtp.loss_weight(config, self.step, device)
-        for micro in range(self.accumulation):
-            inputs, targets, _ = next(self.batches)
-            sums = sums + self.micro_batch(micro == 0, inputs, targets, self.stream.starts(inputs), scale, mtp_weight)
-        squared_norm = parallel.squared_norm(self.parameters, self.layout)
-        loss, _, empty, *_, squared_norm = torch.cat((sums, squared_norm[None])).tolist()
-        tokens = config.global_batch_size * config.sequence_length
-        fill = tokens / max(tokens - empty, 1)
-        self.loss, norm = loss * fill, math.sqrt(squared_norm) / self.loss_scale * fill
-        if math.isfinite(norm) and math.isfinite(self.loss):
-            limit = min(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else 1.0
-            parallel.scale_gradients(self.parameters, limit / self.loss_scale * fill)
-            optimizer.begin_step()
-            self.clipped = self.clipped + self.update()  # on the device, which nobody waits for
-            if self.average:
-                self.average.update(optimizer.steps)
-            self.skipped, self.good_steps = 0, self.good_steps + 1
-            if config.dtype == "float16" and self.good_steps % 2000 == 0:
-                self.loss_scale *= 2
-            self.first_loss = self.loss if self.first_loss is None else self.first_loss
-        else:
-            self.skipped, self.good_steps = self.skipped + 1, 0
-            self.loss_scale = max(self.loss_scale / 2, 1.0)
-            if self.skipped >= config.max_skipped_steps:
-                self.trouble = f"{self.skipped} non-finite steps in a row, up to step {self.step}"
-        optimizer.zero_grad()
+        found = self.agree(self.forward_backward(exact=self.step + 1 in self.points))
+        self.clipped = self.clipped + self.update(found)  # on the device, which nobody waits for
+        self.loss = found.loss
+        if found.finite:
+            self.first_loss = found.loss if self.first_loss is None else self.first_loss
+        elif self.skipped >= self.config.max_skipped_steps:
+            self.trouble = f"{self.skipped} non-finite steps in a row, up to step {self.step}"
 
     # ------------------------------------------------------------------ what it says
-
-    def tokens(self):
-        return self.step * self.config.global_batch_size * self.config.sequence_length
 
     def _validate(self):
         """Add this point to the curve: of the weights, or of their average where there is one."""
@@ -232,7 +148,7 @@ class Learner:
             self.trouble = f"no finite validation loss at step {self.step}"
             return
         routing = expert_statistics(self.model.routing.expert_counts, self.model.routing.biases())
-        self.curve.append({"tokens": self.tokens(), "seconds": self.seconds, "loss": found["loss"],
+        self.curve.append({"tokens": self.tokens, "seconds": self.seconds, "loss": found["loss"],
                            "bits_per_byte": found["bits_per_byte"],
                            "train_loss": self.loss if math.isfinite(self.loss) else None,
                            "largest_logit": self.model.max_logits.max().item(),
@@ -246,17 +162,15 @@ class Learner:
         if self.folder is None or self.ended or time.perf_counter() < due:
             return
         self.clipped = int(self.clipped)
-        about = {"optimizer_steps": self.optimizer.steps, "learner": {name: getattr(self, name) for name in SAVED}}
-        tensors = self.state
-        if self.average:
-            tensors, about = tensors | self.average.tensors, about | {"ema_updates": self.average.updates}
+        tensors, about = self.saved()
+        about["learner"] = {name: getattr(self, name) for name in SAVED}
         checkpoint.save(self.folder, self.step, tensors, about, keep=1)
         self.saved_at = time.perf_counter()
 
     def result(self):
         """What contest.json keeps of it."""
         config = self.config
-        return {"seed": config.seed, "muon_lr": config.muon_lr, "steps": self.step, "tokens": self.tokens(),
+        return {"seed": config.seed, "muon_lr": config.muon_lr, "steps": self.step, "tokens": self.tokens,
                 "seconds": self.seconds, "clipped_heads": int(self.clipped), "trouble": self.trouble,
                 "curve": self.curve}
 

@@ -31,7 +31,7 @@ from errors import said
 from kernels import attention, backend
 from model import pick_device
 from ranks import parallel
-from train import wants_compile
+from step import wants_compile
 
 WARMUP, MICRO_BATCHES = 3, 16  # rounds that do not count; micro-batches of the step whose tokens/s are given
 WORDS = {"dense": "dense twin", "transformers": "transformers", "nograph": "nanok2 without graphs", "gpt": "gpt, AdamW",

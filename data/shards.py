@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data import advice
-from errors import UserError
+from errors import UserError, progress
 
 HEADER = 256 * 4
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}  # magic -> version, dtype
@@ -245,7 +245,8 @@ def _open_shard(path):
 def file_crc32(path, block=2**24):
     """CRC32 of a file, read in blocks."""
     crc = 0
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, progress(f"checksum of {path.name}", path.stat().st_size) as bar:
         while chunk := file.read(block):
             crc = zlib.crc32(chunk, crc)
+            bar.update(len(chunk))
     return crc

@@ -2,7 +2,7 @@
 
 `MicroBatch` does so with forward and backward of a micro-batch, `Update` with what follows them in a step,
 newton_schulz.py with its small batches. Captured work reads and writes the same memory in every replay; what changes
-from call to call is copied into the tensors that the capture read. Next: ../train.py, which makes one of both a run.
+from call to call is copied into the tensors that the capture read. Next: ../step.py, which makes one of both a run.
 """
 
 import math

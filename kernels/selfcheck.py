@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from errors import UserError, said
+from errors import UserError, progress, said
 from kernels import (
     ahead,
     attention,
@@ -54,7 +54,7 @@ def use(choice, device, dtype, again=True):
 def failures(device, dtype):
     """What went wrong, one line a kernel; empty if Triton's results are the twins' up to rounding."""
     found = []
-    for name, case in CASES.items():
+    for name, case in progress("checking kernels", unit=" kernels", over=CASES.items()):
         inputs = case(device, dtype, torch.Generator().manual_seed(0))
         try:
             with backend.running(True):

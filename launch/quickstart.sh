@@ -22,7 +22,7 @@ quoted="$(printf %q "$out")"
 cat <<EOF
 
 Everything of this run is in $(cd "$out" && pwd):
-  curves.png      loss, learning rate, gradient norm, throughput, attention logits, expert load
+  curves.png      loss, learning rate, gradient norm, throughput; every expert's load, every layer's attention logits
   samples.md      text sampled while training
   metrics.jsonl   one JSON record a line
   checkpoints/    latest and best; continue with: $python train.py --resume=$quoted --max_steps=900

@@ -16,13 +16,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import muon
-import train
 from kernels import attention, cross_entropy, experts
 from model import build
 from muon import local_rows
 from ranks import parallel
 from ranks.dispatch import ExpertParallel
 from routes import routes_of
+from step import forward_and_backward, make_optimizer, update_all
 
 OPERATIONS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce",
               "alltoall_base_": "all_to_all"}
@@ -57,11 +57,11 @@ def one_step(config, model, layout, tokens_BT, forwards):
     for layer in model.layers:
         layer.recompute = config.activation_checkpointing
     parameters = list(model.parameters())
-    optimizer = train.make_optimizer(config, model, routes_of(config, model))
+    optimizer = make_optimizer(config, model, routes_of(config, model))
     with Sent() as sent:
         for forward in range(forwards):
             parallel.last_micro_batch(model, forward == forwards - 1)
-            sums = train.forward_and_backward(model, config, tokens_BT, tokens_BT, None, 1.0,
+            sums = forward_and_backward(model, config, tokens_BT, tokens_BT, None, 1.0,
                                               torch.ones(()) if config.mtp_depth else None)
         norm = parallel.squared_norm(parameters, layout)
         parallel.add_up(torch.cat((sums, torch.stack((model.routing.z, norm, norm)))))
@@ -72,7 +72,7 @@ def one_step(config, model, layout, tokens_BT, forwards):
                 "optimizer": optimizer.named_state().values()}
         held = {what: sum(map(_bytes, tensors)) for what, tensors in held.items()}
         optimizer.begin_step()
-        train.update_all(model, optimizer, config)
+        update_all(model, optimizer, config)
     return held | {"sent": sent.bytes}
 
 

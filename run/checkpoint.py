@@ -27,9 +27,10 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from data.shards import file_crc32, read_json
-from errors import UserError
+from errors import UserError, progress
 from ranks import parallel
 
 STEP = re.compile(r"step_(\d{8})$")
@@ -273,18 +274,30 @@ def load(step_folder, tensors):
         raise UserError(f"checkpoint {step_folder} is of another model or optimizer: {len(differing)} names differ, "
                         f"such as {differing[0]}")
     for name, tensor in tensors.items():
-        size, dtype = tuple(stored[name].size), stored[name].properties.dtype
-        if size != tuple(tensor.shape) or dtype != tensor.dtype:
-            raise UserError(f"checkpoint {step_folder}: {name} is {size} {dtype}, "
+        shape, dtype = tuple(stored[name].size), stored[name].properties.dtype
+        if shape != tuple(tensor.shape) or dtype != tensor.dtype:
+            raise UserError(f"checkpoint {step_folder}: {name} is {shape} {dtype}, "
                             f"this run has {tuple(tensor.shape)} {tensor.dtype}")
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=parallel.ranks() == 1)
+        with progress(f"loading {Path(step_folder).name}", size(tensors)) as bar:
+            dcp.load(tensors, storage_reader=reader, planner=_Planner(bar), no_dist=parallel.ranks() == 1)
     except (Exception, CheckpointException) as error:
         raise UserError(f"checkpoint {step_folder} does not load: {_root_cause(error)}") from error
 
 
 def has_optimizer(step_folder):
     return any(name.startswith("optim.") for name in _SafeReader(step_folder).read_metadata().state_dict_metadata)
+
+
+class _Planner(DefaultLoadPlanner):
+    """DCP's own, which tells a bar of every part that has been read."""
+
+    def __init__(self, bar):
+        super().__init__()
+        self.bar = bar
+
+    def commit_tensor(self, read_item, tensor):
+        self.bar.update(tensor.numel() * tensor.element_size())
 
 
 class _SafeReader(dcp.FileSystemReader):

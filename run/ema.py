@@ -4,7 +4,7 @@ what they approach, and their average is nearer to it (Polyak and Juditsky, 1992
 It lies in host memory, sharded as the weights are, so that a device holds no second copy. Nothing is gained by looking
 often: the average of decay d is made of every n-th step, n a twentieth of its horizon of 1 / (1 - d) steps, with decay
 d ** n. What that costs: on every n-th step the weights travel to the host, which reads and writes 12 bytes a parameter;
-a second validation. Next: ../train.py.
+a second validation. Next: ../step.py.
 """
 
 import contextlib

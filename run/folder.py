@@ -35,9 +35,9 @@ FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "aux_loss_alpha
         "initializer_range"}
 LOGS = ("metrics.jsonl", "samples.md", "curves.png")
 UNFINISHED = ".unfinished"  # in a folder of aside/, until all is there: the records that the run itself keeps
-WRITTEN = ["checkpoints", *LOGS, "config.json", "tokenizer", "stacks", "wandb", "aside"]  # by runs
+WRITTEN = ["checkpoints", *LOGS, "config.json", "tokenizer", "stacks", "wandb", "tensorboard", "aside", "profile"]
 PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_rollbacks", "new_data", "wandb",
-         "wandb_project"}
+         "wandb_project", "wandb_group", "wandb_tags", "tensorboard", "verbose", "dry_run", "profile_steps"}
 
 
 def find_source(run, config):
@@ -286,8 +286,6 @@ def set_aside(run, folder, step):
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(run, temporary, ignore=lambda place, names: set(names) - copied if Path(place) == run else ())
     (temporary / "checkpoints").mkdir()
-    about = read_json(run / "config.json") | {"run_id": secrets.token_hex(4)}  # W&B would take the two for one
-    (temporary / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     (temporary / UNFINISHED).write_text(metrics.lines_up_to(run / "metrics.jsonl", step), encoding="utf-8")
     os.rename(temporary, folder)
     finish_setting_aside(run)
@@ -302,6 +300,9 @@ def finish_setting_aside(run):
                 os.rename(path, folder / "checkpoints" / path.name)
         for place in (folder, run):
             point_at_what_is_there(place)
+        # W&B cannot take back what it has of the branch: that keeps the id, and the run goes on as another.
+        about = read_json(run / "config.json") | {"run_id": secrets.token_hex(4)}
+        metrics.replace_text(run / "config.json", json.dumps(about, indent=1) + "\n")
         os.replace(kept, run / "metrics.jsonl")
         moved = len(checkpoint.step_folders(folder / "checkpoints"))
         print(f"set aside what {run} holds beyond step {step}: {moved} checkpoints, records and samples, "

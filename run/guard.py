@@ -27,6 +27,7 @@ import torch
 from errors import Lossy, UserError, said, started, to_nowhere
 from muon import local_rows
 from ranks import parallel
+from run.terminal import Live
 
 SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
 LOCK = ".lock"  # in a run folder: held by the process that trains into it
@@ -52,7 +53,7 @@ class Guard:
         self.words, self.config, self.log = words, None, None
         self.signal, self.agreed, self.noted = os.environ.pop(SIGNAL, None), 0, -math.inf
         self.doing, self.since, self.deadline, self.early, self.listening = "the start", 0.0, math.inf, False, False
-        self.over, self.handlers, self.lock = threading.Event(), {}, None
+        self.over, self.handlers, self.lock, self.live = threading.Event(), {}, None, None
         self.parent = os.getppid()
 
     def claim(self, run):
@@ -74,8 +75,9 @@ class Guard:
         self.lock.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=self.lock, flush=True)
 
-    def begin(self, config):
+    def begin(self, config, start):
         self.config = config
+        self.live.begin(start, config.max_steps)
         self.handlers = {number: signal.signal(number, self._note)
                          for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         self.inbox, outbox = socket.socketpair()
@@ -90,6 +92,7 @@ class Guard:
         early = patient and doing.startswith("step ")
         self.listening = early or self.early  # a rank that runs out of memory may be one step behind
         self.doing, self.early, self.since = doing, early, time.monotonic()
+        self.live.doing(doing)
         allowed = self.config.step_timeout * (12 if patient else 1)
         self.deadline = self.since + allowed
         # Python's own timer needs no interpreter lock: it ends what our thread could not.
@@ -97,11 +100,13 @@ class Guard:
 
     def __enter__(self):
         self.terminal = sys.stdout, sys.stderr  # a full disk or a closed pipe behind them must not end a run
-        sys.stdout, sys.stderr = Lossy(sys.stdout, sys.stderr), Lossy(sys.stderr, None)
+        self.live = Live(Lossy(sys.stdout, sys.stderr), Lossy(sys.stderr, None))
+        sys.stdout, sys.stderr = self.live.out, self.live.err
         return self
 
     def __exit__(self, kind, error, trace):
         self.over.set()
+        self.live.close()
         sys.stdout, sys.stderr = self.terminal
         for stream in self.terminal:
             try:
@@ -172,6 +177,7 @@ class Guard:
         os._exit(HUNG)
 
     def _prepare_restart(self):
+        self.live.close()
         if self.signal:
             os.environ[SIGNAL] = self.signal
         if self.log:

@@ -1,32 +1,38 @@
-"""Watching a run: metrics.jsonl, the terminal line, samples.md, W&B, the curves, memory and MFU.
+"""Watching a run: metrics.jsonl, its lines, samples.md, memory, MFU, and what is worth a warning.
 
-metrics.jsonl is always written and is the truth; W&B gets the same keys under train/, val/ and task/NAME/. None of them
-can stop a run: what fails is said once, and how much was lost at the end.
+metrics.jsonl is always written and is the truth; curves.py draws it, services.py passes it on. None of them can stop a
+run: what fails is said once, and how much was lost at the end. Next: curves.py, services.py, terminal.py.
 """
 
 import collections
 import json
 import math
 import os
-import queue
 import re
 import resource
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 
 import torch
 
 import errors
+from data.shards import read_json
 from errors import UserError, said
+from run import curves
+from run.services import Service, TensorBoard, start_wandb
+from run.terminal import duration
 
 # Dense bf16 peak of the datasheet, FLOP/s, by a part of the device name; MFU is null for devices that are not here.
 PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
               "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
-PATIENCE = 60.0  # seconds that a run waits for W&B at its end
+EVENTS = {  # what is printed of an event
+    "routing": "layer {layer}: {trouble} for {steps} steps, experts {experts}: {lever}",
+    "straggler": "rank {rank} on {host} is slow in {what}: {seconds:.3f} s, the median is {median:.3f} s",
+    "crowding": "{speed:,.0f} tok/s, the best were {best:,.0f}: others work on this machine, its load is {load:.1f} on "
+                "{cores} cores. Fewer threads than {threads} lose less then:  OMP_NUM_THREADS=1 {again}"}
 SAMPLE, SAMPLE_HEAD = "\n## step {}\n\n~~~\n{}", r"\n## step ([0-9]{1,18})\n\n~~~\n"
 
 
@@ -45,17 +51,35 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def duration(seconds):
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
 class Pace:
     """How long the rest of a run will take, from the steps so far: the first ones, in which compilers are at work, and
     the slowest sixteenth count only while there are no others. Validations and saves count as they came."""
 
     def __init__(self, early=3):
         self.early, self.steps, self.others, self.seconds = early, 0, 0.0, collections.deque(maxlen=128)
+        self.began = self.stopped = time.perf_counter()
+        self.newest = []
+
+    def start(self):
+        """A step begins."""
+        self.started = time.perf_counter()
+
+    def stop(self):
+        """It has ended; what comes before the next start is something else."""
+        now = time.perf_counter()
+        self.add(now - self.started, self.started - self.stopped)
+        self.newest.append(now - self.started)
+        self.stopped = now
+
+    def passed(self):
+        """Seconds of all, validations and saves too."""
+        return time.perf_counter() - self.began
+
+    def mean(self):
+        """Mean seconds of the steps that have stopped since the last call."""
+        mean = math.fsum(self.newest) / len(self.newest)
+        self.newest = []
+        return mean
 
     def add(self, step_seconds, other_seconds=0.0):
         """A step has taken so long, and what else happened since the one before."""
@@ -64,27 +88,35 @@ class Pace:
         self.steps, self.others = self.steps + 1, self.others + other_seconds
         self.seconds.append(step_seconds)
 
+    def usual(self):
+        """Seconds of a step."""
+        return statistics.fmean(sorted(self.seconds)[:max(len(self.seconds) - len(self.seconds) // 16 - 1, 1)])
+
     def left(self, steps):
         """Seconds for so many more steps."""
-        usual = sorted(self.seconds)[:max(len(self.seconds) - len(self.seconds) // 16 - 1, 1)]
-        return steps * (statistics.fmean(usual) + self.others / self.steps)
+        return steps * (self.usual() + self.others / self.steps)
 
 
 class RunLog:
-    """Appends records to metrics.jsonl (and W&B) and texts to samples.md. Opening it at `step` drops what an
+    """Appends records to metrics.jsonl, and passes them on, and texts to samples.md. Opening it at `step` drops what an
     interrupted run wrote beyond that step. Of many ranks only one is active: the others only make records."""
 
     def __init__(self, folder, config, step, run_id, active=True):
-        self.folder, self.path, self.wandb = Path(folder), Path(folder) / "metrics.jsonl", None
-        self.active, self.lost = active, collections.Counter()
+        self.folder, self.path, self.services = Path(folder), Path(folder) / "metrics.jsonl", []
+        self.active, self.lost, self.drawn, self.drawing = active, collections.Counter(), -math.inf, 0.0
         if not active:
             self.file = open(os.devnull, "w", encoding="utf-8")
             return
+        newest = max([record["step"] for record in read_records(self.path)], default=0)
         replace_text(self.path, lines_up_to(self.path, step))
-        if (samples := self.folder / "samples.md").exists():
-            self.attempt("samples.md", lambda: cut_samples(samples, step))
+        samples, backlog = [], read_records(self.path)
+        if (path := self.folder / "samples.md").exists():
+            samples = self.attempt("samples.md", lambda: cut_samples(path, step)) or []
         self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # a line at a time: a kill loses at most one
-        self.wandb = Service(lambda: start_wandb(config, self.folder, run_id))
+        progress = step, newest, samples
+        self.services = [Service("W&B", lambda: start_wandb(config, self.folder, run_id, *progress), backlog)]
+        if config.tensorboard:
+            self.services.append(Service("TensorBoard", lambda: TensorBoard(self.folder), backlog))
 
     def write(self, kind, step, **fields):
         """Append {"kind", "step", "time", **fields}; time: seconds since 1970 (UTC). Non-finite numbers become null,
@@ -93,11 +125,14 @@ class RunLog:
                   for key, value in fields.items()}
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **fields}
         self.attempt("metrics.jsonl", lambda: self.file.write(json.dumps(record) + "\n"))
-        under = f"task/{fields['task']}" if kind == "task" else kind
-        numbers = {f"{under}/{key}": v for key, v in fields.items() if isinstance(v, (int, float))}
-        if self.wandb and self.wandb.thread.is_alive():
-            self.wandb.records.put((numbers, step))
+        for service in self.services:
+            service.put(record)
         return record
+
+    def event(self, step, event, **fields):
+        """A record of kind event, and its line."""
+        self.write("event", step, event=event, **fields)
+        print(f"step {step}: {EVENTS[event].format(**fields)}", flush=True)
 
     def attempt(self, what, action, must_end=lambda error: False):
         """Do what a run can do without. Whatever it raises, a full disk, a missing font, costs no more than a record, a
@@ -111,9 +146,12 @@ class RunLog:
             if self.lost[what] == 1:
                 print(f"warning: {what} is incomplete ({said(error)}); the run goes on without it", flush=True)
 
-    def draw(self):
-        if self.active:
+    def draw(self, final=False):
+        """Draw curves.png, but for a hundredth of the time at most: a long run's picture may wait, not its last one."""
+        started = time.monotonic()
+        if self.active and (final or started > self.drawn + 100 * self.drawing):
             self.attempt("curves.png", lambda: draw_curves(self.folder))
+            self.drawn, self.drawing = time.monotonic(), time.monotonic() - started
 
     def sample(self, step, prompt, text):
         if not self.active or text is None:
@@ -124,47 +162,30 @@ class RunLog:
             with open(path, "a", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 file.write(("" if file.tell() else "# Samples\n") + SAMPLE.format(step, f"{prompt}{text}\n~~~\n"))
         self.attempt("samples.md", append)
+        for service in self.services:
+            service.put({"kind": "sample", "step": step, "time": time.time(), "text": readable(prompt + text)})
 
     def close(self):
         self.attempt("metrics.jsonl", self.file.close)
-        if self.wandb:
-            self.wandb.close()
+        for service in self.services:
+            service.close()
         for what, count in self.lost.items():
             print(f"warning: {what}: {count} time{'s' * (count > 1)} nothing could be written", flush=True)
         self.lost.clear()
 
 
 def cut_samples(path, step):
+    """Leave only the samples up to a step in a samples.md; returns them, [(step, text)]."""
     text = path.read_bytes().decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 stay what they are
     head, *parts = re.split(SAMPLE_HEAD, text)  # numbers and texts take turns
-    kept = [SAMPLE.format(number, text) for number, text in zip(parts[::2], parts[1::2]) if int(number) <= step]
-    replace_text(path, head + "".join(kept))
+    kept = [(number, text) for number, text in zip(parts[::2], parts[1::2]) if int(number) <= step]
+    replace_text(path, head + "".join(SAMPLE.format(*sample) for sample in kept))
+    return [(int(number), readable(text.rstrip().removesuffix("~~~"))) for number, text in kept]
 
 
-class Service:
-    """W&B, which may fail or hang, in a thread of its own; the run waits for it only at the end, and not for long."""
-
-    def __init__(self, start):
-        self.records = queue.SimpleQueue()  # (numbers, step); None: the last has come
-        self.thread = threading.Thread(target=self._work, args=(start,), daemon=True)
-        self.thread.start()
-
-    def close(self):
-        self.records.put(None)
-        self.thread.join(PATIENCE)
-        if self.thread.is_alive():
-            print("warning: W&B does not answer; going on without its last lines", flush=True)
-
-    def _work(self, start):
-        doing = "start"
-        try:
-            if (run := start()) is not None:
-                doing = "go on"
-                for numbers, step in iter(self.records.get, None):
-                    run.log(numbers, step=step)
-                run.finish()
-        except (Exception, SystemExit) as error:  # a logging service must not cost a training run
-            print(f"warning: W&B did not {doing} ({said(error)}); the run goes on without it", flush=True)
+def readable(text):
+    """A text without the bytes that are no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def replace_text(path, text):
@@ -210,18 +231,6 @@ def step_line(record, max_steps, eta):
     return "  ".join([*parts, f"{record['memory_gib']:.1f} GiB", f"eta {duration(eta)}"])
 
 
-def summary(folders):
-    """For python -m run.metrics RUN_FOLDER ...: how far each run is and its newest losses, a line each."""
-    if {"-h", "--help"} & set(folders):
-        return print("python -m run.metrics RUN_FOLDER ...: how far each run is and its newest losses")
-    for folder in folders or ["."]:
-        newest = {record["kind"]: record for record in read_records(Path(folder) / "metrics.jsonl")}
-        if "train" not in newest:
-            raise UserError(f"{folder}: no metrics.jsonl with a step in it (python -m run.metrics RUN_FOLDER ...)")
-        loss, (val, bits) = newest["train"].get("loss"), map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
-        print(f"{folder}: step {newest['train']['step']}  loss {loss}  validation {val}  bits per byte {bits}")
-
-
 def expert_statistics(counts_LE, biases_LE):
     """The record fields about routing, from one step's token counts of the MoE layers; None where nothing is routed."""
     if counts_LE.numel() == 0:
@@ -229,6 +238,37 @@ def expert_statistics(counts_LE, biases_LE):
     load_LE = counts_LE.float() / counts_LE.float().mean(-1, keepdim=True)
     return {"expert_load_max": load_LE.max().item(), "expert_load_min": load_LE.min().item(),
             "dead_experts": int((counts_LE == 0).sum()), "router_bias_std": biases_LE.std(-1).mean().item()}
+
+
+def layers_interval(config):
+    """Steps between records of all layers: some two hundred a run, where records of the run are made."""
+    return config.log_interval * -(-config.max_steps // (200 * config.log_interval))
+
+
+def layer_statistics(counts_LE, max_logits_LH):
+    """The fields of a record of kind "layers": the tokens of every expert over the mean of its layer, from one step's
+    counts of the MoE layers, and the largest attention logit of every layer, dense ones too."""
+    load_LE = counts_LE / counts_LE.float().mean(-1, keepdim=True)
+    logits = max_logits_LH.amax(-1).tolist()
+    return {"expert_load": [[round(load, 2) for load in layer] for layer in load_LE.tolist()],
+            "max_attention_logits": [round(logit, 3) if math.isfinite(logit) else None for logit in logits]}
+
+
+class Crowding:
+    """Tells, once, that a run on a CPU has become slow because others want its cores: threads that wait for each other
+    then lose more than their share."""
+
+    def __init__(self, device):
+        self.best, self.told = 0.0, device.type != "cpu"
+
+    def found(self, speed):
+        """The fields of an event if tokens/s have fallen to a third of the best while the load exceeds the cores."""
+        self.best = max(self.best, speed)
+        load, cores, threads = os.getloadavg()[0], os.cpu_count(), torch.get_num_threads()
+        if self.told or 3 * speed > self.best or load <= cores or threads == 1:
+            return []
+        self.told = True
+        return [{"speed": speed, "best": self.best, "load": load, "cores": cores, "threads": threads}]
 
 
 STEADY = 50  # steps in a row after which something is no accident
@@ -264,83 +304,37 @@ class RoutingAlarm:
         return new
 
 
-# ----------------------------------------------------------------------------- W&B
-
-def require_wandb(config):
-    """Refuse a setting that needs W&B where it is not installed, before anything begins."""
-    if config.wandb in ("online", "offline"):
-        try:
-            import wandb  # noqa: F401
-        except Exception as error:  # a damaged one raises anything
-            raise UserError(f"wandb={config.wandb!r} needs the package: pip install wandb, or --wandb=off "
-                            f"({said(error)})") from error
-
-
-def start_wandb(config, folder, run_id):
-    """A W&B run, or None. auto never prompts: it asks only whether the package and a login are there."""
-    mode = config.wandb
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "off")
-    if mode in ("off", "disabled"):
-        return None
-    if mode == "online" and not _logged_in():
-        print("warning: W&B has no login (wandb login); going on without it", flush=True)
-        return None
-    try:
-        import wandb
-    except ImportError:
-        return None
-    return wandb.init(project=config.wandb_project, name=config.run_name or folder.name, id=run_id, resume="allow",
-                      dir=str(folder), mode=mode, config=vars(config))
-
-
-def _logged_in():
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    logins = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return logins.is_file() and host in logins.read_text(encoding="utf-8", errors="replace")
-
-
-# ----------------------------------------------------------------------------- curves
+# ----------------------------------------------------------------------------- pictures and the command
 
 def draw_curves(folder):
-    """Draw curves.png from metrics.jsonl; returns its path."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Draw curves.png of what a run has recorded; returns its path."""
+    return curves.draw(Path(folder), read_records(Path(folder) / "metrics.jsonl"), clip_of(Path(folder)))
 
-    folder = Path(folder)
-    records = read_records(folder / "metrics.jsonl")
 
-    def points(kind, key):  # null stands for what was not finite, and a damaged line can hold anything
-        return [(record["step"], record[key]) for record in records if record["kind"] == kind
-                and isinstance(record.get(key), int | float) and abs(record[key]) < 1e100]
-    panels = [("loss, nats per token", ["loss", "mtp_loss"]), ("learning rate", ["lr"]),
-              ("gradient norm", ["grad_norm"]), ("tokens per second", ["tokens_per_second"]),
-              ("largest attention logit", ["max_attention_logit"]),
-              ("expert load over mean", ["expert_load_max", "expert_load_min"])]
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, panels):
-        for key in keys:
-            if found := points("train", key):
-                axis.plot(*zip(*found), label=key.replace("_", " "), linewidth=1)
-        for key, label in (("loss", "validation"), ("ema_loss", "of the average")) if "loss" in keys else ():
-            if found := points("val", key):
-                axis.plot(*zip(*found), "o-", markersize=3, label=label)
-        if len(axis.lines) > 1:
-            axis.legend(frameon=False)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    temporary = folder / ".curves.png"
-    try:
-        figure.savefig(temporary, dpi=110)
-        os.replace(temporary, folder / "curves.png")
-    finally:
-        pyplot.close(figure)  # pyplot keeps what is not closed
-        temporary.unlink(missing_ok=True)
-    return folder / "curves.png"
+def clip_of(folder):
+    """The logit at which a run's QK-clip acts, None without it."""
+    settings = read_json(folder / "config.json").get("settings", {}) if (folder / "config.json").exists() else {}
+    return settings.get("qk_clip_tau") if settings.get("optimizer") == "muonclip" else None
+
+
+def command(argv):
+    """For python -m run.metrics RUN_FOLDER ...: how far each run is and its newest losses, a line each; of several, a
+    picture that lays them on top of each other."""
+    parser = errors.ArgumentParser(prog="python -m run.metrics", description=command.__doc__)
+    parser.add_argument("folders", nargs="*", default=["."], metavar="RUN_FOLDER", help="at least one")
+    parser.add_argument("--out", help="the picture; not given: overlay.png in the folder that holds all of them")
+    args, runs = parser.parse_args(argv), {}
+    for folder in args.folders:
+        runs[folder] = read_records(Path(folder) / "metrics.jsonl")
+        newest = {record["kind"]: record for record in runs[folder]}
+        if "train" not in newest:
+            raise UserError(f"{folder}: no metrics.jsonl with a step in it (python -m run.metrics RUN_FOLDER ...)")
+        loss, (val, bits) = newest["train"].get("loss"), map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
+        print(f"{folder}: step {newest['train']['step']}  loss {loss}  validation {val}  bits per byte {bits}")
+    if len(runs) > 1:
+        parents = [str(Path(folder).resolve().parent) for folder in runs]
+        print(curves.overlay(Path(args.out or os.path.join(os.path.commonpath(parents), "overlay.png")), runs))
 
 
 if __name__ == "__main__":
-    errors.run(summary)
+    errors.run(command)

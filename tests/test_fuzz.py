@@ -1,6 +1,5 @@
 """Random settings, in config files, on the command line and through whole runs: see fuzzing.py."""
 
-import functools
 import json
 import math
 import shutil
@@ -13,11 +12,10 @@ from hypothesis import strategies as st
 
 import generate
 import settings
-import train
 from data import tokenizer
 from data.shards import Writer
 from mla import rope_frequencies
-from run import checkpoint
+from run import checkpoint, report
 from tests.fuzzing import attempt, damaged, fuzz, is_sound
 from tests.helpers import TINY, final_tensors, make_data, run_train
 
@@ -308,7 +306,7 @@ RUNS = dict(
 
 def test_whole_runs(area, monkeypatch):
     """One step and its checkpoint with any settings: refused, or a finite loss and a model that loads and computes."""
-    monkeypatch.setattr(train, "sample", functools.partial(short_sample, train.sample))
+    monkeypatch.setattr(report, "stream_text", short_text)
     data = {"train": str(make_data(area / "text", 2000, 300)), "pieces": str(area / "pieces")}
     with Writer(data["pieces"], 257) as writer:
         for length in range(1, 60):
@@ -369,11 +367,5 @@ def test_whole_runs(area, monkeypatch):
 EXTREME = {"initializer_range", "muon_lr", "rope_theta", "rms_norm_eps"}  # weights may overflow in the step
 
 
-def short_sample(sample, *words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train,
-            "stream_text",
-            lambda *args, **options: generate.stream_text(*args, **options | {"max_new_tokens": 5}),
-        )
-        return sample(*words)
+def short_text(*args, **options):
+    return generate.stream_text(*args, **options | {"max_new_tokens": 5})

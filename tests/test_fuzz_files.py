@@ -175,7 +175,7 @@ def is_record(line):
 
 @pytest.mark.curves
 def test_metrics_jsonl(area):
-    folder, config, drawn = area / "log", types.SimpleNamespace(wandb="off"), []
+    folder, config, drawn = area / "log", types.SimpleNamespace(wandb="off", tensorboard=False), []
 
     def test(lines, step, samples):
         raw = b"\n".join(lines)

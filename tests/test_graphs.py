@@ -4,10 +4,10 @@ inputs into the same gradients. What only a real device can show is in test_gpu.
 import pytest
 import torch
 
-import train
 from errors import UserError
 from kernels import graphs
 from muon import Muon
+from step import update_all
 from tests.helpers import losses, make_config, run_train, tiny_model, tokens
 
 
@@ -54,7 +54,7 @@ def pretend(monkeypatch):
 
     def capture(function, pool=None):
         device["capture"](len(device["made"]))
-        if getattr(function, "func", None) is train.update_all:
+        if getattr(function, "func", None) is update_all:
             device["updates"] = device.get("updates", 0) + 1
             graph = Replayable(function, lambda: None)
             return graph, graph.result

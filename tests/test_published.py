@@ -15,10 +15,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 import export
 import generate
 import hf
-import train
 from data import bpe, convert, prepare, tokenizer
 from data.shards import open_split, read_meta
 from errors import UserError
+from run import report
 from tests.helpers import ROOT, make_config, records, run_train
 
 CORPUS = [(ROOT / name).read_text(encoding="utf-8")[:20_000] for name in ("README.md", "train.py")]
@@ -327,7 +327,7 @@ def test_training_without_a_separator_warns_and_samples(unseparated, tmp_path, c
     def broken(*args, **options):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(train, "stream_text", broken)
+    monkeypatch.setattr(report, "stream_text", broken)
     record = run_train(path, f"--out_dir={tmp_path}/run2")
     said = capsys.readouterr().out
     assert record["step"] == 2 and "the sample of '' is incomplete (RuntimeError: out of luck); the run goes" in said

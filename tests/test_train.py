@@ -326,6 +326,8 @@ def test_wandb_auto_is_off_without_a_login_and_gets_all_records_with_one(config,
             calls.append(("init", options))
             return self
 
+        step = 0
+
         def log(self, numbers, step):
             calls.append((step, numbers))
 

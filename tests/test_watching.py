@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import errors
-import generate
+import talk.text
 import train
 from data import prepare
 from ranks import parallel
-from run import checkpoint, guard, metrics
+from run import checkpoint, guard, metrics, report, services
 from tests.helpers import losses, records, run_train
 
 SHORT = ["--max_steps=3", "--decay_steps=1"]
@@ -107,7 +107,7 @@ def test_a_sample_that_fails_is_told_once_and_the_run_goes_on(config, tmp_path, 
     def encode_prompt(encoder, prompt):
         raise error
 
-    monkeypatch.setattr(train, "encode_prompt", encode_prompt)
+    monkeypatch.setattr(report, "encode_prompt", encode_prompt)
     run_train(config, *SHORT, "--sample_interval=1", "--sample_prompts=['x', 'y']")
     said = capsys.readouterr().out
     assert said.count("warning: the sample of 'x' is incomplete") == said.count("warning: the sample of 'y' is ") == 1
@@ -121,14 +121,14 @@ def test_a_sample_that_fails_in_the_midst_leaves_the_model_training(config, tmp_
     def token_bytes(encoder, token):
         raise KeyError(token)
 
-    monkeypatch.setattr(generate, "token_bytes", token_bytes)
+    monkeypatch.setattr(talk.text, "token_bytes", token_bytes)
     run_train(config, *SHORT, "--sample_interval=1")
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
 def failing_samples(error, *words):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "token_bytes", lambda encoder, token: (_ for _ in ()).throw(error))
+        patch.setattr(talk.text, "token_bytes", lambda encoder, token: (_ for _ in ()).throw(error))
         run_train(*words, *SHORT, "--sample_interval=1", "--sample_prompts=['a', 'b']", "--strategy=fsdp")
 
 
@@ -143,7 +143,7 @@ def test_memory_and_ctrl_c_pass_through_a_sample(config, monkeypatch, error):
     def encode_prompt(encoder, prompt):
         raise error
 
-    monkeypatch.setattr(train, "encode_prompt", encode_prompt)
+    monkeypatch.setattr(report, "encode_prompt", encode_prompt)
     with pytest.raises((errors.UserError, KeyboardInterrupt)):
         run_train(config, *SHORT, "--sample_interval=1")
 
@@ -167,14 +167,14 @@ def test_no_log_and_no_picture_ends_a_run(config, tmp_path, monkeypatch, capsys)
     said = capsys.readouterr().out
     assert said.count("warning: metrics.jsonl is incomplete (OSError: [Errno 28] No space left on device)") == 1
     assert "warning: curves.png is incomplete (ImportError: No module named 'matplotlib')" in said
-    assert "warning: metrics.jsonl: 4 times nothing could be written" in said  # three steps, one save
+    assert "warning: metrics.jsonl: 7 times nothing could be written" in said  # two a step, one save
     assert checkpoint.find(tmp_path / "run").name == "step_00000003"
 
 
 def test_bytes_of_samples_that_are_no_text_stay_what_they_are(tmp_path):
     odd = b"# Samples\n\n## step 1\n\n~~~\n\xff\r\n\xc3\xa4\n~~~\n"
     (tmp_path / "samples.md").write_bytes(odd + b"\n## step 9\n\n~~~\nlater\n~~~\n")
-    log = metrics.RunLog(tmp_path, types.SimpleNamespace(wandb="off"), 1, "id")
+    log = metrics.RunLog(tmp_path, types.SimpleNamespace(wandb="off", tensorboard=False), 1, "id")
     log.sample(2, "Größe ", "世界 \udcff\r\n")
     log.close()
     added = "\n## step 2\n\n~~~\nGröße 世界 ".encode() + b"\xff\r\n\n~~~\n"
@@ -183,7 +183,7 @@ def test_bytes_of_samples_that_are_no_text_stay_what_they_are(tmp_path):
 
 def test_samples_that_cannot_be_read_end_no_run(tmp_path, capsys):
     (tmp_path / "samples.md").mkdir()
-    log = metrics.RunLog(tmp_path, types.SimpleNamespace(wandb="off"), 1, "id")
+    log = metrics.RunLog(tmp_path, types.SimpleNamespace(wandb="off", tensorboard=False), 1, "id")
     log.sample(2, "a", "b")
     log.close()
     said = capsys.readouterr().out
@@ -196,6 +196,8 @@ def test_samples_that_cannot_be_read_end_no_run(tmp_path, capsys):
 
 class Service:
     """Stands for the package wandb; does what it is told when it is called."""
+
+    step = 0  # of a run that has nothing yet
 
     def __init__(self, **what):
         self.what, self.calls = what, []
@@ -222,7 +224,7 @@ def test_whatever_wandb_raises_is_one_line(config, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("name", ["init", "log", "finish"])
 def test_a_service_that_hangs_is_left_behind(config, tmp_path, monkeypatch, capsys, name):
     release = threading.Event()
-    monkeypatch.setattr(metrics, "PATIENCE", 0.2)
+    monkeypatch.setattr(services, "PATIENCE", 0.2)
     monkeypatch.setitem(sys.modules, "wandb", Service(**{name: release.wait}))
     run_train(config, *SHORT, "--wandb=offline")
     release.set()
@@ -325,35 +327,3 @@ def test_what_takes_long_on_a_gpu_is_announced(capsys):
     for device in ("cpu", "cuda"):
         parallel.announce("checking the kernels", torch.device(device))
     assert capsys.readouterr().out == "checking the kernels ...\n"
-
-
-@pytest.mark.curves
-def test_a_picture_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    from matplotlib import figure, pyplot
-
-    def font(self, path, **options):
-        path.write_bytes(b"half")
-        raise RuntimeError("a font")
-
-    monkeypatch.setattr(figure.Figure, "savefig", font)
-    with pytest.raises(RuntimeError):
-        metrics.draw_curves(tmp_path)
-    assert not list(tmp_path.iterdir()) and not pyplot.get_fignums()
-
-
-# ---------------------------------------------------------------------- python -m run.metrics
-
-
-def test_metrics_summary(config, tmp_path, capsys):
-    run_train(config, *SHORT, "--eval_interval=3")
-    capsys.readouterr()
-    metrics.summary(["--help"])
-    assert capsys.readouterr().out.startswith("python -m run.metrics RUN_FOLDER ...: ")
-    metrics.summary([str(tmp_path / "run")])
-    last, (val,) = records(tmp_path / "run")[-1], records(tmp_path / "run", "val")
-    assert capsys.readouterr().out.strip() == (
-        f"{tmp_path / 'run'}: step 3  loss {last['loss']}  validation {val['loss']}  bits per byte "
-        f"{val['bits_per_byte']}")
-    for words, message in (([], "python -m run.metrics RUN"), (["--x"], "RUN_FOLDER"), ([str(tmp_path)], "no metrics")):
-        with pytest.raises(errors.UserError, match=message):
-            metrics.summary(words)
