@@ -136,14 +136,16 @@ def parts(config, sizes, routes, layout, device, size, forwards):
     updating = {"gradients": 4 * total, "rounded weights": copies,
                 "update": max(muon and wire * (muon + 4 * min(muon, 2**27)), 4 * (total - muon))}
     head = config.vocab_size * config.hidden_size  # the loss makes its gradient in the forward, from chunks of logits
-    kept = size * activations(config, dtype, device) * (PIECES if device.type == "cpu" else 1)
+    pieces = PIECES if device.type == "cpu" else 1
+    kept, backward = (int(size * pieces * n) for n in activations(config, dtype, device))
+    logits = _logits(config, dtype, device, size)
     graphed = graphs.wanted(config, layout, device)
     keeps = graphed and _triton(device)
     gradients = total if forwards > 1 else keeps * sum(n for name, n in local.items() if ".experts." in name)
     computing = {"gradients": 4 * head * (1 + config.mtp_depth) + 4 * gradients,  # those before the backward
-                 "rounded weights": copies, "activations": int(kept), "logits": _logits(config, dtype, device, size)}
+                 "rounded weights": copies, "activations": kept, "logits, then a block": max(logits, backward)}
     if graphed:  # which keep all of that for themselves: what a validation takes, a block at a time, comes on top
-        computing["validation"] = int(kept) // config.num_hidden_layers + computing["logits"]
+        computing["validation"] = kept // config.num_hidden_layers + logits
     phases = [computing, updating]
     if layout.dense is not None:  # gathered: a block, the next one, and the gradients of one; both ends all the time
         block = max(gathered.values())
@@ -163,24 +165,24 @@ def _triton(device):
 
 
 def _logits(config, dtype, device, size):
-    """Bytes of the chunk of logits that the loss works on: Triton's kernel in place, the twins with fp32 copies."""
+    """Bytes of the chunk of logits that the loss works on: Triton's kernel in place, the twins with copies in fp32."""
     if device.type == "cpu":
-        return 4 * 4 * CHUNK_ELEMENTS["cpu"]
+        return CHUNK_ELEMENTS["cpu"] * (8 if dtype.itemsize == 4 else 12)
     rows = chunk_rows(size * config.sequence_length, config.vocab_size, dtype.itemsize, device.type)
     return rows * config.vocab_size * dtype.itemsize if _triton(device) else 2 * DEFAULT_CHUNK_BYTES
 
 
 def activations(config, dtype, device):
-    """Bytes that autograd keeps of one sequence, and that the backward of one block takes beside them."""
+    """Bytes (that autograd keeps of one sequence, that the backward of one block takes beside them)."""
     moe = [config.is_moe_layer(index) for index in range(config.num_hidden_layers + config.mtp_depth)]
     blocks = [block_bytes(config, dtype, device, kind) for kind in moe]
     D, T, s = config.hidden_size, config.sequence_length, dtype.itemsize
     ends = T * (4 * D + 2 * s * D)  # the last norm, and the gradient that the loss has made of its output
     ends += 3 * config.mtp_depth * ends  # the MTPBlock's too, and the norms and the input of its projection
     if config.activation_checkpointing == "none":
-        return ends + sum(blocks) + max(blocks) // 4
+        return ends + sum(blocks), max(blocks) // 4
     kept = max(blocks) * 0.6 if config.activation_checkpointing == "selective" else T * s * D  # what goes into a block
-    return ends + int(len(blocks) * kept) + max(blocks) * 5 // 4
+    return ends + int(len(blocks) * kept), max(blocks) * 5 // 4
 
 
 def block_bytes(config, dtype, device, moe):

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import settings
 from bench.arms import dense_twin, gpt_twin
@@ -16,6 +19,7 @@ from model import build
 from muon import local_rows
 from owners import Stack, make_plan
 from ranks import parallel
+from run import memory
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
@@ -33,9 +37,9 @@ def load(name, *words):
 def test_small_is_predicted_as_it_was_measured(arm, twin):
     config, measured = twin(load("small")), MEASURED[arm]
     counted, layout = Costs(config), layout_of(config, 1)
-    memory = counted.memory(layout, 1, 32, 16)
-    memory.pop("validation")  # bench.step makes none
-    assert sum(memory.values()) / GIB == pytest.approx(measured["peak_gib"], rel=0.05)
+    parts = counted.memory(layout, 1, 32, 16)
+    parts.pop("validation")  # bench.step makes none
+    assert sum(parts.values()) / GIB == pytest.approx(measured["peak_gib"], rel=0.05)
     seconds = measured["seconds"]
     step = seconds["first micro-batch"] + 15 * seconds["another micro-batch"] + seconds["optimizer"]
     predicted = counted.step(layout, 1, 32, 16)
@@ -100,6 +104,47 @@ LAYOUTS = {
         ["--dp_replicate=2", "--ep=2", "--activation_checkpointing=full"]],
 }
 SMALL = ["--num_hidden_layers=3", "--global_batch_size=8", "--micro_batch_size=4"]
+
+
+class Live(TorchDispatchMode):
+    """Within it, the most bytes that tensors have had at once, the given ones too: peak."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+        self._see(tensors)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self._see(tree_leaves(result))
+        return result
+
+    def _see(self, tensors):
+        seen = len(self.storages)
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.storages:
+                    self.storages[storage._cdata] = weakref.ref(storage, lambda _, key=storage._cdata:
+                                                                self.storages.pop(key, None))
+        if len(self.storages) > seen:  # sizes are asked anew: FSDP2 frees and fills the storages of gathered weights
+            alive = [ref() for ref in list(self.storages.values())]
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in alive if storage is not None))
+
+
+@pytest.mark.parametrize("words", [[], ["--micro_batch_size=4", "--dtype=bfloat16"],
+                                   ["--activation_checkpointing=full"], ["--n_routed_experts=0"]], ids=str)
+def test_the_peak_of_tensors_on_a_cpu_is_the_planned_one(monkeypatch, words):
+    config = load("debug", "--num_hidden_layers=3", "--sequence_length=128", *words)
+    model = build(config, CPU).init_weights(0)
+    tokens = torch.randint(0, config.vocab_size, (config.micro_batch_size, config.sequence_length))
+    forwards = config.global_batch_size // config.micro_batch_size
+    with Live([*model.parameters(), *model.buffers()]) as live:
+        rehearse.one_step(config, model, parallel.Layout(), tokens, forwards)
+    monkeypatch.setattr(memory, "PIECES", 1.0)  # of the allocator, and libraries: no tensors
+    monkeypatch.setattr(memory, "PYTORCH", 0)
+    planned = Costs(config, device="cpu").memory(layout_of(config, 1), 1, config.micro_batch_size, forwards)
+    assert sum(planned.values()) == pytest.approx(live.peak, rel=0.05)
 
 
 def counted_by_gloo(layouts):
