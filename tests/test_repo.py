@@ -122,7 +122,7 @@ def test_files_are_short_and_the_whole_is_small():
     functions = {f"{name}: {node.name}": node.end_lineno - node.lineno + 1 for name in lengths
                  if not name.startswith("tests/") for node in ast.walk(ast.parse(read_source(ROOT / name)))
                  if isinstance(node, ast.FunctionDef)}
-    assert {name: n for name, n in functions.items() if n > 155} == {}
+    assert {name: n for name, n in functions.items() if n > 150} == {}
 
 
 def test_triton_is_imported_only_when_a_kernel_runs():
