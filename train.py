@@ -11,11 +11,9 @@ and in run/ folder.py, checkpoint.py, guard.py, report.py, metrics.py.
 import sys
 from pathlib import Path
 
-import torch
-
 import errors
 import settings
-from counting import count_parameters, flops_per_token
+from counting import flops_per_token
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet
 from data.tasks import open_tasks
@@ -24,7 +22,6 @@ from errors import UserError
 from kernels.selfcheck import compile_ahead
 from model import pick_device
 from ranks import parallel
-from routes import routing_table
 from run import checkpoint, folder, guard, memory, metrics, report, services
 from run.dry_run import rehearse
 from run.profile import Profiler
@@ -112,19 +109,8 @@ def train(argv, watch):
     if wants_compile(config, device):
         print("the first step compiles the blocks ...", flush=True)
 
-    # ------------------------------------------------------------------ what is about to happen
-    total, active = count_parameters(config)
     flops = flops_per_token(config, config.sequence_length)
-    epochs = stream.epochs((config.max_steps - start) * config.global_batch_size,
-                           [read.get(key, 0) / config.sequence_length for key in folder.data_keys(stream.identity())])
-    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token",
-          f"{layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}",
-          f"{config.max_steps - start} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in all, "
-          f"into {run}/", sep="\n  ")
-    if epochs > 4:
-        print(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
-    if config.verbose:
-        print("\n".join(routing_table(model.named_parameters(), training.routes)))
+    print(*report.opening(training, flops, kernels, read), sep="\n")
 
     # ------------------------------------------------------------------ the loop
     watch.begin(config, start)
