@@ -130,6 +130,10 @@ class Config(ModelConfig):
         False, "resume on other data, packing, sequence length or seed than the checkpoint's", "start")
     skip_sequences: int = setting(
         0, "sequences of the data to leave out; with --resume=STEP_FOLDER, to get past a loss spike", "start")
+    dry_run: bool = setting(
+        False, "build and check everything, try a few micro-batches, tell time and memory; nothing is written", "start")
+    profile_steps: str | None = setting(
+        None, "as 10:13: out_dir/profile/ tells what the steps 10, 11 and 12 spend time and memory on", "start")
 
     def __post_init__(self):
         super().__post_init__()
@@ -140,6 +144,12 @@ class Config(ModelConfig):
     def router_is_idle(self):
         """Whether the only weight that a token's expert has is always 1; a new run is refused then."""
         return self.n_routed_experts > 0 and self.num_experts_per_tok == 1 and self.norm_topk_prob
+
+    def profiled(self):
+        """The range of steps that profile_steps names, empty if None; None if it names none."""
+        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps or "0:0", re.ASCII)
+        steps = range(*map(int, found.groups())) if found else ()
+        return steps if steps or self.profile_steps is None else None
 
     def check(self):
         """Raise a UserError for the first impossible value or combination."""
@@ -185,7 +195,10 @@ class Config(ModelConfig):
                 (not self.eval_tasks or self.eval_interval, "eval_tasks run at validations: set --eval_interval"),
                 (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder"),
                 (not self.skip_sequences or re.search(r"step_\d+/*$", str(self.resume)),
-                 "skip_sequences would skip again at every restart: set --resume to a step folder")):
+                 "skip_sequences would skip again at every restart: set --resume to a step folder"),
+                (self.profiled() is not None, f"profile_steps={self.profile_steps!r}: expected two steps, the first "
+                 "before the second, as in 10:13 for the steps 10, 11 and 12"),
+                (not (self.dry_run and self.profile_steps), "a dry run profiles no steps: leave one of the two out")):
             if not ok:
                 raise UserError(message)
         return self

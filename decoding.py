@@ -11,27 +11,30 @@ from sampling import next_token
 
 
 @torch.no_grad()
-def generate(model, tokens_BT, max_new_tokens, *, stop=None, use_cache=True, on_slide=lambda: None,
+def generate(model, tokens_BT, max_new_tokens, *, starts_B=None, stop=None, use_cache=True, on_slide=lambda: None,
              agree=lambda ids: ids, **sampling):
     """Yield (B,) ids, one tensor per new token; keyword arguments of sampling.next_token choose how. agree(ids) lets
-    the ranks of a sharded model go on with one choice.
+    the ranks of a sharded model go on with one choice. starts_B: pad_left's, where the rows differ in length; what a
+    row gives does not depend on the others.
 
-    Rows that produced the id `stop` go on yielding it, and the stream ends when all have. When the context is full, the
-    newest half of it becomes the new context and on_slide() is called; cached and uncached runs slide alike.
+    Rows that produced the id `stop` go on yielding it, and the stream ends when all have. When a row fills the context,
+    its newest half becomes its new context and on_slide() is called; cached and uncached runs slide alike.
     """
     was_training, limit = model.training, model.config.max_position_embeddings
     model.eval()
     try:
         history, done = tokens_BT, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-        window = history[:, -limit:]
+        starts_B = torch.zeros_like(done, dtype=torch.int32) if starts_B is None else starts_B
+        window, starts_B, padded = newest(history, starts_B, limit, limit)
         cache = model.new_cache(len(history), limit) if use_cache else None
-        fresh = window  # what the cache has not seen
         for _ in range(max_new_tokens):
             if window.shape[1] > limit:
                 on_slide()
-                window = fresh = window[:, -max(limit // 2, 1):]
+                window, starts_B, padded = newest(window, starts_B, limit, max(limit // 2, 1))
                 cache = model.new_cache(len(history), limit) if use_cache else None
-            logits_BV = model(fresh if use_cache else window, cache=cache)[:, -1]
+            seen = cache.length if use_cache else 0
+            first_BT = firsts(starts_B, seen, window.shape[1]) if padded else None
+            logits_BV = model(window[:, seen:], cache=cache, first_BT=first_BT)[:, -1]
             ids = agree(next_token(logits_BV, history, **sampling))
             if stop is not None:
                 ids = torch.where(done, stop, ids)
@@ -39,10 +42,34 @@ def generate(model, tokens_BT, max_new_tokens, *, stop=None, use_cache=True, on_
             yield ids
             if done.all():
                 return
-            fresh = ids[:, None]
-            history, window = torch.cat((history, fresh), dim=1), torch.cat((window, fresh), dim=1)
+            history, window = (torch.cat((tokens, ids[:, None]), dim=1) for tokens in (history, window))
     finally:
         model.train(was_training)
+
+
+def pad_left(rows, device=None):
+    """(tokens_BT, starts_B int32) of lists of ids: they end in one column, and the places before a row's start repeat
+    its first id, so that a penalty on repeats counts only the row's own."""
+    width = max(map(len, rows))
+    padded = [row[:1] * (width - len(row)) + row for row in rows]
+    starts = [width - len(row) for row in rows]
+    return torch.tensor(padded, device=device), torch.tensor(starts, dtype=torch.int32, device=device)
+
+
+def newest(window_BT, starts_B, limit, kept):
+    """window_BT and starts_B when of every row longer than `limit` only its newest `kept` are left, without columns
+    that nobody needs; and whether any row is padded still."""
+    length = window_BT.shape[1]
+    starts_B = torch.where(length - starts_B > limit, length - kept, starts_B)
+    unused = int(starts_B.min())
+    return window_BT[:, unused:], starts_B - unused, bool((starts_B > unused).any())
+
+
+def firsts(starts_B, begin, end):
+    """K2.forward's first_BT of the columns begin..end: where their row starts. Padding sees padding, since a softmax
+    over nothing would be NaN."""
+    columns_T = torch.arange(begin, end, dtype=torch.int32, device=starts_B.device)
+    return starts_B[:, None] * (columns_T >= starts_B[:, None])
 
 
 @torch.no_grad()

@@ -1,120 +1,35 @@
 """Text from a trained model:  python generate.py out/debug --prompt "def " [--temperature=0.8] [--top_k=50] ...
 
-    from generate import load
+    python generate.py out/debug --chat                # in the terminal
+    python generate.py out/debug --web [out/other]     # a page in the browser, two models side by side
+    python generate.py out/debug --prompts=FILE --json # a prompt a line; an object a line
+
+    from generate import load, prompt_box
     model, tokenizer = load("out/debug")      # a run folder, a step folder or an exported Hugging Face directory
+    prompt_box("out/debug")                   # in a notebook
 
 Prompts start a document: the end-of-text token is put before them, as in training; without a prompt it stands alone.
-Text goes to stdout, notes to stderr. The loops are in decoding.py, the choice of a token in sampling.py.
+Text goes to stdout, notes to stderr. What is done is in talk/, the loops in decoding.py, the choice of a token in
+sampling.py.
 """
 
-import codecs
+import functools
+import json
 import re
+import sys
 import time
 from pathlib import Path
 
-import torch
-
 import errors
-import hf
 import sampling
-from data import tokenizer as tokenizers
-from decoding import speculate
 from errors import UserError
-from hf_weights import note, refuse_other_kinds
-from kernels import selfcheck
-from model import build, pick_device
-from run import checkpoint
-from settings import model_config
+from hf_weights import note
+from talk import web
+from talk.chat import chat, write
+from talk.notebook import prompt_box
+from talk.text import complete, encode_prompt, load, stream, stream_text, tell_of_prompt, tell_of_text
 
-COMMANDS = "/reset forgets all, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help lists these"
-
-
-def load(path, device="auto", dtype="float32", which="latest"):
-    """(model, tokenizer) in evaluation mode. which: "latest" or "best", for a run folder; "ema": the
-    average of the weights, of the latest. The tokenizer is one of data/tokenizer.py, or None if the folder has none."""
-    path, device = Path(path), pick_device(device)
-    if not path.is_dir():
-        raise UserError(f"no folder {path}: give a run folder (out/debug), a step folder or an exported directory")
-    published, step = hf.is_hf(path), checkpoint.STEP.search(path.name)
-    if which != "latest" and (published or step and which == "best"):
-        raise UserError(f"{path} holds one model, no {which} one: leave --checkpoint out, or name a run folder")
-    if published:
-        model = hf.load_model(path, device)
-        encoder = published_tokenizer(path, model.config.vocab_size)
-    else:
-        if not step and not (path / "checkpoints").is_dir():
-            refuse_other_kinds(path)
-        step_folder = checkpoint.find(path, which)
-        manifest = checkpoint.read_manifest(step_folder)
-        model = build(model_config(manifest["config"], f"in {manifest.path}"), device)
-        if which == "ema" and "ema_updates" not in manifest:
-            raise UserError(f"{step_folder} has no average of the weights, as --ema=0.999 keeps one in a training: "
-                            "leave --checkpoint out")
-        kind = "ema" if which == "ema" else "model"
-        checkpoint.load(step_folder, {f"{kind}.{name}": tensor for name, tensor in model.state_dict().items()})
-        folder = step_folder.parent.parent / "tokenizer"
-        encoder = tokenizers.load(folder) if folder.is_dir() else None
-    model.compute_dtype = getattr(torch, dtype)
-    selfcheck.use("auto", device, model.compute_dtype)
-    return model.eval(), encoder
-
-
-def published_tokenizer(path, vocab_size):
-    """The tokenizer of a Hugging Face directory; None, with a line, if it cannot be read or is of another model."""
-    if (path / "tokenizer").is_dir():  # of our own export
-        return tokenizers.load(path / "tokenizer")
-    if tokenizers.find(path) is None:
-        return None
-    try:
-        encoder = tokenizers.load(path)
-        if encoder.n_vocab > vocab_size:
-            raise UserError(f"it has ids up to {encoder.n_vocab - 1}, the model only {vocab_size}")
-        return encoder
-    except UserError as error:
-        note(f"the weights of {path} are read, its tokenizer is not: {error}")
-
-
-def encode_prompt(encoder, prompt):
-    """The prompt as ids, with the document separator before it. Of a tokenizer without one nothing says where a text
-    starts: there an empty prompt is a line end."""
-    end = tokenizers.end_of_text(encoder)
-    return ([] if end is None else [end]) + encoder.encode_ordinary(prompt) or encoder.encode_ordinary("\n") or [0]
-
-
-def stream_text(model, encoder, prompt_ids, max_new_tokens, **options):
-    """Yield the continuation piece by piece, up to end of text; a character of several tokens comes when it is
-    whole. options: those of `stream`."""
-    for _, text in stream(model, encoder, prompt_ids, max_new_tokens, **options):
-        yield text
-
-
-def stream(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=lambda: None, on_draft=None, **options):
-    """Yield (id, the text that it makes whole) of every new token up to end of text, then (None, the rest). on_draft:
-    decoding.speculate's, if that is to decode, which takes no other options."""
-    if not prompt_ids:
-        raise UserError("the prompt is empty, and the tokenizer has no end-of-text token that could stand for the "
-                        "start of a document: give --prompt TEXT")
-    device = model.lm_head.weight.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    decoder, end = codecs.getincrementaldecoder("utf-8")("replace"), tokenizers.end_of_text(encoder)
-    prompt = torch.tensor([prompt_ids], device=device)
-    if on_draft:
-        new = speculate(model, prompt, max_new_tokens, stop=end, on_slide=on_slide, on_draft=on_draft)
-    else:
-        new = model.generate(prompt, max_new_tokens, stop=end, generator=generator, on_slide=on_slide, **options)
-    with torch.compiler.set_stance("force_eager"):  # lengths change at every token
-        for ids in new:
-            if int(ids) == end:
-                break
-            yield int(ids), decoder.decode(token_bytes(encoder, int(ids)))
-    yield None, decoder.decode(b"", final=True)
-
-
-def token_bytes(encoder, token):
-    try:
-        return encoder.decode_single_token_bytes(token)
-    except KeyError:  # the model's vocabulary may be padded beyond the tokenizer's
-        return b""
+__all__ = ["complete", "encode_prompt", "load", "prompt_box", "stream", "stream_text"]
 
 
 def parse(argv):
@@ -122,7 +37,10 @@ def parse(argv):
     parser.add_argument("model", help="run folder, step folder or exported Hugging Face directory")
     parser.add_argument("--prompt", action="append", help="text to continue, several times if wanted; none: from the "
                         "document start")
+    parser.add_argument("--prompts", metavar="FILE", help="a file of prompts, one a line; - is standard input")
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of every prompt")
+    parser.add_argument("--batch_size", type=int, default=8, help="texts that are made at once; each is what it is "
+                        "alone, but for rounding")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top_k", type=int, help="only the k most likely tokens")
@@ -131,7 +49,12 @@ def parse(argv):
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeats are less likely")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stream", action="store_true", help="print every token as it comes")
-    parser.add_argument("--chat", action="store_true", help="type texts, let the model continue; /reset, /quit")
+    parser.add_argument("--json", action="store_true", help="for scripts: an object a line, with prompt, text, tokens, "
+                        "seconds and seed")
+    parser.add_argument("--chat", action="store_true", help="type texts, let the model continue; /help lists commands")
+    parser.add_argument("--web", nargs="?", const="", metavar="MODEL", help="a page on this machine's browser, with a "
+                        "second model beside the first if one is named")
+    parser.add_argument("--port", type=int, help="of the page; 0: any that is free (default 8000)")
     parser.add_argument("--speculative", action="store_true", help="the same greedy text in fewer steps, by the block "
                         "of a model trained with mtp_depth=1; with --temperature=0")
     parser.add_argument("--no_cache", action="store_true", help="recompute the whole context for every token")
@@ -141,14 +64,28 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.options = {name: getattr(args, name) for name in sampling.RANGES}
     sampling.check(**args.options)
+    asks = args.chat or args.web is not None
     for ok, message in (
             (not (args.chat and args.prompt), "--chat asks for texts by itself: leave --prompt out"),
+            (not (asks and (args.prompt or args.prompts or args.json)), "--chat and --web ask for texts by themselves: "
+             "leave --prompt, --prompts and --json out"),
+            (not (args.chat and args.web is not None), "--chat and --web: choose one"),
+            (args.web is None or not (args.num_samples > 1 or args.stream or args.speculative or args.no_cache),
+             "the page makes one text of a model at a time, as it comes: leave --num_samples, --stream, --speculative "
+             "and --no_cache out"),
+            (args.web is None or args.max_new_tokens <= web.MOST_TOKENS,
+             f"--max_new_tokens must be at most {web.MOST_TOKENS:,} for --web"),
+            (args.port is None or args.web is not None, "--port is the page's: set --web too"),
+            (args.port is None or 0 <= args.port < 2**16, "--port must be 0 to 65535"),
+            (not (args.json and (args.stream or args.speculative)), "--json prints whole texts, several made at once: "
+             "leave --stream and --speculative out"),
             (not re.search("[\ud800-\udfff]", "".join(args.prompt or [])), "--prompt has bytes that are no text here"),
             (not args.speculative or args.temperature == 0, "--speculative makes greedy text: set --temperature=0"),
             (not args.speculative or (args.repetition_penalty == 1.0 and not args.no_cache),
              "--speculative needs the cache and penalises nothing: leave --no_cache and --repetition_penalty out"),
             (args.num_samples > 0, "--num_samples must be at least 1"),
-            (0 <= args.seed < 2**63, "--seed must be 0 or more, below 2**63"),
+            (args.batch_size > 0, "--batch_size must be at least 1"),
+            (0 <= args.seed <= 2**63 - args.num_samples, "--seed must be 0 or more, and below 2**63 for every sample"),
             (args.max_new_tokens > 0, "--max_new_tokens must be at least 1")):
         if not ok:
             raise UserError(message)
@@ -157,6 +94,9 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    if args.web is not None:
+        return web.serve([folder for folder in (args.model, args.web) if folder], args)
+    prompts = (args.prompt or []) + (read_prompts(args.prompts) if args.prompts else []) or [""]
     model, encoder = load(args.model, args.device, args.dtype, args.checkpoint)
     if encoder is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: put the tokenizer folder of the training "
@@ -166,67 +106,65 @@ def main(argv=None):
                         "it out, or train with --mtp_depth=1")
     drafts = []
     options = {"on_draft": drafts.append} if args.speculative else args.options | {"use_cache": not args.no_cache}
-    options |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    options |= {"max_new_tokens": args.max_new_tokens}
     if args.chat:
-        return chat(model, encoder, options)
-    started, produced, prompts = time.perf_counter(), 0, args.prompt or [""]
+        return chat(model, encoder, options | {"seed": args.seed})
     for prompt in prompts:
-        ids = encode_prompt(encoder, prompt)
-        for text, number in encoder._special_tokens.items():
-            if text in prompt and number not in ids[1:]:
-                note(f"{text!r} in the prompt is read as plain text, not as the special token")
-        for number in range(args.num_samples):
-            if len(prompts) * args.num_samples > 1:
-                print(f"--- {prompt!r}, sample {number + 1}")
-            print(prompt, end="", flush=True)
-            options["seed"] = args.seed + number
-            produced += len(write(model, encoder, ids, options, args.stream))
+        tell_of_prompt(model, encoder, prompt, encode_prompt(encoder, prompt))
+    wanted = [(prompt, number) for prompt in prompts for number in range(args.num_samples)]
+    started, make = time.perf_counter(), one_by_one if args.stream or args.speculative else in_batches
+    produced = make(model, encoder, wanted, options, args)
     seconds = time.perf_counter() - started
     said = f"; {sum(drafts) / max(len(drafts), 1):.0%} of {len(drafts)} drafts right" if args.speculative else ""
     note(f"{produced} tokens in {seconds:.1f} s, {produced / seconds:.0f} tokens/s{said}")
 
 
-def write(model, encoder, prompt_ids, options, as_it_comes, interruptible=False):
-    """Print the continuation of a prompt and a line end; returns its ids. If interruptible, Ctrl-C ends it early."""
-    limit, ids, pieces, slides = model.config.max_position_embeddings, [], [], []
-    if len(prompt_ids) > limit:
-        note(f"the prompt has {len(prompt_ids)} tokens, the context {limit}: only the last {limit} are read")
+def read_prompts(name):
+    """The lines of a file, or of standard input, that are not blank."""
     try:
-        for token, piece in stream(model, encoder, prompt_ids, on_slide=lambda: slides.append(1), **options):
-            ids += [token] * (token is not None)
-            pieces.append(piece)
-            if as_it_comes:
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        if not interruptible:
-            raise
-    print("" if as_it_comes else "".join(pieces), flush=True)
-    if slides:
-        note(f"the context of {limit} tokens is full: the text went on from its newest half")
-    if unknown := sum(token >= encoder.n_vocab for token in ids):
-        note(f"{unknown} of {len(ids)} tokens are none of the tokenizer's {encoder.n_vocab} and are not printed")
-    return ids
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text: {error}") from error
+    if not (prompts := [line for line in text.splitlines() if line.strip()]):
+        raise UserError(f"{name} has no prompt, only blank lines")
+    return prompts
 
 
-def chat(model, encoder, options):
-    """Read a text, stream its continuation, keep both as the context of the next."""
-    history = encode_prompt(encoder, "")
-    print(f"Type a text and the model continues it. {COMMANDS}.")
-    while True:
-        try:
-            text = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            return print()
-        if text.strip() == "/quit":
-            return None
-        if text.strip() == "/reset":
-            history = encode_prompt(encoder, "")
-        elif text.startswith("/"):
-            print(f"{COMMANDS}; a text that starts with / needs a space before it")
-        elif text.strip():
-            history += encoder.encode_ordinary(text)
-            history += write(model, encoder, history, options, as_it_comes=True, interruptible=True)
-            history += encoder.encode_ordinary("\n")
+def one_by_one(model, encoder, wanted, options, args):
+    """Print the text of each (prompt, number of the sample) as it comes; returns how many tokens were made."""
+    produced = 0
+    for prompt, number in wanted:
+        print_title(prompt, number, len(wanted))
+        print(prompt, end="", flush=True)
+        seeded = options | {"seed": args.seed + number}
+        produced += len(write(model, encoder, encode_prompt(encoder, prompt), seeded))
+    return produced
+
+
+def in_batches(model, encoder, wanted, options, args):
+    """As one_by_one, args.batch_size texts at once; with args.json an object for each."""
+    produced = 0
+    for first in range(0, len(wanted), args.batch_size):
+        batch, slides = wanted[first:first + args.batch_size], []
+        seeds = [args.seed + number for _, number in batch]
+        answers = complete(model, encoder, [encode_prompt(encoder, prompt) for prompt, _ in batch], seeds=seeds,
+                           on_slide=functools.partial(slides.append, 1), **options)
+        for (prompt, number), seed, (ids, text, seconds) in zip(batch, seeds, answers):
+            if args.json:
+                print(json.dumps({"prompt": prompt, "text": text, "tokens": len(ids), "seconds": round(seconds, 3),
+                                  "seed": seed}), flush=True)
+            else:
+                print_title(prompt, number, len(wanted))
+                print(prompt + text, flush=True)
+        made = [token for ids, _, _ in answers for token in ids]
+        tell_of_text(model, encoder, made, slides)
+        produced += len(made)
+    return produced
+
+
+def print_title(prompt, number, of):
+    if of > 1:
+        print(f"--- {prompt!r}, sample {number + 1}")
 
 
 if __name__ == "__main__":

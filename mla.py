@@ -84,11 +84,13 @@ class Cache:
     length: int = 0
 
 
-def cached_attention(scores_BHTS, start):
-    """Softmax in fp32 over the cached keys, with query t standing at position start + t."""
+def cached_attention(scores_BHTS, start, first_BT=None):
+    """Softmax in fp32 over the cached keys from first_BT (None: 0) on, with query t standing at position start + t."""
     _, _, T, S = scores_BHTS.shape
-    future = torch.ones(T, S, dtype=torch.bool, device=scores_BHTS.device).triu(start + 1)
-    return scores_BHTS.float().masked_fill(future, float("-inf")).softmax(-1)
+    hidden = torch.ones(T, S, dtype=torch.bool, device=scores_BHTS.device).triu(start + 1)
+    if first_BT is not None:
+        hidden = hidden | (torch.arange(S, device=hidden.device) < first_BT[..., None]).unsqueeze(1)
+    return scores_BHTS.float().masked_fill(hidden, float("-inf")).softmax(-1)
 
 
 class MLA(nn.Module):
@@ -135,13 +137,13 @@ class MLA(nn.Module):
             latent_BSR, k_rope_BSP = cache_BSW[:, :end].split((self.R, self.P), dim=-1)
             weight_HXR = self.kv_b_proj.weight.to(x_BTD.dtype).unflatten(0, (self.H, -1))
             up_HNR, value_HUR = weight_HXR.split((self.N, self.U), dim=1)
-            if x_BTD.shape[1] == 1:
+            if x_BTD.shape[1] == 1 and first_BT is None:
                 q_BHW = torch.cat((torch.einsum("bthn,hnr->bhr", q_nope, up_HNR), q_rope.squeeze(1)), dim=-1)
                 latent_BHR = latent_decode(q_BHW, cache_BSW[:, :end], self.scale, self.R)
                 return self.o_proj(torch.einsum("bhr,hur->bhu", latent_BHR, value_HUR).flatten(1).unsqueeze(1)), None
             scores = torch.einsum("bthn,hnr,bsr->bhts", q_nope, up_HNR, latent_BSR)
             scores = (scores + torch.einsum("bthp,bsp->bhts", q_rope, k_rope_BSP)) * self.scale
-            weights = cached_attention(scores, start).to(x_BTD.dtype)
+            weights = cached_attention(scores, start, first_BT).to(x_BTD.dtype)
             output_BTHU = torch.einsum("bhts,bsr,hur->bthu", weights, latent_BSR, value_HUR)
             return self.o_proj(output_BTHU.flatten(-2)), None
         q, (k, v) = RotateTail.apply(q, self.N, *rope), self.keys_and_values(latent_BTR, k_rope_BT1P)
@@ -194,7 +196,8 @@ class MHA(nn.Module):
             end = start + x_BTD.shape[1]
             cache_BSW[:, start:end] = torch.cat((k.flatten(-2), v.flatten(-2)), dim=-1)
             k, v = cache_BSW[:, :end].unflatten(-1, (2, self.H, self.U)).unbind(2)
-            weights = cached_attention(torch.einsum("bthu,bshu->bhts", q, k) * scale, start).to(x_BTD.dtype)
+            scores = torch.einsum("bthu,bshu->bhts", q, k) * scale
+            weights = cached_attention(scores, start, first_BT).to(x_BTD.dtype)
             return self.o_proj(torch.einsum("bhts,bshu->bthu", weights, v).flatten(-2)), None
         heads = (x.transpose(1, 2) for x in (q, k, v))
         output_BHTU, max_H = causal_attention(*heads, scale, first_BT, self.exact_above)

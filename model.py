@@ -259,9 +259,9 @@ class K2(nn.Module):
         mtp_scale: None leaves the MTPBlock out; else it is that of the block's own cross-entropy, which is returned
         behind the others, a sum too, and behind it over how many targets.
 
-        cache, from new_cache(), holds the positions before these tokens and receives theirs. first_BT (int32), without
-        a cache: where in its row the document of each position starts. Attention then stays within a document, and its
-        positions count from there.
+        cache, from new_cache(), holds the positions before these tokens and receives theirs. first_BT (int32): where in
+        its row, cached positions included, the document of each position starts. Attention then stays within a
+        document, and its positions count from there.
         """
         real_BT = None if targets_BT is None else targets_BT != IGNORE  # places left empty are routed, but no tokens
         x_BTD, rope, told = self.trunk(tokens_BT, cache, first_BT, real_BT)

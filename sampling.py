@@ -23,7 +23,8 @@ def check(**options):
 def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
                generator=None):
     """Sample one id per row, (B,) int64. temperature 0 is greedy. The filters apply after the temperature, in the order
-    top_k, top_p, min_p; each keeps at least the most likely token.
+    top_k, top_p, min_p; each keeps at least the most likely token. generator: a list gives every row its own, so that
+    its choices are those it would make alone.
 
     repetition_penalty > 1 makes ids that stand in history_BT less likely: positive logits are divided by it, negative
     ones multiplied (CTRL, arXiv 1909.05858, section 4.1, with the sign handled).
@@ -51,4 +52,7 @@ def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, m
     if min_p is not None:
         probs = logits.softmax(-1)
         logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    probs = logits.softmax(-1)
+    if isinstance(generator, list):
+        return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in zip(probs, generator, strict=True)])
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)

@@ -31,7 +31,8 @@ class Found:
     """What a forward and backward found, on every rank the same: the mean loss and the norm of its gradient; the losses
     of the routers, balance and z, and of multi-token prediction (None without); how many ranks got a signal.
 
-    fill: by how much sums over a full batch fall short of means where packing left places empty; else 1."""
+    fill: what sums over a batch are multiplied by to be means over its targets, above 1 where packing left places empty
+    (loss and norm are already)."""
     loss: float
     norm: float
     balance: float
@@ -48,7 +49,7 @@ class Found:
 class Training:
     """What learns. A model, on its device and ranks, its optimizer and, after begin(), the batches of a TrainStream.
 
-    `step` counts the steps that began, `sequences` and `tokens` what they were given, `skipped` how many before now
+    `step` counts the steps that began, `sequences` and `tokens` what they were given, `skipped` how many of the last
     were not finite, one after the other. `state`: all tensors of model and optimizer by name. `average`: of the
     weights, or None. `places`: where the stream is; `waited`: seconds for data since someone set it to 0."""
 

@@ -11,11 +11,9 @@ and in run/ folder.py, checkpoint.py, guard.py, report.py, metrics.py.
 import sys
 from pathlib import Path
 
-import torch
-
 import errors
 import settings
-from counting import count_parameters, flops_per_token
+from counting import flops_per_token
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet
 from data.tasks import open_tasks
@@ -24,8 +22,9 @@ from errors import UserError
 from kernels.selfcheck import compile_ahead
 from model import pick_device
 from ranks import parallel
-from routes import routing_table
 from run import checkpoint, folder, guard, memory, metrics, report, services
+from run.dry_run import rehearse
+from run.profile import Profiler
 from step import Training, wants_compile
 
 
@@ -65,7 +64,8 @@ def train(argv, watch):
     # ------------------------------------------------------------------ run folder
     kernels = parallel.choose_kernels(config, device)
     run = Path(config.out_dir)
-    parallel.once(watch.claim, run)  # before a checkpoint is chosen: its owner may still be saving
+    if not config.dry_run:
+        parallel.once(watch.claim, run)  # before a checkpoint is chosen: its owner may still be saving
     source = folder.find_source(run, config)  # the step folder to resume from, or None
     parallel.once(folder.refuse_to_mix, run, source, config)
     parallel.once(services.require, config)
@@ -88,6 +88,8 @@ def train(argv, watch):
     size = checkpoint.size(training.state) + bool(config.ema) * checkpoint.size(checkpoint.named_tensors(model))
     parallel.once(folder.require_room, run, source, size, config.max_steps - start, config)
     training.start(source, manifest)
+    if config.dry_run:
+        return rehearse(training)
     parallel.once(run.mkdir, parents=True, exist_ok=True)
     parallel.once(watch.claim, run)  # if it is new
     run_id, aside = parallel.once(folder.open_run, run, source, start, changed, config, config_file, argv, encoder)
@@ -107,30 +109,21 @@ def train(argv, watch):
     if wants_compile(config, device):
         print("the first step compiles the blocks ...", flush=True)
 
-    # ------------------------------------------------------------------ what is about to happen
-    total, active = count_parameters(config)
     flops = flops_per_token(config, config.sequence_length)
-    epochs = stream.epochs((config.max_steps - start) * config.global_batch_size,
-                           [read.get(key, 0) / config.sequence_length for key in folder.data_keys(stream.identity())])
-    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token",
-          f"{layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}",
-          f"{config.max_steps - start} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in all, "
-          f"into {run}/", sep="\n  ")
-    if epochs > 4:
-        print(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
-    if config.verbose:
-        print("\n".join(routing_table(model.named_parameters(), training.routes)))
+    print(*report.opening(training, flops, kernels, read), sep="\n")
 
     # ------------------------------------------------------------------ the loop
     watch.begin(config, start)
     training.begin()
     record, alarm, crowding, pace = None, metrics.RoutingAlarm(config), metrics.Crowding(device), metrics.Pace()
+    profiler = Profiler(config, device, start)
     for step in range(start + 1, config.max_steps + 1):
         watch.beat(f"step {step}", patient=step <= start + guard.EARLY)
         last = step == config.max_steps
         logged = last or step % config.log_interval == 0 or step == start + 1
 
         # Data, forward and backward, gradient norm, update.
+        profiler.at(step)
         pace.start()
         sums = training.forward_backward(exact=logged)
         found = training.agree(sums, bool(watch.signal))
@@ -180,6 +173,7 @@ def train(argv, watch):
             print(f"{watch.signal or 'a signal on another rank'}: saved step {step}; continue with:  "
                   f"{guard.command(run)}")
             break
+    profiler.close()
     log.close()
     if watch.agreed and not last:
         sys.exit(errors.STOPPED)

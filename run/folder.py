@@ -35,9 +35,9 @@ FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "aux_loss_alpha
         "initializer_range"}
 LOGS = ("metrics.jsonl", "samples.md", "curves.png")
 UNFINISHED = ".unfinished"  # in a folder of aside/, until all is there: the records that the run itself keeps
-WRITTEN = ["checkpoints", *LOGS, "config.json", "tokenizer", "stacks", "wandb", "tensorboard", "aside"]  # by runs
+WRITTEN = ["checkpoints", *LOGS, "config.json", "tokenizer", "stacks", "wandb", "tensorboard", "aside", "profile"]
 PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_rollbacks", "new_data", "wandb",
-         "wandb_project", "wandb_group", "wandb_tags", "tensorboard", "verbose"}
+         "wandb_project", "wandb_group", "wandb_tags", "tensorboard", "verbose", "dry_run", "profile_steps"}
 
 
 def find_source(run, config):

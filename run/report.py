@@ -1,19 +1,41 @@
-"""What a run tells of its steps: trouble, records, validation, samples, ranks that differ, saves. In metrics.jsonl, on
-the terminal, in samples.md; none of it changes a number of the training. Next: metrics.py, guard.py, ../train.py.
+"""What a run tells: what is about to happen; then trouble, records, validation, samples, ranks that differ and saves.
+
+It stands in metrics.jsonl, on the terminal and in samples.md, and changes no number of the training. Next: metrics.py,
+guard.py, ../train.py.
 """
 
 import dataclasses
 import functools
 import shlex
+from pathlib import Path
 
 import torch
 
+from counting import count_parameters
 from errors import UserError, started
 from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
 from ranks import parallel
+from routes import routing_table
 from run import checkpoint, folder, guard, metrics
 from run.terminal import duration
+
+
+def opening(training, flops, kernels, read):
+    """What is about to happen, in lines. flops: of a token; kernels: which run, in words; read: as of folder.data_read,
+    up to here."""
+    config, identity = training.config, training.stream.identity()
+    total, active = count_parameters(config)
+    steps, run = config.max_steps - training.step, Path(config.out_dir)
+    epochs = training.stream.epochs(steps * config.global_batch_size,
+                                    [read.get(key, 0) / config.sequence_length for key in folder.data_keys(identity)])
+    lines = [f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a "
+             "token", f"  {training.layout}, {training.device}, {config.dtype}, {kernels} kernels, torch "
+             f"{torch.__version__}", f"  {steps} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in "
+             f"all, into {run}/"]
+    if epochs > 4:
+        lines.append(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
+    return lines + config.verbose * routing_table(training.model.named_parameters(), training.routes)
 
 
 def trouble(training, found, spikes, log):

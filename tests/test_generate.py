@@ -1,9 +1,12 @@
 """Sampling, the latent cache, sliding, and the command line of generate.py."""
 
+import json
+
 import pytest
 import torch
 
 import generate
+from data import tokenizer as tokenizers
 from errors import UserError
 from sampling import next_token
 from tests.helpers import run_train, tiny_model, tokens
@@ -166,6 +169,46 @@ def test_command_line(run, capsys):
     assert outputs[0].out == outputs[1].out == outputs[2].out
 
 
+def test_batches_and_json_say_what_one_by_one_says(run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("ab\n\n  \na much longer prompt, of another length\nä€\n", encoding="utf-8")
+    words = [str(run), f"--prompts={tmp_path / 'prompts.txt'}", "--prompt=first", "--num_samples=2", "--seed=5",
+             "--max_new_tokens=20", "--device=cpu"]
+    outputs = []
+    for size in (1, 3, 8):
+        generate.main([*words, f"--batch_size={size}"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2] and outputs[0].count("--- ") == 8
+    generate.main([*words, "--json"])
+    found, said = capsys.readouterr()
+    answers = [json.loads(line) for line in found.splitlines()]
+    assert [(a["prompt"], a["seed"]) for a in answers[:3]] == [("first", 5), ("first", 6), ("ab", 5)]
+    assert answers[-1]["prompt"] == "ä€" and len(answers) == 8 and said.startswith("note: 160 tokens in ")
+    assert all(a["tokens"] == 20 and a["seconds"] >= 0 for a in answers)
+    told = [f"--- {a['prompt']!r}, sample {a['seed'] - 4}\n{a['prompt']}{a['text']}\n" for a in answers]
+    assert "".join(told) == outputs[0]
+
+
+def test_a_batch_ends_each_text_at_its_own_end(run):
+    """The end of one row is neither the other's nor printed, and nothing behind it counts."""
+    model, encoder = generate.load(run, "cpu")
+    prompts = [[256, *b"ab"], [256, *b"xyz,"]]
+    free = [ids for ids, _, _ in generate.complete(model, encoder, prompts, 30, [0, 1], temperature=1.0)]
+    end = next(token for token in free[0] if free[1].count(token) == 0 or free[1].index(token) != free[0].index(token))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "end_of_text", lambda encoder: end)
+        stopped = generate.complete(model, encoder, prompts, 30, [0, 1], temperature=1.0)
+    for (ids, text, _), before in zip(stopped, free):
+        assert ids == before[:before.index(end) if end in before else None]
+        assert text == bytes(ids).decode("utf-8", "replace")
+
+
+def test_prompt_files_that_are_none(run, tmp_path):
+    for name, content, message in (("blank", b" \n\n", "no prompt"), ("latin", b"\xe4\n", "not UTF-8")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            generate.main([str(run), f"--prompts={tmp_path / name}"])
+
+
 def test_a_text_beyond_the_context_slides_and_says_so_behind_it(run, capsys):
     words = [str(run), "--prompt", "x" * 100, "--max_new_tokens=150", "--temperature=0", "--device=cpu"]
     generate.main(words)
@@ -197,7 +240,8 @@ def test_without_a_separator_the_empty_prompt_is_refused_in_a_line(run):
 
 def test_ids_beyond_the_tokenizer_and_special_texts_are_said(run, capsys, monkeypatch):
     model, encoder = generate.load(run, "cpu")
-    monkeypatch.setattr(model, "generate", lambda *args, **options: iter(torch.tensor([[97], [300], [98], [301]])))
+    made = torch.tensor([[97], [300], [98], [301]])
+    monkeypatch.setattr(model, "generate", lambda *args, **options: iter(made))
     monkeypatch.setattr(generate, "load", lambda *args: (model, encoder))
     generate.main(["x", "--prompt", "a<|endoftext|>"])
     out, said = capsys.readouterr()
@@ -218,60 +262,6 @@ def test_nan_logits_and_tiny_temperatures():
     for options in ({"temperature": float("nan")}, {"top_p": float("nan")}, {"min_p": float("nan")}, {"top_k": 0}):
         with pytest.raises(UserError, match=next(iter(options))):
             chosen(1, **options)
-
-
-# ---------------------------------------------------------------------- chat
-
-
-def talk(monkeypatch, run, *lines, words=()):
-    """generate.main --chat with these lines typed; an exception among them is raised where it would be read. Returns
-    the prompts that the model was given."""
-    typed, given, plain = iter(lines), [], generate.stream
-
-    def read(prompt):
-        line = next(typed, EOFError())
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-    def stream(model, encoder, prompt_ids, *args, **options):
-        given.append(list(prompt_ids))
-        return plain(model, encoder, prompt_ids, *args, **options)
-
-    monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(generate, "stream", stream)
-    generate.main([str(run), "--chat", "--max_new_tokens=5", "--device=cpu", *words])
-    return given
-
-
-def test_chat_keeps_what_was_said_until_reset(run, monkeypatch, capsys):
-    given = talk(monkeypatch, run, "hello", "", "   ", "again", "/reset", "hello", "/quit", "never")
-    assert given[0] == [256, *b"hello"] == given[2] and len(given) == 3
-    assert given[1][:6] == given[0] and bytes(given[1][-6:]) == b"\nagain" and len(given[1]) == 6 + 5 + 6  # its own ids
-
-
-@pytest.mark.parametrize("text", ["/help", "/hepl", "/", "/clear all", "/Quit"])
-def test_commands_that_there_are_not_list_those_there_are(run, monkeypatch, capsys, text):
-    assert talk(monkeypatch, run, text, " /usr/bin") == [[256, *b" /usr/bin"]]
-    assert capsys.readouterr().out.count("/reset forgets all, /quit or Ctrl-D ends") == 2
-
-
-def test_ctrl_c_stops_the_answer_and_at_the_prompt_the_chat(run, monkeypatch, capsys):
-    plain, pressed = generate.token_bytes, []
-
-    def press(encoder, token):
-        pressed.append(token)
-        if len(pressed) == 3:
-            raise KeyboardInterrupt
-        return plain(encoder, token)
-
-    monkeypatch.setattr(generate, "token_bytes", press)
-    given = talk(monkeypatch, run, "hello", "on", KeyboardInterrupt(), "never")
-    assert given[1] == [256, *b"hello", *pressed[:2], *b"\non"] and len(given) == 2  # what was printed is kept
-    monkeypatch.setattr(generate, "token_bytes", press)
-    pressed.clear()
-    with pytest.raises(KeyboardInterrupt):  # outside of a chat it ends the command
-        generate.main([str(run), "--prompt=a", "--device=cpu"])
 
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
@@ -297,6 +287,16 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
         (["--prompt", "x", "--top_p=1.5"], "--top_p"),
         (["--prompt", "x", "--max_new_tokens=0"], "--max_new_tokens"),
         (["--prompt", "x", "--num_samples=0"], "--num_samples"),
+        (["--prompt", "x", "--batch_size=0"], "--batch_size"),
+        (["--seed=9223372036854775807", "--num_samples=2"], "--seed"),
+        (["--chat", "--prompts=x"], "leave --prompt, --prompts and --json out"),
+        (["--web", "--json"], "leave --prompt, --prompts and --json out"),
+        (["--web", "--chat"], "choose one"),
+        (["--web", "--num_samples=2"], "the page makes one text"),
+        (["--web", "--max_new_tokens=5000"], "at most 4,096"),
+        (["--port=8000"], "set --web too"),
+        (["--web", "--port=65536"], "0 to 65535"),
+        (["--json", "--stream"], "leave --stream"),
         (["--max_new=3"], r"^unrecognized arguments: --max_new=3 \(see --help\)$"),
         (["--max-new-tokens=x"], "^argument --max_new_tokens: invalid int value: 'x'"),
     ],

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import errors
-import generate
+import talk.text
 import train
 from data import prepare
 from ranks import parallel
@@ -121,14 +121,14 @@ def test_a_sample_that_fails_in_the_midst_leaves_the_model_training(config, tmp_
     def token_bytes(encoder, token):
         raise KeyError(token)
 
-    monkeypatch.setattr(generate, "token_bytes", token_bytes)
+    monkeypatch.setattr(talk.text, "token_bytes", token_bytes)
     run_train(config, *SHORT, "--sample_interval=1")
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
 def failing_samples(error, *words):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "token_bytes", lambda encoder, token: (_ for _ in ()).throw(error))
+        patch.setattr(talk.text, "token_bytes", lambda encoder, token: (_ for _ in ()).throw(error))
         run_train(*words, *SHORT, "--sample_interval=1", "--sample_prompts=['a', 'b']", "--strategy=fsdp")
 
 

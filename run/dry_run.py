@@ -1,0 +1,47 @@
+"""A run that is tried and not started: python train.py configs/x.py --dry_run.
+
+Everything is built and checked as for the run itself; then a few micro-batches are trained on, each with an update, and
+thrown away. What they took predicts time and memory. Nothing is written. Next: ../step.py.
+"""
+
+import time
+
+from errors import UserError
+from kernels.backend import synchronize
+from run import checkpoint, memory
+from run.folder import size
+from run.metrics import duration, memory_gib
+
+WARMING = {"cuda": 3}  # micro-batches before the one that is timed: compilers and captures are at work; elsewhere 1
+
+
+def rehearse(training):
+    """Print what the run of a step.Training that has started would need; returns it as a record. All ranks call it."""
+    config, device, accumulation = training.config, training.device, training.accumulation
+    steps = config.max_steps - training.step
+    predicted = memory.needed(config, training.model, training.routes, training.layout, device,
+                              training.micro_batch_size, accumulation)
+    training.begin()
+    training.accumulation = 1  # a micro-batch a step
+    for _ in range(min(WARMING.get(device.type, 1) + 1, steps * accumulation)):
+        started = time.perf_counter()
+        sums = training.forward_backward()
+        synchronize()
+        middle = time.perf_counter()
+        found = training.agree(sums)
+        training.update(found)
+        synchronize()
+        ended = time.perf_counter()
+    if not found.finite:
+        raise UserError(f"the loss is {found.loss}, the norm of its gradient {found.norm}: lower the learning rates, "
+                        "or try --dtype=float32, to see whether rounding is to blame")
+    step_seconds = accumulation * (middle - started) + ended - middle
+    record = {"step_seconds": step_seconds, "seconds": steps * step_seconds, "memory_gib": memory_gib(device),
+              "predicted_gib": predicted / 2**30, "checkpoint_bytes": checkpoint.size(training.saved()[0])}
+    print(f"dry run: everything is in order, and nothing was written\n"
+          f"time      {duration(record['seconds'])} for {steps:,} steps of {step_seconds:.2f} s, "
+          f"{training.tokens_per_step / step_seconds:,.0f} tokens/s, without validations, samples and saves\n"
+          f"memory    {record['memory_gib']:.1f} GiB at most; predicted: {record['predicted_gib']:.1f} GiB beside "
+          "Python and its libraries\n"
+          f"saves     {size(record['checkpoint_bytes'])} each", flush=True)
+    return record

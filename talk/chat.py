@@ -1,0 +1,98 @@
+"""A model in the terminal: a continuation as it comes, and the loop of --chat, which keeps all that was said.
+
+The models are trained on text, not to converse: each answer continues everything before it.
+"""
+
+import importlib
+import sys
+import time
+
+import sampling
+from errors import UserError
+from hf_weights import note
+from talk.text import encode_prompt, stream, tell_of_text, token_bytes
+
+HELP = """The model continues your text. It was trained on texts, not to converse: what you type and what it answers is
+one text that grows. A line that ends with \\ goes on in the next one; Ctrl-C stops an answer.
+  /reset               forgets all
+  /history             prints all that the model sees
+  /temperature 0.5     also /top_k, /top_p, /min_p, /repetition_penalty, /max_new_tokens, /seed; none switches off
+  /help                prints this
+  /quit or Ctrl-D      ends
+A text that starts with / needs a space before it."""
+WHOLE = {"top_k": (1, 2**63), "max_new_tokens": (1, 2**31), "seed": (0, 2**63 - 1)}
+MAY_BE_NONE = ("top_k", "top_p", "min_p")
+
+
+def write(model, encoder, prompt_ids, options, interruptible=False):
+    """Print the continuation of a prompt as it comes, and a line end; returns its ids. If interruptible, Ctrl-C ends it
+    early."""
+    ids, slides = [], []
+    try:
+        for token, piece in stream(model, encoder, prompt_ids, on_slide=lambda: slides.append(1), **options):
+            ids += [token] * (token is not None)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+    print(flush=True)
+    tell_of_text(model, encoder, ids, slides)
+    return ids
+
+
+def chat(model, encoder, options):
+    """Read a text, stream its continuation, keep both as the context of the next, until /quit."""
+    if sys.stdin and sys.stdin.isatty() and importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # input() then edits lines, and the arrow keys bring earlier ones back
+    history, options = encode_prompt(encoder, ""), dict(options)
+    print("Type a text and the model continues it; it is not trained to converse. /help lists the commands.")
+    while True:
+        try:
+            text = read()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, value = text.strip().partition(" ")
+        if command == "/quit":
+            return None
+        if command == "/reset":
+            history = encode_prompt(encoder, "")
+        elif command == "/history":
+            print(b"".join(token_bytes(encoder, token) for token in history).decode("utf-8", "replace"))
+        elif text.startswith("/") and command[1:] in options and value:
+            try:
+                options[command[1:]] = number(command[1:], value)
+            except UserError as error:
+                print(error)
+        elif text.startswith("/"):
+            print(HELP)
+        elif text.strip():
+            history += encoder.encode_ordinary(text)
+            started = time.perf_counter()
+            answer = write(model, encoder, history, options, interruptible=True)
+            seconds = time.perf_counter() - started
+            note(f"{len(answer)} tokens in {seconds:.1f} s, {len(answer) / seconds:.0f} tokens/s")
+            history += answer + encoder.encode_ordinary("\n")
+
+
+def read():
+    """A text from the terminal: one line, and the next ones after each that ends with a backslash."""
+    lines = [input("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input("... "))
+    return "\n".join(lines)
+
+
+def number(name, text):
+    """The value of an option as it was typed, a UserError if it cannot have it."""
+    if text == "none" and name in MAY_BE_NONE:
+        return None
+    kind = int if name in WHOLE else float
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise UserError(f"/{name} {text}: expected a {'whole ' * (kind is int)}number") from error
+    low, high = WHOLE.get(name) or sampling.RANGES[name]
+    if not low <= value <= high:
+        raise UserError(f"/{name} {text} must lie between {low} and {high:,}")
+    return value
