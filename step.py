@@ -136,8 +136,8 @@ class Training:
         and the only wait for the device in a step. signal: whether this rank got one."""
         model = self.model
         squared_norm = parallel.squared_norm(self.parameters, self.layout)
-        more = torch.stack((model.routing.z, squared_norm, sums.new_tensor(signal)))
-        agreed = parallel.add_up(torch.cat((sums, more)))
+        own = torch.stack((model.routing.z, squared_norm, sums.new_tensor(signal)))
+        agreed = parallel.add_up(torch.cat((sums, own)))
         parallel.largest(model.max_logits)
         parallel.add_up(model.routing.expert_counts)
         parallel.add_up(model.routing.histograms)

@@ -88,6 +88,8 @@ def train(argv, watch):
     size = checkpoint.size(training.state) + bool(config.ema) * checkpoint.size(checkpoint.named_tensors(model))
     parallel.once(folder.require_room, run, source, size, config.max_steps - start, config)
     training.start(source, manifest)
+    if source:
+        stream.go_to({} if config.new_data else manifest.get("places", {}))
     if config.dry_run:
         return rehearse(training)
     parallel.once(run.mkdir, parents=True, exist_ok=True)
@@ -97,7 +99,6 @@ def train(argv, watch):
     if parallel.starts() and not config.skip_sequences:
         log.write("event", start, event="restart", command=argv)
     if source:
-        stream.go_to({} if config.new_data else manifest.get("places", {}))
         rates = folder.rates(manifest["config"], config, start)
         log.write("event", start, event="resume", source=str(source), changed=changed, skipped=config.skip_sequences,
                   rates=rates, set_aside=aside and str(aside))
@@ -116,7 +117,7 @@ def train(argv, watch):
     watch.begin(config, start)
     training.begin()
     record, alarm, crowding, pace = None, metrics.RoutingAlarm(config), metrics.Crowding(device), metrics.Pace()
-    profiler = Profiler(config, device, start)
+    profiler = Profiler(config, device, start, log)
     for step in range(start + 1, config.max_steps + 1):
         watch.beat(f"step {step}", patient=step <= start + guard.EARLY)
         last = step == config.max_steps

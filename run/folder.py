@@ -42,7 +42,7 @@ PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_ro
 
 def find_source(run, config):
     """The step folder to resume from, None for a new run."""
-    parallel.once(finish_setting_aside, run)
+    parallel.once(refuse_unfinished if config.dry_run else finish_setting_aside, run)
     if rewound(config):
         parallel.once(require_step, Path(config.resume))
     source = None
@@ -290,6 +290,13 @@ def set_aside(run, folder, step):
     os.rename(temporary, folder)
     finish_setting_aside(run)
     return folder
+
+
+def refuse_unfinished(run):
+    """A dry run writes nothing, and what a kill left half done has to be finished before anything is looked at."""
+    if any(run.glob(f"aside/step_*/{UNFINISHED}")):
+        raise UserError(f"{run} was on its way back to an earlier step when its process ended: going on with it "
+                        "finishes that, which a dry run may not")
 
 
 def finish_setting_aside(run):

@@ -77,9 +77,8 @@ class Pace:
 
     def mean(self):
         """Mean seconds of the steps that have stopped since the last call."""
-        mean = math.fsum(self.newest) / len(self.newest)
-        self.newest = []
-        return mean
+        newest, self.newest = self.newest, []
+        return statistics.fmean(newest)
 
     def add(self, step_seconds, other_seconds=0.0):
         """A step has taken so long, and what else happened since the one before."""

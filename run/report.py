@@ -25,14 +25,14 @@ def opening(training, flops, kernels, read):
     """What is about to happen, in lines. flops: of a token; kernels: which run, in words; read: as of folder.data_read,
     up to here."""
     config, identity = training.config, training.stream.identity()
-    total, active = count_parameters(config)
-    steps, run = config.max_steps - training.step, Path(config.out_dir)
+    (total, active), steps = count_parameters(config), config.max_steps - training.step
     epochs = training.stream.epochs(steps * config.global_batch_size,
                                     [read.get(key, 0) / config.sequence_length for key in folder.data_keys(identity)])
-    lines = [f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a "
-             "token", f"  {training.layout}, {training.device}, {config.dtype}, {kernels} kernels, torch "
-             f"{torch.__version__}", f"  {steps} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in "
-             f"all, into {run}/"]
+    sizes = f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token"
+    lines = [f"{Path(config.out_dir).name}: {sizes}",
+             f"  {training.layout}, {training.device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}",
+             f"  {steps} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in all, into "
+             f"{Path(config.out_dir)}/"]
     if epochs > 4:
         lines.append(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
     return lines + config.verbose * routing_table(training.model.named_parameters(), training.routes)

@@ -80,7 +80,8 @@ class WandB:
         [(step, text)] so far."""
         self.wandb, self.samples = wandb, samples
         name = config.run_name or folder.name
-        earlier = list((folder / "wandb").glob(f"offline-run-*-{run_id}"))
+        homes = [folder, folder.parent.parent] if folder.parent.name == "aside" else [folder]  # what is set aside keeps
+        earlier = [path for home in homes for path in (home / "wandb").glob(f"offline-run-*-{run_id}")]  # the run's id
         self.run = wandb.init(
             project=config.wandb_project, name=name, id=run_id, resume="allow", dir=str(folder), mode=mode,
             group=config.wandb_group or name, tags=config.wandb_tags or None, config=vars(config))
