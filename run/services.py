@@ -59,16 +59,15 @@ def numbers(record):
 
 def require(config):
     """Refuse a setting that needs a package which is not installed, before anything begins."""
-    for wanted, name, setting in ((config.wandb in ("online", "offline"), "wandb", f"wandb={config.wandb!r}"),
-                                  (config.tensorboard, "tensorboard", "tensorboard")):
-        try:
-            if wanted and name == "wandb":
-                import wandb  # noqa: F401
-            elif wanted:
-                from torch.utils import tensorboard  # noqa: F401
-        except Exception as error:  # a damaged one raises anything
-            off = "--wandb=off" if name == "wandb" else "--no-tensorboard"
-            raise UserError(f"{setting} needs the package: pip install {name}, or {off} ({said(error)})") from error
+    setting, name, off = f"wandb={config.wandb!r}", "wandb", "--wandb=off"
+    try:
+        if config.wandb in ("online", "offline"):
+            import wandb  # noqa: F401
+        setting, name, off = "tensorboard", "tensorboard", "--no-tensorboard"
+        if config.tensorboard:
+            from torch.utils import tensorboard  # noqa: F401
+    except Exception as error:  # a damaged one raises anything
+        raise UserError(f"{setting} needs the package: pip install {name}, or {off} ({said(error)})") from error
 
 
 # ----------------------------------------------------------------------------- W&B
