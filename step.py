@@ -18,12 +18,11 @@ from kernels import graphs
 from kernels.cross_entropy import IGNORE
 from kernels.newton_schulz import newton_schulz
 from model import build
-from muon import Muon, local_rows, qk_clip_, schedule_factor
+from muon import SCHEDULE, Muon, local_rows, qk_clip_, schedule_factor
 from ranks import parallel
 from routes import routes_of
 from run import checkpoint, memory
 from run.ema import Average
-from run.folder import SCHEDULE
 
 
 @dataclass
@@ -136,8 +135,8 @@ class Training:
         and the only wait for the device in a step. signal: whether this rank got one."""
         model = self.model
         squared_norm = parallel.squared_norm(self.parameters, self.layout)
-        more = torch.stack((model.routing.z, squared_norm, sums.new_tensor(signal)))
-        agreed = parallel.add_up(torch.cat((sums, more)))
+        own = torch.stack((model.routing.z, squared_norm, sums.new_tensor(signal)))
+        agreed = parallel.add_up(torch.cat((sums, own)))
         parallel.largest(model.max_logits)
         parallel.add_up(model.routing.expert_counts)
         parallel.add_up(model.routing.histograms)

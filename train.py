@@ -11,11 +11,9 @@ and in run/ folder.py, checkpoint.py, guard.py, report.py, metrics.py.
 import sys
 from pathlib import Path
 
-import torch
-
 import errors
 import settings
-from counting import count_parameters, flops_per_token
+from counting import flops_per_token
 from data import tokenizer
 from data.loader import TrainStream, ValidationSet
 from data.tasks import open_tasks
@@ -24,7 +22,6 @@ from errors import UserError
 from kernels.selfcheck import compile_ahead
 from model import pick_device
 from ranks import parallel
-from routes import routing_table
 from run import checkpoint, folder, guard, memory, metrics, report, services
 from run.dry_run import rehearse
 from run.profile import Profiler
@@ -91,6 +88,8 @@ def train(argv, watch):
     size = checkpoint.size(training.state) + bool(config.ema) * checkpoint.size(checkpoint.named_tensors(model))
     parallel.once(folder.require_room, run, source, size, config.max_steps - start, config)
     training.start(source, manifest)
+    if source:
+        stream.go_to({} if config.new_data else manifest.get("places", {}))
     if config.dry_run:
         return rehearse(training)
     parallel.once(run.mkdir, parents=True, exist_ok=True)
@@ -100,7 +99,6 @@ def train(argv, watch):
     if parallel.starts() and not config.skip_sequences:
         log.write("event", start, event="restart", command=argv)
     if source:
-        stream.go_to({} if config.new_data else manifest.get("places", {}))
         rates = folder.rates(manifest["config"], config, start)
         log.write("event", start, event="resume", source=str(source), changed=changed, skipped=config.skip_sequences,
                   rates=rates, set_aside=aside and str(aside))
@@ -112,25 +110,14 @@ def train(argv, watch):
     if wants_compile(config, device):
         print("the first step compiles the blocks ...", flush=True)
 
-    # ------------------------------------------------------------------ what is about to happen
-    total, active = count_parameters(config)
     flops = flops_per_token(config, config.sequence_length)
-    epochs = stream.epochs((config.max_steps - start) * config.global_batch_size,
-                           [read.get(key, 0) / config.sequence_length for key in folder.data_keys(stream.identity())])
-    print(f"{run.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token",
-          f"{layout}, {device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}",
-          f"{config.max_steps - start} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in all, "
-          f"into {run}/", sep="\n  ")
-    if epochs > 4:
-        print(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
-    if config.verbose:
-        print("\n".join(routing_table(model.named_parameters(), training.routes)))
+    print(*report.opening(training, flops, kernels, read), sep="\n")
 
     # ------------------------------------------------------------------ the loop
     watch.begin(config, start)
     training.begin()
     record, alarm, crowding, pace = None, metrics.RoutingAlarm(config), metrics.Crowding(device), metrics.Pace()
-    profiler = Profiler(config, device, start)
+    profiler = Profiler(config, device, start, log)
     for step in range(start + 1, config.max_steps + 1):
         watch.beat(f"step {step}", patient=step <= start + guard.EARLY)
         last = step == config.max_steps
@@ -174,7 +161,7 @@ def train(argv, watch):
         if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not watch.agreed:
             report.samples(training, encoder, watch, log)
         if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
-            report.ranks(training, run, log)
+            report.compare_ranks(training, run, log)
         if save_now or watch.agreed:
             watch.beat(f"the save of step {step}", patient=True)
             report.end_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way

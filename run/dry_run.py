@@ -6,11 +6,12 @@ thrown away. What they took predicts time and memory. Nothing is written. Next: 
 
 import time
 
-from errors import UserError
+from errors import UserError, said
 from kernels.backend import synchronize
-from run import checkpoint, memory
+from run import checkpoint, guard, memory
 from run.folder import size
-from run.metrics import duration, memory_gib
+from run.metrics import memory_gib
+from run.terminal import duration
 
 WARMING = {"cuda": 3}  # micro-batches before the one that is timed: compilers and captures are at work; elsewhere 1
 
@@ -23,19 +24,18 @@ def rehearse(training):
                               training.micro_batch_size, accumulation)
     training.begin()
     training.accumulation = 1  # a micro-batch a step
-    for _ in range(min(WARMING.get(device.type, 1) + 1, steps * accumulation)):
-        started = time.perf_counter()
-        sums = training.forward_backward()
-        synchronize()
-        middle = time.perf_counter()
-        found = training.agree(sums)
-        training.update(found)
-        synchronize()
-        ended = time.perf_counter()
+    try:
+        found, forward, update = _tried(training, WARMING.get(device.type, 1) + 1, steps * accumulation)
+    except RuntimeError as error:
+        if not guard.is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory in micro-batches of {training.micro_batch_size} sequences ({said(error)}): a "
+                        "run would go on with smaller ones; try a smaller --micro_batch_size, or "
+                        "--activation_checkpointing=full") from error
     if not found.finite:
         raise UserError(f"the loss is {found.loss}, the norm of its gradient {found.norm}: lower the learning rates, "
                         "or try --dtype=float32, to see whether rounding is to blame")
-    step_seconds = accumulation * (middle - started) + ended - middle
+    step_seconds = accumulation * forward + update
     record = {"step_seconds": step_seconds, "seconds": steps * step_seconds, "memory_gib": memory_gib(device),
               "predicted_gib": predicted / 2**30, "checkpoint_bytes": checkpoint.size(training.saved()[0])}
     print(f"dry run: everything is in order, and nothing was written\n"
@@ -45,3 +45,19 @@ def rehearse(training):
           "Python and its libraries\n"
           f"saves     {size(record['checkpoint_bytes'])} each", flush=True)
     return record
+
+
+def _tried(training, least, most):
+    """(what the last of at least so many micro-batches found, its seconds, those of its update). More are tried where a
+    run would skip steps and go on: a loss scale that is too large falls."""
+    count, found = 0, None
+    while count < most and (count < least or not found.finite and training.skipped < training.config.max_skipped_steps):
+        started = time.perf_counter()
+        sums = training.forward_backward()
+        synchronize()
+        middle = time.perf_counter()
+        found = training.agree(sums)
+        training.update(found)
+        synchronize()
+        forward, update, count = middle - started, time.perf_counter() - middle, count + 1
+    return found, forward, update

@@ -24,7 +24,7 @@ from data import tokenizer
 from data.shards import read_json
 from errors import STOPPED, UserError
 from model import ModelConfig
-from muon import schedule_factor
+from muon import SCHEDULE, schedule_factor
 from ranks import parallel
 from run import checkpoint, guard, metrics
 
@@ -42,7 +42,7 @@ PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_ro
 
 def find_source(run, config):
     """The step folder to resume from, None for a new run."""
-    parallel.once(finish_setting_aside, run)
+    parallel.once(refuse_unfinished if config.dry_run else finish_setting_aside, run)
     if rewound(config):
         parallel.once(require_step, Path(config.resume))
     source = None
@@ -114,9 +114,6 @@ def _resolved(settings):
     """Settings with the length of wsd's decay as a number, as schedule_factor uses it."""
     fifth = settings.get("max_steps", 0) // 5
     return settings | ({"decay_steps": fifth} if settings.get("decay_steps", 0) is None else {})
-
-
-SCHEDULE = ("schedule", "max_steps", "warmup_steps", "decay_steps", "min_lr_ratio")
 
 
 def rates(stored, config, start):
@@ -290,6 +287,13 @@ def set_aside(run, folder, step):
     os.rename(temporary, folder)
     finish_setting_aside(run)
     return folder
+
+
+def refuse_unfinished(run):
+    """A dry run writes nothing, and what a kill left half done has to be finished before anything is looked at."""
+    if any(run.glob(f"aside/step_*/{UNFINISHED}")):
+        raise UserError(f"{run} was on its way back to an earlier step when its process ended: going on with it "
+                        "finishes that, which a dry run may not")
 
 
 def finish_setting_aside(run):

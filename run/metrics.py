@@ -77,9 +77,8 @@ class Pace:
 
     def mean(self):
         """Mean seconds of the steps that have stopped since the last call."""
-        mean = math.fsum(self.newest) / len(self.newest)
-        self.newest = []
-        return mean
+        newest, self.newest = self.newest, []
+        return statistics.fmean(newest)
 
     def add(self, step_seconds, other_seconds=0.0):
         """A step has taken so long, and what else happened since the one before."""
@@ -107,9 +106,9 @@ class RunLog:
         if not active:
             self.file = open(os.devnull, "w", encoding="utf-8")
             return
-        newest = max([record["step"] for record in read_records(self.path)], default=0)
+        newest, samples = max([record["step"] for record in read_records(self.path)], default=0), []
         replace_text(self.path, lines_up_to(self.path, step))
-        samples, backlog = [], read_records(self.path)
+        backlog = read_records(self.path)
         if (path := self.folder / "samples.md").exists():
             samples = self.attempt("samples.md", lambda: cut_samples(path, step)) or []
         self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # a line at a time: a kill loses at most one
@@ -313,8 +312,9 @@ def draw_curves(folder):
 
 def clip_of(folder):
     """The logit at which a run's QK-clip acts, None without it."""
-    settings = read_json(folder / "config.json").get("settings", {}) if (folder / "config.json").exists() else {}
-    return settings.get("qk_clip_tau") if settings.get("optimizer") == "muonclip" else None
+    settings = read_json(folder / "config.json").get("settings") if (folder / "config.json").exists() else None
+    clips = isinstance(settings, dict) and settings.get("optimizer") == "muonclip"
+    return settings.get("qk_clip_tau") if clips else None
 
 
 def command(argv):

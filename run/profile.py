@@ -20,13 +20,13 @@ ROWS = 15  # of the table
 class Profiler:
     """Call at(step) before every step, and close() behind the last."""
 
-    def __init__(self, config, device, start):
+    def __init__(self, config, device, start, log):
         steps = config.profiled() if parallel.rank() == 0 else range(0)
         self.steps, self.device, self.folder = steps, device, Path(config.out_dir) / "profile"
-        self.open, self.profile, self.seen = contextlib.ExitStack(), None, 0
-        if steps and not start < steps[0] <= config.max_steps:
-            print(f"warning: nothing is profiled: steps {start + 1} to {config.max_steps} are still to come, not step "
-                  f"{steps[0]}", flush=True)
+        self.open, self.profile, self.seen, self.log = contextlib.ExitStack(), None, 0, log
+        if steps and (steps[-1] <= start or steps[0] > config.max_steps):
+            print(f"warning: nothing is profiled: steps {start + 1} to {config.max_steps} are still to come, not "
+                  f"{config.profile_steps}", flush=True)
 
     def at(self, step):
         if step in self.steps:
@@ -45,6 +45,9 @@ class Profiler:
         self.open.close()
         found, self.profile = self.profile, None
         found.stop()
+        self.log.attempt(f"{self.folder}/", lambda: self._write(found))
+
+    def _write(self, found):
         self.folder.mkdir(exist_ok=True)
         found.export_chrome_trace(str(self.folder / "trace.json.gz"))
         table = costs(found.key_averages(), self.seen)

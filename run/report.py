@@ -1,19 +1,41 @@
-"""What a run tells of its steps: trouble, records, validation, samples, ranks that differ, saves. In metrics.jsonl, on
-the terminal, in samples.md; none of it changes a number of the training. Next: metrics.py, guard.py, ../train.py.
+"""What a run tells: what is about to happen; then trouble, records, validation, samples, ranks that differ and saves.
+
+It stands in metrics.jsonl, on the terminal and in samples.md, and changes no number of the training. Next: metrics.py,
+guard.py, ../train.py.
 """
 
 import dataclasses
 import functools
 import shlex
+from pathlib import Path
 
 import torch
 
+from counting import count_parameters
 from errors import UserError, started
 from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
 from ranks import parallel
+from routes import routing_table
 from run import checkpoint, folder, guard, metrics
 from run.terminal import duration
+
+
+def opening(training, flops, kernels, read):
+    """What is about to happen, in lines. flops: of a token; kernels: which run, in words; read: as of folder.data_read,
+    up to here."""
+    config, identity = training.config, training.stream.identity()
+    (total, active), steps = count_parameters(config), config.max_steps - training.step
+    epochs = training.stream.epochs(steps * config.global_batch_size,
+                                    [read.get(key, 0) / config.sequence_length for key in folder.data_keys(identity)])
+    sizes = f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token"
+    lines = [f"{Path(config.out_dir).name}: {sizes}",
+             f"  {training.layout}, {training.device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}",
+             f"  {steps} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in all, into "
+             f"{Path(config.out_dir)}/"]
+    if epochs > 4:
+        lines.append(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
+    return lines + config.verbose * routing_table(training.model.named_parameters(), training.routes)
 
 
 def trouble(training, found, spikes, log):
@@ -88,7 +110,7 @@ def sample(training, encoder, prompt, log):
         seed=training.config.seed + training.step, agree=parallel.same)), must_end)
 
 
-def ranks(training, run, log):
+def compare_ranks(training, run, log):
     """Refuse to go on with ranks that drifted apart, and tell those that are slow."""
     step, optimizer = training.step, training.optimizer
     guard.refuse_drift(checkpoint.named_tensors(training.model, optimizer), [training.sequences, optimizer.steps], step,

@@ -59,16 +59,15 @@ def numbers(record):
 
 def require(config):
     """Refuse a setting that needs a package which is not installed, before anything begins."""
-    for wanted, name, setting in ((config.wandb in ("online", "offline"), "wandb", f"wandb={config.wandb!r}"),
-                                  (config.tensorboard, "tensorboard", "tensorboard")):
-        try:
-            if wanted and name == "wandb":
-                import wandb  # noqa: F401
-            elif wanted:
-                from torch.utils import tensorboard  # noqa: F401
-        except Exception as error:  # a damaged one raises anything
-            off = "--wandb=off" if name == "wandb" else "--no-tensorboard"
-            raise UserError(f"{setting} needs the package: pip install {name}, or {off} ({said(error)})") from error
+    setting, name, off = f"wandb={config.wandb!r}", "wandb", "--wandb=off"
+    try:
+        if config.wandb in ("online", "offline"):
+            import wandb  # noqa: F401
+        setting, name, off = "tensorboard", "tensorboard", "--no-tensorboard"
+        if config.tensorboard:
+            from torch.utils import tensorboard  # noqa: F401
+    except Exception as error:  # a damaged one raises anything
+        raise UserError(f"{setting} needs the package: pip install {name}, or {off} ({said(error)})") from error
 
 
 # ----------------------------------------------------------------------------- W&B
@@ -81,7 +80,8 @@ class WandB:
         [(step, text)] so far."""
         self.wandb, self.samples = wandb, samples
         name = config.run_name or folder.name
-        earlier = list((folder / "wandb").glob(f"offline-run-*-{run_id}"))
+        homes = [folder, folder.parent.parent] if folder.parent.name == "aside" else [folder]  # what is set aside keeps
+        earlier = [path for home in homes for path in (home / "wandb").glob(f"offline-run-*-{run_id}")]  # the run's id
         self.run = wandb.init(
             project=config.wandb_project, name=name, id=run_id, resume="allow", dir=str(folder), mode=mode,
             group=config.wandb_group or name, tags=config.wandb_tags or None, config=vars(config))

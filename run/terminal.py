@@ -7,6 +7,7 @@ Next: metrics.py, which makes the lines; guard.py, which says what a run is abou
 
 import shutil
 import sys
+import threading
 
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ class Live:
 
     def __init__(self, out, err):
         self.bar, self.pending, self.at_work, self.terminal = None, "", "", out
+        self.lock = threading.RLock()  # a save beside the training and the guard speak too
         self.out, self.err = Above(out, self), Above(err, self)
 
     def begin(self, start, steps):
@@ -53,17 +55,19 @@ class Live:
 
     def say(self, text, stream):
         """Write whole lines above the live one."""
-        text, self.pending = f"{self.pending}\n{text}" if self.pending else text, ""
+        kept, self.pending = self.pending, ""
         self.bar.clear()
+        self.terminal.write(kept + "\n" * bool(kept))  # also where stderr, which speaks, is a file
         stream.write(text)
         self.bar.refresh()
 
     def close(self):
         """End the line, which leaves no trace; what was printed of an unfinished line comes too."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-            self.terminal.write(self.pending + "\n" * bool(self.pending) + self.out.rest + self.err.rest)
+        with self.lock:
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = None
+                self.terminal.write(self.pending + "\n" * bool(self.pending) + self.out.rest + self.err.rest)
 
 
 class Above:
@@ -73,13 +77,14 @@ class Above:
         self.stream, self.live, self.rest = stream, live, ""
 
     def write(self, text):
-        if self.live.bar is None:
-            self.stream.write(text)
-            return
-        lines, end, rest = (self.rest + text).rpartition("\n")
-        self.rest = rest.rpartition("\r")[2]  # of a line that was written over, the last
-        if end:
-            self.live.say(lines + end, self.stream)
+        with self.live.lock:
+            if self.live.bar is None:
+                self.stream.write(text)
+                return
+            lines, end, rest = (self.rest + text).rpartition("\n")
+            self.rest = rest.rpartition("\r")[2]  # of a line that was written over, the last
+            if end:
+                self.live.say(lines + end, self.stream)
 
     def isatty(self):
         """Whether there is place for another bar."""

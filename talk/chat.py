@@ -13,7 +13,7 @@ from hf_weights import note
 from talk.text import encode_prompt, stream, tell_of_text, token_bytes
 
 HELP = """The model continues your text. It was trained on texts, not to converse: what you type and what it answers is
-one text that grows. A line that ends with \\ goes on in the next one; Ctrl-C stops an answer.
+one text that grows. A line that ends with \\ goes on in the next one; Ctrl-C stops an answer, or drops a line.
   /reset               forgets all
   /history             prints all that the model sees
   /temperature 0.5     also /top_k, /top_p, /min_p, /repetition_penalty, /max_new_tokens, /seed; none switches off
@@ -49,8 +49,11 @@ def chat(model, encoder, options):
     while True:
         try:
             text = read()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return print()
+        except KeyboardInterrupt:  # of a text that is not wanted; an answer's comes to write()
+            print("\n/quit or Ctrl-D leaves")
+            continue
         command, _, value = text.strip().partition(" ")
         if command == "/quit":
             return None

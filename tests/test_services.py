@@ -97,13 +97,15 @@ def test_steps_that_are_done_again_after_a_kill_are_not_sent_again(site, tmp_pat
 
 
 def test_offline_a_start_goes_on_where_the_one_before_ended(tmp_path, monkeypatch):
-    def first(start, newest, earlier):
+    def first(start, newest, earlier):  # in tmp_path as it is then
         for name in earlier:
             (tmp_path / "wandb" / name).mkdir(parents=True, exist_ok=True)
         config = types.SimpleNamespace(wandb_project="p", run_name=None, wandb_group=None, wandb_tags=[])
         return services.WandB(Site(), config, tmp_path, "abcd", "offline", start, newest, []).first
     assert first(4, 4, []) == 0 and first(4, 4, ["offline-run-1-zzzz"]) == 0
     assert first(4, 4, ["offline-run-1-abcd"]) == 5 and first(4, 6, []) == 7
+    tmp_path /= "aside/step_00000002_to_00000004"  # which keeps the id, but not what was sent with it
+    assert first(4, 4, []) == 5
 
 
 def test_tensorboard_holds_every_record_of_the_run_once(tmp_path, monkeypatch):

@@ -93,6 +93,16 @@ def test_what_is_printed_stands_whole_above_the_live_line(screen, monkeypatch):
     assert screen.lines()[-2:] == ["halflater", ""]
 
 
+def test_a_record_stays_on_the_terminal_where_errors_go_to_a_file(screen, monkeypatch):
+    line, errors_file = live(screen, monkeypatch), io.StringIO()
+    line.err.stream = errors_file
+    line.record("step 12/20  loss 1.5")
+    line.err.write("warning: slow\n")
+    assert errors_file.getvalue() == "warning: slow\n" and screen.lines()[0] == "step 12/20  loss 1.5"
+    line.close()
+    assert screen.lines() == ["step 12/20  loss 1.5", ""]
+
+
 def test_no_other_bar_appears_beside_the_live_line(screen, monkeypatch):
     line = live(screen, monkeypatch)
     assert errors.progress("checksum", 10).disable and not line.out.isatty()
