@@ -21,14 +21,34 @@ def flops_per_token(config, sequence_length):
     """Model FLOPs of one token in training, forward and backward (3x forward), 2 per multiply-add, causal attention at
     its true mean context of (T+1)/2, no recompute. The embedding lookup is free, the head is not; multi-token
     prediction counts with its block and the head once more."""
-    with torch.device("meta"):
-        model = K2(config)
-    head = config.vocab_size * config.hidden_size
-    embedding = 0 if config.tie_word_embeddings else head
+    return sum(flops_by_part(config, sequence_length).values())
+
+
+PARTS = {".experts.": "routed experts", ".shared_experts.": "shared experts", ".gate.": "router", ".mlp.": "dense MLP",
+         "lm_head.": "head", "embed_tokens.": "embedding"}  # of a parameter's name -> part; the first that fits counts
+
+
+def part_of(name):
+    """The part of the model that a parameter belongs to: one of PARTS, else projections, with the norms."""
+    return next((part for piece, part in PARTS.items() if piece in name), "projections")
+
+
+def flops_by_part(config, sequence_length, model=None):
+    """{part: what it has of flops_per_token}, attention being what is no parameter's. model: one of the config."""
+    if model is None:
+        with torch.device("meta"):
+            model = K2(config)
+    used = {}
+    for name, p in model.named_parameters():
+        part = part_of(name)
+        share = (config.num_experts_per_tok, config.n_routed_experts) if part == "routed experts" else (1, 1)
+        used[part] = used.get(part, 0) + p.numel() * share[0] // share[1]
+    used.pop("embedding")
     qk = config.qk_nope_head_dim + config.qk_rope_head_dim if config.attention == "mla" else config.v_head_dim
     width = config.num_attention_heads * (qk + config.v_head_dim)
-    core = len(model.layers) * width * (sequence_length + 1) / 2
-    return 3 * 2 * (_used(model, config) - embedding + config.mtp_depth * head + core)
+    used["attention"] = len(model.layers) * width * (sequence_length + 1) / 2
+    used["head"] = config.vocab_size * config.hidden_size * (1 + config.mtp_depth)
+    return {part: 6 * n for part, n in used.items()}
 
 
 def _used(module, config):

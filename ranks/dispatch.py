@@ -32,9 +32,7 @@ class ExpertParallel:
         choices_P = torch.zeros(self.ranks, dtype=torch.int64, device=x_ND.device)
         choices_P.scatter_add_(0, rank_NK.flatten(), torch.ones_like(rank_NK.flatten()))
         out_P2 = torch.stack((sent_PN.sum(1), choices_P), dim=1)
-        in_P2 = torch.empty_like(out_P2)
-        dist.all_to_all_single(in_P2, out_P2, group=self.group)
-        sizes = torch.stack((out_P2, in_P2)).tolist()  # the host sync
+        sizes = self.sizes(out_P2)
         send_splits, receive_splits = ([rows for rows, _ in side] for side in sizes)
         n_choices = sum(choices for _, choices in sizes[1])
 
@@ -56,6 +54,12 @@ class ExpertParallel:
         x_MD = _Depart.apply(TakeRows.apply(x_ND, token_S, from_NJ), rows)
         about_M2K = _Depart.apply(about_S2K, about)
         return x_MD, about_M2K, rows, about, n_choices, token_S, from_NJ
+
+    def sizes(self, out_P2):
+        """[[[rows, choices] for every rank that they go to], [... that they come from]], with the host sync."""
+        in_P2 = torch.empty_like(out_P2)
+        dist.all_to_all_single(in_P2, out_P2, group=self.group)
+        return torch.stack((out_P2, in_P2)).tolist()
 
     def receive(self, handle):
         """(rows, weights, local choices, number of choices) for Experts. A choice of another rank reads as expert L,

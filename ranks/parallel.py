@@ -339,7 +339,7 @@ def distribute(model, layout, dtype):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a factor of 1 is otherwise an operation that gloo lacks
-    _prefetch(list(model.layers), model.config.num_hidden_layers)
+    _prefetch(model, list(model.layers), model.config.num_hidden_layers)
 
 
 def _distribute_experts(moe, layout, policy):
@@ -355,14 +355,14 @@ def _distribute_experts(moe, layout, policy):
     fully_shard(moe.experts, mesh=layout.expert[names], mp_policy=policy)
 
 
-def _prefetch(layers, n_main):
+def _prefetch(model, layers, n_main):
     """Gather a block's experts and the next block while this one computes: FSDP2 guesses the order only as long as the
-    host runs ahead, and dispatch stops it in every layer. A block asks for its own experts too: gathered in a
-    recomputation they would be taken for a part of it. Of the layers behind the n_main first, forwards may run none."""
+    host runs ahead, and dispatch stops it in every layer. In the backward the block before asks for both: a block asks
+    once for each of its results, at last when all is done. Layers behind the n_main first may be left out."""
     units = [[m for m in layer.modules() if isinstance(m, FSDPModule)] for layer in layers]  # the block, its experts
-    for before, (layer, *inner), after in zip([[], *units], units, [*units[1:n_main], [], []]):
-        layer.set_modules_to_forward_prefetch(inner + after)
-        layer.set_modules_to_backward_prefetch(inner + before)
+    for before, (module, *inner), after in zip([[], *units], [*units, [model]], [*units[1:n_main], [], [], []]):
+        module.set_modules_to_forward_prefetch(inner + after)
+        module.set_modules_to_backward_prefetch(before)  # inside of a block a recomputation would take it for its own
 
 
 def compile_blocks(model):

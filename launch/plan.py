@@ -1,0 +1,226 @@
+"""What a run will take on GPUs that are not there yet: memory of a rank, bytes between ranks, seconds, days.
+
+    python -m launch.plan configs/k2.py --gpus=2048 --gpu=h200 [--nodes=256] [--tokens=15.5e12] [--key=value ...]
+
+--gpu: a100 h100 h200 h800 b200 gb200. Without --nodes there are 8 GPUs on each. What is named of --dp_replicate,
+--dp_shard, --ep, --micro_batch_size, --activation_checkpointing and --strategy is kept, the rest is chosen by predicted
+speed. --json: as JSON, on one line. --rehearse: also build the model as rank 0 of all, on tensors without memory, and
+compare what it holds and sends (K2 on 2,048: a minute).
+
+Rates come from one H100 that ran configs/small.py; more than one GPU was never measured. Next: costs.py.
+"""
+
+import dataclasses
+import json
+import math
+
+import errors
+import settings
+from errors import UserError
+from launch.costs import GIB, GPUS, PIECES, Costs, layout_of
+from ranks.parallel import check_layout
+
+CHOSEN = ("dp_replicate", "dp_shard", "ep", "micro_batch_size", "activation_checkpointing")
+RECOMPUTE = ("none", "selective", "full")
+SHOWN = 5  # layouts
+
+
+@dataclasses.dataclass
+class Plan:
+    """A layout of n GPUs that fits, and what a step takes there."""
+    costs: Costs
+    n: int
+
+    def __post_init__(self):
+        self.micro_batch_size = min(self.costs.config.micro_batch_size, self.costs.config.global_batch_size // self.n)
+        self.forwards = self.costs.config.global_batch_size // self.n // self.micro_batch_size
+        self.layout = layout_of(self.costs.config, self.n)
+        self.memory = self.costs.memory(self.layout, self.n, self.micro_batch_size, self.forwards)
+        self.fits = self.costs.fits(sum(self.memory.values()))
+
+    def predict(self):
+        """Adds seconds, traffic and what follows from them; returns itself."""
+        arguments = self.layout, self.n, self.micro_batch_size, self.forwards
+        self.seconds = self.costs.step(*arguments)
+        self.exchanges = self.costs.traffic(*arguments)
+        self.step = sum(self.seconds.values())
+        config = self.costs.config
+        self.tokens = config.global_batch_size * config.sequence_length
+        self.mfu = sum(self.costs.flops.values()) * self.tokens / self.step / self.n / self.costs.gpu.peak
+        return self
+
+    def words(self):
+        """The settings of this layout, as on a command line."""
+        values = {name: getattr(self.costs.config, name) for name in CHOSEN} | {"dp_shard": self.layout.dp_shard}
+        return [f"--{name}={value}" for name, value in values.items()]
+
+    def about(self, tokens):
+        """All of it as JSON has it."""
+        links = {f"{kind}, {link}": sent for (kind, link), sent in self.costs.links(self.exchanges).items()}
+        return {"settings": self.words(), "gpus": self.n, "fits": self.fits, "memory_bytes": self.memory,
+                "sent_bytes": links, "exchanges": [dataclasses.asdict(e) for e in self.exchanges],
+                "seconds": self.seconds, "step_seconds": self.step, "tokens_per_second": self.tokens / self.step,
+                "mfu": self.mfu, "bottleneck": max(self.seconds, key=self.seconds.get),
+                "days": tokens / self.tokens * self.step / 86400}
+
+
+# ----------------------------------------------------------------------------- the choice
+
+def plans(config, n, gpu, per_node, kept=()):
+    """The Plans of every layout on n GPUs that fits, the fastest first; settings in `kept` stay as config has them."""
+    if config.global_batch_size % n:
+        raise UserError(f"global_batch_size={config.global_batch_size} must be a multiple of the {n} GPUs: take "
+                        f"--global_batch_size={max(1, round(config.global_batch_size / n)) * n}, or fewer GPUs")
+    if {"strategy", "dp_replicate", "dp_shard"} & set(kept):
+        check_layout(config, n)
+    return sorted((plan.predict() for plan in _fitting(config, n, gpu, per_node, kept)), key=lambda plan: plan.step)
+
+
+def _fitting(config, n, gpu, per_node, kept):
+    """The Plans that fit: of every layout and recompute choice that with the largest forward."""
+    costs = Costs(config, gpu, per_node)
+    for changes in _layouts(config, n, kept):
+        for recompute in [config.activation_checkpointing] if "activation_checkpointing" in kept else RECOMPUTE:
+            made = lambda size, changes=changes | {"activation_checkpointing": recompute}: \
+                Plan(costs.of(micro_batch_size=size, **changes), n)
+            sizes = _sizes(config, n, kept)
+            if sizes and made(sizes[-1]).fits:
+                yield next(plan for plan in map(made, sizes) if plan.fits)
+
+
+def _layouts(config, n, kept):
+    """The settings of every mesh of n ranks that check_layout would take."""
+    if config.strategy == "ddp":
+        return [{}]
+    given = lambda name, values: [getattr(config, name)] if name in kept else values  # or what is named
+    E, shards = config.n_routed_experts or 1, config.dp_shard if "dp_shard" in kept else None
+    return [{"dp_replicate": n // S, "dp_shard": S, "ep": ep}
+            for S in _divisors(n) if shards in (None, S) and n // S in given("dp_replicate", [n // S])
+            for ep in _divisors(math.gcd(S, E)) if ep in given("ep", [ep])]
+
+
+def _sizes(config, n, kept):
+    """Sequences of a forward, the most first."""
+    share = config.global_batch_size // n
+    if "micro_batch_size" in kept:
+        return [config.micro_batch_size] if share % min(config.micro_batch_size, share) == 0 else []
+    return [size for size in (64, 32, 16, 8, 4, 2, 1) if share % size == 0 and size * config.sequence_length <= 2**17] \
+        or [1]
+
+
+def _divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def what_would_fit(config, n, name, kept):
+    """A sentence for who asked for too little."""
+    def some(m, other):
+        return config.global_batch_size % m == 0 and any(_fitting(config, m, GPUS[other], 8, {*kept, *least}))
+    least = {"micro_batch_size": 1, "activation_checkpointing": "full"}
+    config = dataclasses.replace(config, **least, **{"dp_replicate": 1} if "dp_replicate" not in kept else {})
+    if "dp_replicate" not in kept:
+        least["dp_replicate"] = 1
+    would = [f"{m} x {name}" for m in (n * 2**i for i in range(1, 11)) if some(m, name)][:1]
+    would += [f"{n} x {other}" for other in GPUS if GPUS[other].memory > GPUS[name].memory and some(n, other)]
+    costs = Costs(config)
+    needed = min(sum(Plan(costs.of(**changes), n).memory.values()) for changes in _layouts(config, n, kept))
+    return (f"it does not fit: one sequence a forward and everything recomputed, a rank needs "
+            f"{PIECES * needed / GIB:,.0f} GiB of {GPUS[name].memory / GIB:.0f} at least. What would: "
+            + (", ".join(would) or "a smaller model, or another --global_batch_size for more GPUs")
+            + (f"; or try without --{' --'.join(sorted(kept))}" if kept else ""))
+
+
+# ----------------------------------------------------------------------------- the command
+
+def given(argv):
+    """(config, what else was asked) of the command-line words."""
+    asked, rest = {"gpus": "1", "gpu": "h100", "nodes": None, "tokens": None, "json": None, "rehearse": None}, []
+    for word in argv:
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in asked:
+            asked[name] = value
+        else:
+            rest.append(word)
+    config, path = settings.load(rest)
+    try:
+        n, tokens = int(asked["gpus"]), float(asked["tokens"] or 0) or None
+        nodes = int(asked["nodes"] or -(-n // 8))
+    except ValueError as error:
+        raise UserError(f"--gpus, --nodes and --tokens are numbers: {error}") from error
+    if asked["gpu"] not in GPUS:
+        raise UserError(f"--gpu={asked['gpu']} is not known; there are {', '.join(GPUS)}")
+    if n < 1 or nodes < 1 or n % nodes:
+        raise UserError(f"--gpus={n} must be a multiple of --nodes={nodes}, and both at least 1")
+    kept = {*CHOSEN, "strategy"} & settings.read_words(rest)[1].keys()
+    tokens = tokens or float(config.max_steps * config.global_batch_size * config.sequence_length)
+    return config, path, n, nodes, tokens, asked, kept
+
+
+def main(argv):
+    if "--help" in argv or not argv:
+        print(__doc__)
+        return
+    config, path, n, nodes, tokens, asked, kept = given(argv)
+    found = plans(config, n, GPUS[asked["gpu"]], n // nodes, kept)
+    if not found:
+        raise UserError(f"{path} on {n} x {asked['gpu']}: {what_would_fit(config, n, asked['gpu'], kept)}")
+    rehearsed = rehearsal(found[0]) if asked["rehearse"] is not None else None
+    if asked["json"] is not None:
+        print(json.dumps({"config": str(path), "gpu": asked["gpu"], "nodes": nodes, "tokens": tokens,
+                          "rates": found[0].costs.gpu.source, "plans": [plan.about(tokens) for plan in found[:SHOWN]],
+                          "rehearsed": rehearsed}))
+        return
+    print("\n".join(table(found, f"{path} on {n:,} x {asked['gpu']}, {nodes:,} nodes", tokens)))
+    for line in rehearsed or ():
+        print("{what:44}{planned:>17,.0f}{counted:>17,.0f}".format(**line))
+
+
+def table(found, title, tokens):
+    """The lines of the terminal: the best plan in full, and how the others compare."""
+    best, gpu = found[0], found[0].costs.gpu
+    lines = [title, f"{best.costs.parameters / 1e9:,.2f}B parameters, {best.tokens / 1e6:,.2f}M tokens a step; rates: "
+             f"{gpu.source}", "", " ".join(best.words()[:3]), " ".join(best.words()[3:]), "",
+             "a rank's memory at the peak of a step, GiB"]
+    lines += [f"  {what:24}{size / GIB:9.2f}" for what, size in sorted(best.memory.items(), key=lambda m: -m[1])]
+    total = sum(best.memory.values())
+    lines += [f"  {'in all':24}{total / GIB:9.2f}   with the allocator's pieces {PIECES * total / GIB:.1f}, "
+              f"of {gpu.memory / GIB:.1f}"]
+    if links := best.costs.links(best.exchanges):
+        lines += ["", f"{'a rank sends in a step, GB':26}{'NVLink':>12}{'network':>12}"]
+        for what in dict.fromkeys(kind for kind, _ in links):
+            sizes = [links.get((what, link), 0) / 1e9 for link in ("NVLink", "network")]
+            lines.append(f"  {what:24}{sizes[0]:12.3f}{sizes[1]:12.3f}")
+    lines += ["", "seconds of a step"]
+    lines += [f"  {part:32}{spent:10.4f}{spent / best.step:8.1%}" for part, spent in
+              sorted(best.seconds.items(), key=lambda item: -item[1]) if spent > 1e-3 * best.step]
+    about = best.about(tokens)
+    lines += [f"  {'in all':32}{best.step:10.4f}   {about['tokens_per_second']:,.0f} tokens/s, MFU {best.mfu:.1%}",
+              f"bottleneck: {about['bottleneck']}",
+              f"{tokens:.3g} tokens: " + (f"{about['days']:,.1f} days" if about["days"] >= 2 else
+                                          f"{24 * about['days']:.1f} hours"), "",
+              f"{'step, s':>9}{'MFU':>7}{'GiB':>7}  {'replicas x shards':18}{'ep':>4}{'micro-batch':>12}  recompute"]
+    lines += [f"{plan.step:9.3f}{plan.mfu:7.1%}{sum(plan.memory.values()) / GIB:7.1f}  "
+              f"{f'{plan.layout.dp_replicate} x {plan.layout.dp_shard}':18}{plan.layout.ep:4}"
+              f"{plan.micro_batch_size:12}  {plan.costs.config.activation_checkpointing}" for plan in found[:SHOWN]]
+    return lines
+
+
+def rehearsal(plan):
+    """[{"what", "planned", "counted"}] of one micro-batch and update of rank 0, from the real program."""
+    from launch.rehearse import rehearse  # which loads all of train.py
+    config = plan.costs.config
+    counted = rehearse(config, plan.n, 0, plan.costs, plan.layout)
+    planned = {}
+    for e in plan.costs.traffic(plan.layout, plan.n, plan.micro_batch_size, 1):
+        planned[e.operation, e.ranks] = planned.get((e.operation, e.ranks), 0) + e.sent
+    held = 4 * sum(plan.costs.local(plan.layout).values())
+    lines = [{"what": f"{what} of rank 0, bytes", "planned": held, "counted": counted[what]}
+             for what in ("parameters", "gradients")]
+    lines += [{"what": f"{operation} over {ranks}, bytes sent", "planned": planned.get((operation, ranks), 0),
+               "counted": counted["sent"].get((operation, ranks), 0)} for operation, ranks in
+              sorted(planned.keys() | counted["sent"].keys())]
+    return lines
+
+
+if __name__ == "__main__":
+    errors.run(main)

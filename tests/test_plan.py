@@ -1,0 +1,251 @@
+"""The planner: against an H100's measurements, against the program on gloo and on fake ranks, and by hand."""
+
+import dataclasses
+import json
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import settings
+from bench.arms import dense_twin, gpt_twin
+from docs import scaling
+from errors import UserError
+from launch import costs, plan, rehearse
+from launch.costs import GIB, Costs, layout_of
+from model import build
+from muon import local_rows
+from owners import Stack, make_plan
+from ranks import parallel
+from run import memory
+from tests.helpers import ROOT
+
+CPU = torch.device("cpu")
+MEASURED = json.loads((ROOT / "bench/results/2026-11-27-step-small-bfloat16-cuda-f8767e0.json").read_text())["arms"]
+
+
+def load(name, *words):
+    return settings.load([str(ROOT / "configs" / f"{name}.py"), *words])[0]
+
+
+# ---------------------------------------------------------------------- an H100
+
+
+@pytest.mark.parametrize("arm, twin", [("nanok2", lambda config: config), ("dense", dense_twin), ("gpt", gpt_twin)])
+def test_small_is_predicted_as_it_was_measured(arm, twin):
+    config, measured = twin(load("small")), MEASURED[arm]
+    counted, layout = Costs(config), layout_of(config, 1)
+    parts = counted.memory(layout, 1, 32, 16)
+    parts.pop("validation")  # bench.step makes none
+    assert sum(parts.values()) / GIB == pytest.approx(measured["peak_gib"], rel=0.05)
+    seconds = measured["seconds"]
+    step = seconds["first micro-batch"] + 15 * seconds["another micro-batch"] + seconds["optimizer"]
+    predicted = counted.step(layout, 1, 32, 16)
+    assert sum(predicted.values()) == pytest.approx(step + seconds["QK-clip and bias"], rel=0.10)
+    assert predicted["optimizer"] == pytest.approx(seconds["optimizer"], rel=0.30)
+
+
+# ---------------------------------------------------------------------- by hand
+
+
+@pytest.mark.parametrize("P, megabytes", [(2, 3.43), (4, 9.3), (8, 15.8)])
+def test_expert_rows_of_k2_are_those_of_the_formula(P, megabytes):
+    """4 transfers of D bf16 numbers a MoE layer, (P - 1) (1 - (1 - 1/P)^K) copies of a token; a token's K experts
+    differ, which the formula leaves out."""
+    config = load("k2", "--activation_checkpointing=none", f"--ep={P}")
+    counted = Costs(config)
+    (rows,) = [e for e in counted.traffic(parallel.Layout(1, P, P, True), P, 1, 1) if e.kind == "expert rows"]
+    about = 2 * 2 * config.num_experts_per_tok * 4  # weights and choices, with their gradient
+    sent = rows.sent / 4096 / (4 * 7168 * 2 + about) * 4 * 7168 * 2
+    assert sent == pytest.approx(1e6 * megabytes, rel=0.01)
+    assert sent == pytest.approx(4 * 60 * 7168 * 2 * (P - 1) * (1 - (1 - 1 / P) ** 8), rel=0.01)
+
+
+@pytest.mark.parametrize("name, mesh", [("k2", (8, 256, 64)), ("k2", (4, 512, 16)),
+                                        ("moonlight", (1, 24, 8)), ("medium", (2, 5, 1))])
+def test_the_ranks_hold_every_parameter_once_a_replica(name, mesh):
+    counted, layout = Costs(load(name)), parallel.Layout(*mesh, True)
+    held = [sum(counted.local(layout, rank).values()) for rank in range(layout.dp_shard)]
+    assert sum(held) == counted.parameters and max(held) == held[0]
+    assert counted.local(layout, layout.dp_shard + 1 if layout.dp_replicate > 1 else 1) == counted.local(layout, 1)
+
+
+@pytest.mark.parametrize("mesh, words", [
+    ((1, 4, 1), []), ((2, 2, 1), []), ((4, 1, 1), []), ((1, 4, 2), []), ((2, 4, 4), []),
+    ((2, 16, 8), []), ((1, 4, 1), ["--muon_per_head"])], ids=str)
+def test_rows_for_newton_schulz_are_those_of_the_owners_plan(mesh, words):
+    counted, layout = Costs(load("debug", *words)), parallel.Layout(*mesh, True)
+    n = layout.dp_replicate * layout.dp_shard
+    matrices = [(name, shape) for name, shape in counted.shapes.items() if counted.routes[name].rows]
+    stacks = [Stack(name, shape.numel() // (rows * shape[-1]), rows, shape[-1], ".experts." in name and layout.ep > 1)
+              for name, shape in matrices for rows in [counted.routes[name].rows]]
+    made = make_plan(stacks, [counted.held(layout, rank) for rank in range(n)])
+    sent = sum(made.traffic(rank, 1)[1] for rank in range(n)) / n
+    assert counted.muon_elements(layout, n) == pytest.approx(sent, rel=0.02)
+
+
+def test_rings_enter_a_node_once_and_rows_travel_each_by_itself():
+    counted = Costs(load("debug"), per_node=8)
+    links = lambda *what: counted.links([costs.Exchange("it", *what)])
+    assert links("all_gather", 8, 1, 70.0) == {("it", "NVLink"): 70.0}
+    assert links("all_gather", 16, 1, 150.0) == {("it", "NVLink"): 150.0, ("it", "network"): 160 / 2 / 8}
+    assert links("reduce_scatter", 4, 8, 30.0) == {("it", "network"): 30.0}  # one rank of the group on each node
+    assert links("all_to_all", 16, 1, 150.0) == {("it", "NVLink"): 70.0, ("it", "network"): 80.0}
+
+
+# ---------------------------------------------------------------------- the program
+
+LAYOUTS = {
+    2: [["--strategy=ddp"], ["--micro_batch_size=2"], ["--ep=2", "--dtype=bfloat16"]],
+    4: [["--dtype=bfloat16"], ["--dp_replicate=2", "--micro_batch_size=1"], ["--ep=4"],
+        ["--ep=2", "--activation_checkpointing=selective"],
+        ["--dp_replicate=2", "--ep=2", "--activation_checkpointing=full"]],
+}
+SMALL = ["--num_hidden_layers=3", "--global_batch_size=8", "--micro_batch_size=4"]
+
+
+class Live(TorchDispatchMode):
+    """Within it, the most bytes that tensors have had at once, the given ones too: peak."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+        self._see(tensors)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self._see(tree_leaves(result))
+        return result
+
+    def _see(self, tensors):
+        seen = len(self.storages)
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.storages:
+                    self.storages[storage._cdata] = weakref.ref(storage, lambda _, key=storage._cdata:
+                                                                self.storages.pop(key, None))
+        if len(self.storages) > seen:  # sizes are asked anew: FSDP2 frees and fills the storages of gathered weights
+            alive = [ref() for ref in list(self.storages.values())]
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in alive if storage is not None))
+
+
+@pytest.mark.parametrize("words", [[], ["--micro_batch_size=4", "--dtype=bfloat16"],
+                                   ["--activation_checkpointing=full"], ["--n_routed_experts=0"]], ids=str)
+def test_the_peak_of_tensors_on_a_cpu_is_the_planned_one(monkeypatch, words):
+    config = load("debug", "--num_hidden_layers=3", "--sequence_length=128", *words)
+    model = build(config, CPU).init_weights(0)
+    tokens = torch.randint(0, config.vocab_size, (config.micro_batch_size, config.sequence_length))
+    forwards = config.global_batch_size // config.micro_batch_size
+    with Live([*model.parameters(), *model.buffers()]) as live:
+        rehearse.one_step(config, model, parallel.Layout(), tokens, forwards)
+    monkeypatch.setattr(memory, "PIECES", 1.0)  # of the allocator, and libraries: no tensors
+    monkeypatch.setattr(memory, "PYTORCH", 0)
+    planned = Costs(config, device="cpu").memory(layout_of(config, 1), 1, config.micro_batch_size, forwards)
+    assert sum(planned.values()) == pytest.approx(live.peak, rel=0.05)
+
+
+def counted_by_gloo(layouts):
+    """What rehearse.one_step counts on this rank, of every layout."""
+    found = []
+    for words in layouts:
+        config = load("debug", *SMALL, *words)
+        layout = parallel.make_layout(config, CPU)
+        model = build(config, CPU, lambda m, c=config, to=layout: parallel.distribute(m, to, getattr(torch, c.dtype)))
+        model.init_weights(0, local_rows)
+        size, forwards = parallel.split_batch(config)
+        generator = torch.Generator().manual_seed(parallel.rank())
+        tokens = torch.randint(0, config.vocab_size, (size, config.sequence_length), generator=generator)
+        found.append(rehearse.one_step(config, model, layout, tokens, forwards))
+    return found
+
+
+@pytest.mark.parametrize("n", LAYOUTS)
+def test_what_is_planned_is_what_gloo_ranks_hold_and_send(pool, n):
+    everyone = pool.run(n, counted_by_gloo, LAYOUTS[n])
+    for words, ranks in zip(LAYOUTS[n], zip(*everyone)):
+        config = load("debug", *SMALL, *words)
+        counted, layout = Costs(config, device="cpu"), layout_of(config, n)
+        size = min(config.micro_batch_size, 8 // n)
+        for rank, found in enumerate(ranks):
+            assert found["parameters"] == found["gradients"] == 4 * sum(counted.local(layout, rank).values()), words
+        parts = counted.memory(layout, n, size, 8 // n // size)
+        assert ranks[0]["optimizer"] == parts["optimizer"]
+        planned = {}
+        for e in counted.traffic(layout, n, size, 8 // n // size):
+            planned[e.operation, e.ranks] = planned.get((e.operation, e.ranks), 0) + e.sent
+        sent = {key: sum(found["sent"][key] for found in ranks) / n for key in ranks[0]["sent"]}
+        assert planned.keys() == sent.keys(), words
+        assert sum(planned.values()) == pytest.approx(sum(sent.values()), rel=0.01), (words, planned, sent)
+        for key in planned.keys() - {("all_to_all", n), ("all_to_all", layout.ep)}:  # what data does not decide
+            assert planned[key] == sent[key], (words, key)
+
+
+@pytest.mark.parametrize("name, n, rank, words", [
+    ("k2", 2048, 0, ["--num_hidden_layers=3", "--ep=64", "--dp_replicate=8"]),
+    ("k2", 2048, 2047, ["--num_hidden_layers=2", "--ep=16", "--dp_replicate=4"]),
+    ("debug", 64, 63, ["--global_batch_size=64", "--ep=8", "--mtp_depth=1", "--tie_word_embeddings"]),
+])
+def test_fake_ranks_hold_and_send_what_is_planned(name, n, rank, words):
+    """The real model under the real parallel code, as one rank of many."""
+    config = load(name, *words)
+    counted, layout = Costs(config), layout_of(config, n)
+    found = rehearse.rehearse(config, n, rank, counted, layout)
+    assert found["parameters"] == found["gradients"] == 4 * sum(counted.local(layout, rank).values())
+    planned, size = {}, min(config.micro_batch_size, config.global_batch_size // n)
+    for e in counted.traffic(layout, n, size, 1):
+        planned[e.operation, e.ranks] = planned.get((e.operation, e.ranks), 0) + e.sent
+    assert planned.keys() == found["sent"].keys()
+    for key in planned.keys() - {("all_to_all", n)}:  # Newton-Schulz: not every rank sends the mean
+        assert planned[key] == pytest.approx(found["sent"][key], rel=1e-3 if key[0] == "all_to_all" else 1e-12), key
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_prints_a_table_and_json(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["configs/debug.py", "--gpus=16", "--gpu=a100", "--tokens=1e9", "--dp_replicate=2"]
+    plan.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and any(line.startswith("bottleneck: ") for line in lines)
+    plan.main([*words, "--json"])
+    said = json.loads(capsys.readouterr().out)
+    best = said["plans"][0]
+    assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
+    assert [p["step_seconds"] for p in said["plans"]] == sorted(p["step_seconds"] for p in said["plans"])
+    assert all({"--dp_replicate=2", "--dp_shard=8"} < set(p["settings"]) for p in said["plans"])
+    assert best["days"] == pytest.approx(1e9 / best["tokens_per_second"] / 86400)
+    config = load("debug", *best["settings"])
+    assert parallel.check_layout(config, 16) == (2, 8, config.ep)  # train.py would take it
+
+
+def test_what_does_not_fit_is_refused_with_what_would():
+    with pytest.raises(UserError, match=r"on 2 x h100: it does not fit: .* at least. What would: 4 x h100"):
+        plan.main([str(ROOT / "configs/moonlight.py"), "--gpus=2"])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--gpu=tpu"], "--gpu=tpu is not known; there are h100"),
+    (["--gpus=many"], "are numbers"),
+    (["--gpus=12", "--nodes=5"], "must be a multiple of --nodes=5"),
+    (["--gpus=32"], "multiple of the 32 GPUs: take --global_batch_size=32"),
+    (["--gpus=8", "--dp_replicate=3"], "valid: 1 x 8"),
+])
+def test_mistakes_are_named(words, message):
+    with pytest.raises(UserError, match=message):
+        plan.main([str(ROOT / "configs/debug.py"), *words])
+
+
+def test_more_recomputation_needs_less_memory_and_more_time():
+    config = load("small", "--micro_batch_size=32")
+    made = [plan.Plan(Costs(dataclasses.replace(config, activation_checkpointing=kind)), 8).predict()
+            for kind in plan.RECOMPUTE]
+    assert sorted(made, key=lambda p: -sum(p.memory.values())) == sorted(made, key=lambda p: p.step) == made
+
+
+@pytest.mark.parametrize("name, n", [("small", 1), ("small", 2048)])
+def test_the_page_has_what_is_predicted_today(name, n):
+    assert f"| {' | '.join(scaling.row(name, n))} |" in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
