@@ -53,11 +53,13 @@ def draw(rows):
     figure, axes = pyplot.subplots(1, len(PER_GPU), figsize=(8, 2.6), layout="constrained")
     for axis, name in zip(axes, PER_GPU):
         own = [r for r in rows if r[0].startswith(f"{name},")]
+        most = 0.0
         kinds = {"own global batch": own[:len(ROWS[name]) - 1], "batch grows with the GPUs": own[len(ROWS[name]) - 1:]}
         for style, (label, some) in zip(("-o", "--s"), kinds.items()):
             points = [(int(r[0].split()[1]), 1e9 / 3600 / float(r[5].replace(",", ""))) for r in some if r[5] != "-"]
             axis.plot(*zip(*points), style, color=DARK, label=label, markersize=4, linewidth=1)
-        axis.set(xscale="log", xlabel="GPUs", title=f"{name}, {ROWS[name][0]}", ylim=(0, None))
+            most = max(most, *(hours for _, hours in points))
+        axis.set(xscale="log", xlabel="GPUs", title=f"{name}, {ROWS[name][0]}", ylim=(0, 1.2 * most))
         axis.set_xticks(ROWS[name][1:], map(str, ROWS[name][1:]))
         axis.minorticks_off()
     axes[0].set_ylabel("GPU-hours a billion tokens")
@@ -76,7 +78,7 @@ def main(argv):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "docs/scaling.md").write_text(page, encoding="utf-8")
     with pyplot.rc_context(STYLE):
-        draw(rows).savefig(folder / "assets/scaling.svg", metadata={"Date": None})
+        draw(rows).savefig(folder / "assets/scaling.svg", metadata={"Date": None}, facecolor="white")
 
 
 if __name__ == "__main__":
