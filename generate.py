@@ -66,7 +66,6 @@ def parse(argv):
     sampling.check(**args.options)
     asks = args.chat or args.web is not None
     for ok, message in (
-            (not (args.chat and args.prompt), "--chat asks for texts by itself: leave --prompt out"),
             (not (asks and (args.prompt or args.prompts or args.json)), "--chat and --web ask for texts by themselves: "
              "leave --prompt, --prompts and --json out"),
             (not (args.chat and args.web is not None), "--chat and --web: choose one"),

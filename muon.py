@@ -344,6 +344,9 @@ def qk_clip_(layers, max_logits_LH, tau):
     return clipped_LH.sum()
 
 
+SCHEDULE = ("schedule", "max_steps", "warmup_steps", "decay_steps", "min_lr_ratio")  # settings, in the order of
+
+
 def schedule_factor(step, kind, max_steps, warmup_steps, decay_steps, min_lr_ratio):
     """The learning rate of step 1, 2, ... max_steps as a factor of the peak. Warm-up is linear, its last step at the
     peak; wsd then holds and falls linearly over the last decay_steps (None: a fifth of all; what is left, if that is

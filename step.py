@@ -18,12 +18,11 @@ from kernels import graphs
 from kernels.cross_entropy import IGNORE
 from kernels.newton_schulz import newton_schulz
 from model import build
-from muon import Muon, local_rows, qk_clip_, schedule_factor
+from muon import SCHEDULE, Muon, local_rows, qk_clip_, schedule_factor
 from ranks import parallel
 from routes import routes_of
 from run import checkpoint, memory
 from run.ema import Average
-from run.folder import SCHEDULE
 
 
 @dataclass

@@ -161,7 +161,7 @@ def train(argv, watch):
         if config.sample_interval and encoder and (last or step % config.sample_interval == 0) and not watch.agreed:
             report.samples(training, encoder, watch, log)
         if config.check_interval and (save_now or watch.agreed or step % config.check_interval == 0):
-            report.ranks(training, run, log)
+            report.compare_ranks(training, run, log)
         if save_now or watch.agreed:
             watch.beat(f"the save of step {step}", patient=True)
             report.end_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way

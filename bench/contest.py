@@ -42,7 +42,8 @@ from data.shards import read_json
 from errors import UserError
 from model import pick_device
 from run import guard
-from run.metrics import duration, replace_text
+from run.metrics import replace_text
+from run.terminal import duration
 from step import wants_compile
 
 OWN = {"config": None, "seeds": "3", "tokens": None, "seconds": None, "lr": "auto", "sweep": None, "grid": None,

@@ -26,7 +26,7 @@ from step import Training
 SETTLING = 5  # steps of a learner's first turn, in which compilers and captures are at work
 DISK = 25e6  # bytes a second: what is saved on the average at most, a twentieth of what disks write
 SAVED = ("seconds", "clipped", "skipped", "first_loss", "loss_scale", "good_steps", "curve")
-UNWATCHED = types.SimpleNamespace(beat=lambda *what, **options: None, signal=None, agreed=0)  # for train.evaluate
+UNWATCHED = types.SimpleNamespace(beat=lambda *what, **options: None, signal=None, agreed=0)  # for evaluate
 
 
 @dataclass

@@ -10,7 +10,8 @@ from errors import UserError, said
 from kernels.backend import synchronize
 from run import checkpoint, guard, memory
 from run.folder import size
-from run.metrics import duration, memory_gib
+from run.metrics import memory_gib
+from run.terminal import duration
 
 WARMING = {"cuda": 3}  # micro-batches before the one that is timed: compilers and captures are at work; elsewhere 1
 

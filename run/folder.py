@@ -24,7 +24,7 @@ from data import tokenizer
 from data.shards import read_json
 from errors import STOPPED, UserError
 from model import ModelConfig
-from muon import schedule_factor
+from muon import SCHEDULE, schedule_factor
 from ranks import parallel
 from run import checkpoint, guard, metrics
 
@@ -114,9 +114,6 @@ def _resolved(settings):
     """Settings with the length of wsd's decay as a number, as schedule_factor uses it."""
     fifth = settings.get("max_steps", 0) // 5
     return settings | ({"decay_steps": fifth} if settings.get("decay_steps", 0) is None else {})
-
-
-SCHEDULE = ("schedule", "max_steps", "warmup_steps", "decay_steps", "min_lr_ratio")
 
 
 def rates(stored, config, start):

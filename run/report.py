@@ -110,7 +110,7 @@ def sample(training, encoder, prompt, log):
         seed=training.config.seed + training.step, agree=parallel.same)), must_end)
 
 
-def ranks(training, run, log):
+def compare_ranks(training, run, log):
     """Refuse to go on with ranks that drifted apart, and tell those that are slow."""
     step, optimizer = training.step, training.optimizer
     guard.refuse_drift(checkpoint.named_tensors(training.model, optimizer), [training.sequences, optimizer.steps], step,

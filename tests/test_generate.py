@@ -271,7 +271,7 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
     "words, message",
     [
         pytest.param(["--prompt", "x", "--device=cuda"], "is not there", marks=NO_CUDA),
-        (["--chat", "--prompt", "x"], "leave --prompt out"),
+        (["--chat", "--prompt", "x"], "leave --prompt, --prompts and --json out"),
         (["--prompt", "x\udcff"], "no text here"),
         (["--temperature", "nan"], "--temperature=nan"),
         (["--temperature=inf"], "--temperature=inf"),
