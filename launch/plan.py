@@ -171,8 +171,10 @@ def main(argv):
                           "rehearsed": rehearsed}))
         return
     print("\n".join(table(found, f"{path} on {n:,} x {asked['gpu']}, {nodes:,} nodes", tokens)))
+    if rehearsed:
+        print(f"\n{'one micro-batch of rank 0':38}{'planned':>21}{'counted':>21}")
     for line in rehearsed or ():
-        print("{what:44}{planned:>17,.0f}{counted:>17,.0f}".format(**line))
+        print("{what:38}{planned:>21,.0f}{counted:>21,.0f}".format(**line))
 
 
 def table(found, title, tokens):
@@ -214,7 +216,7 @@ def rehearsal(plan):
     for e in plan.costs.traffic(plan.layout, plan.n, plan.micro_batch_size, 1):
         planned[e.operation, e.ranks] = planned.get((e.operation, e.ranks), 0) + e.sent
     held = 4 * sum(plan.costs.local(plan.layout).values())
-    lines = [{"what": f"{what} of rank 0, bytes", "planned": held, "counted": counted[what]}
+    lines = [{"what": f"{what}, bytes", "planned": held, "counted": counted[what]}
              for what in ("parameters", "gradients")]
     lines += [{"what": f"{operation} over {ranks}, bytes sent", "planned": planned.get((operation, ranks), 0),
                "counted": counted["sent"].get((operation, ranks), 0)} for operation, ranks in
