@@ -29,8 +29,8 @@ Everything of this run is in $(cd "$out" && pwd):
 More text: $python generate.py $quoted --prompt "class " --stream
 EOF
 if [ $# -eq 0 ]; then  # or it was not the model of that contest
-    for pair in moe-gpt moe-dense; do
-        contest="$(ls bench/results/*-contest-"$pair"-debug.json | tail -n 1)"
+    for name in moe-gpt-debug moe-dense-debug moe-dense-7M-tokens; do
+        contest="$(ls bench/results/*-contest-"$name".json | tail -n 1)"
         printf '\n%s\n' "$("$python" -m bench.verdict "$contest" | tail -n 2)"
     done
 fi

@@ -279,7 +279,7 @@ for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; ech
             made.rmdir()
     assert done.returncode == 0, done.stderr
     calls = log.read_text(encoding="utf-8").splitlines()
-    contest = ["<-m", "<-m"] * (not words)
+    contest = ["<-m"] * 3 * (not words)
     assert [call.split("><")[0] for call in calls] == ["<-m", "<train.py", *["<generate.py"] * samples, *contest]
     assert all(call.startswith("<-m><bench.verdict><bench/results/") for call in calls[len(calls) - len(contest):])
     assert all(call.split("><")[1] == out for call in calls[2:2 + samples]) and f"in {made}:" in done.stdout
