@@ -46,8 +46,9 @@ def train(argv, watch):
     device = pick_device(config.device)
     memory.keep_freed(device)
     layout = parallel.make_layout(config, device)
+    micro_batch_size, _ = parallel.split_batch(config)  # or every rank refuses
     if parallel.local_rank() == 0:
-        compile_ahead(config, parallel.split_batch(config)[0], device)
+        compile_ahead(config, micro_batch_size, device)
     parallel.announce(f"reading {config.data}", device)
 
     # ------------------------------------------------------------------ data

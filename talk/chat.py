@@ -3,7 +3,7 @@
 The models are trained on text, not to converse: each answer continues everything before it.
 """
 
-import importlib
+import importlib.util
 import sys
 import time
 
@@ -43,7 +43,7 @@ def write(model, encoder, prompt_ids, options, interruptible=False):
 def chat(model, encoder, options):
     """Read a text, stream its continuation, keep both as the context of the next, until /quit."""
     if sys.stdin and sys.stdin.isatty() and importlib.util.find_spec("readline"):
-        importlib.import_module("readline")  # input() then edits lines, and the arrow keys bring earlier ones back
+        import readline  # noqa: F401  input() then edits lines, and the arrow keys bring earlier ones back
     history, options = encode_prompt(encoder, ""), dict(options)
     print("Type a text and the model continues it; it is not trained to converse. /help lists the commands.")
     while True:

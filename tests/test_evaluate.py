@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import export
 import generate
-from data import prepare, tasks
+from data import prepare, tasks, tokenizer
 from errors import UserError
 from run import metrics, services
 from tests.helpers import make_config, make_data, records, run_train, tiny_model
@@ -173,7 +173,7 @@ def test_a_run_with_eval_tasks_records_what_evaluate_says_and_trains_the_same(pl
 
 
 def test_a_signal_ends_the_tasks_and_a_service_gets_their_names(place, tmp_path):
-    model, encoder = tiny_model(vocab_size=300), generate.tokenizers.load(place / "run/tokenizer")
+    model, encoder = tiny_model(vocab_size=300), tokenizer.load(place / "run/tokenizer")
     opened = tasks.open_tasks([str(place / "mine.jsonl")], 3, encoder, 64)
     watch = types.SimpleNamespace(beat=lambda *words, **options: None, signal="SIGTERM", agreed=0)
     assert list(evaluate.run_tasks(model.train(), opened, watch=watch)) == [] and watch.agreed and model.training
@@ -243,7 +243,7 @@ def test_a_bad_line_is_named(place, tmp_path, line, message):
     line = line if isinstance(line, str | bytes) else json.dumps(line)
     line = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "bad.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
-    encoder = generate.tokenizers.load(place / "run/tokenizer")
+    encoder = tokenizer.load(place / "run/tokenizer")
     with pytest.raises(UserError, match=f"bad.jsonl, {message}"):
         tasks.open_tasks([str(tmp_path / "bad.jsonl")], None, encoder, CONTEXT)
     (task,) = tasks.open_tasks([str(tmp_path / "bad.jsonl")], 1, encoder, CONTEXT)  # what is not read is not refused
@@ -279,7 +279,7 @@ def test_bad_words_and_files_are_refused(place, tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_no_accuracy(place, capsys):
-    model, encoder = tiny_model(vocab_size=300), generate.tokenizers.load(place / "run/tokenizer")
+    model, encoder = tiny_model(vocab_size=300), tokenizer.load(place / "run/tokenizer")
     opened = tasks.open_tasks([str(place / "mine.jsonl")], 3, encoder, 64)
     (record,) = evaluate.run_tasks(model.train(), opened)
     assert math.isfinite(record["accuracy"]) and model.training

@@ -333,15 +333,15 @@ def test_only_tiles_that_fit_are_tried_and_the_one_in_use_is_first(monkeypatch, 
 @interpreted
 @pytest.mark.slow
 def test_a_run_with_triton_kernels_equals_one_with_torch(tmp_path, data):
-    """Two steps of configs/debug.py with fewer and shorter sequences (two tokens more than a tile), fewer layers
-    and fewer steps of Newton-Schulz than it says: the interpreter is slow."""
+    """Two steps of configs/debug.py with fewer and shorter sequences (two tokens more than a tile), fewer words,
+    layers and steps of Newton-Schulz than it says: the interpreter is slow."""
     found = {}
     for kernels in ("torch", "triton"):
         run_train(ROOT / "configs/debug.py", f"--kernels={kernels}", f"--data={data}",
                   f"--out_dir={tmp_path / kernels}", "--max_steps=2", "--global_batch_size=2", "--micro_batch_size=1",
-                  "--sequence_length=130", "--num_hidden_layers=2", "--n_routed_experts=6", "--ns_steps=2",
-                  "--num_experts_per_tok=2", "--eval_interval=0", "--log_interval=1", "--save_interval=0",
-                  "--sample_interval=0", "--warmup_steps=0", "--decay_steps=0", "--wandb=off")
+                  "--sequence_length=130", "--vocab_size=257", "--num_hidden_layers=2", "--n_routed_experts=6",
+                  "--ns_steps=2", "--num_experts_per_tok=2", "--eval_interval=0", "--log_interval=1",
+                  "--save_interval=0", "--sample_interval=0", "--warmup_steps=0", "--decay_steps=0", "--wandb=off")
         found[kernels] = [loss for _, loss in losses(tmp_path / kernels)]
     assert len(found["torch"]) == 2 and found["torch"] == pytest.approx(found["triton"], abs=1e-4)
 
