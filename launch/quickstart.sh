@@ -26,7 +26,7 @@ Everything of this run is in $(cd "$out" && pwd):
   samples.md      text sampled while training
   metrics.jsonl   one JSON record a line
   checkpoints/    latest and best; continue with: $python train.py --resume=$quoted --max_steps=900
-More text: $python generate.py $quoted --prompt "class " --stream
+More text: $python generate.py $quoted --prompt "class" --stream
 EOF
 if [ $# -eq 0 ]; then  # or it was not the model of that contest
     for name in moe-gpt-debug moe-dense-debug moe-dense-7M-tokens; do

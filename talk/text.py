@@ -5,6 +5,7 @@ are in ../decoding.py, the choice of a token in ../sampling.py.
 """
 
 import codecs
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from kernels import selfcheck
 from model import build, pick_device
 from run import checkpoint
 from settings import model_config
+
+EAGER = threading.Lock()
 
 
 def load(path, device="auto", dtype="float32", which="latest"):
@@ -93,12 +96,22 @@ def stream(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=la
         new = speculate(model, prompt, max_new_tokens, stop=end, on_slide=on_slide, on_draft=on_draft)
     else:
         new = model.generate(prompt, max_new_tokens, stop=end, generator=generator, on_slide=on_slide, **options)
-    with torch.compiler.set_stance("force_eager"):  # lengths change at every token
-        for ids in new:
-            if int(ids) == end:
-                break
-            yield int(ids), decoder.decode(token_bytes(encoder, int(ids)))
+    for ids in eagerly(new):
+        if int(ids) == end:
+            break
+        yield int(ids), decoder.decode(token_bytes(encoder, int(ids)))
     yield None, decoder.decode(b"", final=True)
+
+
+def eagerly(steps):
+    """What an iterator yields, each made without compiling: lengths change at every token. Never around a yield, and by
+    one thread at a time: texts that take turns would put back what the other had set, and leave it so."""
+    while True:
+        with EAGER, torch.compiler.set_stance("force_eager"):
+            made = next(steps, None)
+        if made is None:
+            return
+        yield made
 
 
 def token_bytes(encoder, token):
@@ -117,14 +130,13 @@ def complete(model, encoder, prompts_ids, max_new_tokens, seeds, **options):
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     padded_BT, starts_B = pad_left(prompts_ids, device)
     texts, seconds = [[] for _ in prompts_ids], [None] * len(prompts_ids)
-    with torch.compiler.set_stance("force_eager"):
-        for ids in model.generate(padded_BT, max_new_tokens, starts_B=starts_B, stop=end, generator=generators,
-                                  **options):
-            for row, token in enumerate(ids.tolist()):
-                if seconds[row] is None and token == end:
-                    seconds[row] = time.perf_counter() - started
-                elif seconds[row] is None:
-                    texts[row].append(token)
+    for ids in eagerly(model.generate(padded_BT, max_new_tokens, starts_B=starts_B, stop=end, generator=generators,
+                                      **options)):
+        for row, token in enumerate(ids.tolist()):
+            if seconds[row] is None and token == end:
+                seconds[row] = time.perf_counter() - started
+            elif seconds[row] is None:
+                texts[row].append(token)
     now = time.perf_counter() - started
     return [(ids, b"".join(token_bytes(encoder, token) for token in ids).decode("utf-8", "replace"), took or now)
             for ids, took in zip(texts, seconds)]

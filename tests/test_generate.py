@@ -304,3 +304,15 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
 def test_mistakes_are_one_line(run, words, message):
     with pytest.raises(UserError, match=message):
         generate.main([str(run), *words])
+
+
+def test_texts_that_take_turns_leave_the_compiler_as_it_was(run):
+    model, encoder = generate.load(run, "cpu")
+    compiled = []
+    function = torch.compile(lambda x: x + 1, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    first, second = (generate.stream_text(model, encoder, [256, 1], 8) for _ in range(2))
+    next(first), next(second)
+    del first  # before the other, which began later
+    list(second)
+    function(torch.ones(3))
+    assert len(compiled) == 1
