@@ -269,14 +269,16 @@ for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; ech
     requirements = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("requirements*.txt")))
     (venv / ".installed-requirements.txt").write_text(requirements, encoding="utf-8")
     made = ROOT / out
-    existed = made.exists()
-    made.mkdir(parents=True, exist_ok=True)
-    try:
-        done = subprocess.run(["bash", "launch/quickstart.sh", *words], cwd=ROOT, env={**os.environ, "VENV": str(venv)},
-                              capture_output=True, text=True, timeout=120)
-    finally:
-        if not existed:
-            made.rmdir()
+    with open(ROOT / "launch/quickstart.sh", encoding="utf-8") as script:
+        fcntl.flock(script, fcntl.LOCK_EX)  # these tests share out/debug, on several workers
+        existed = made.exists()
+        made.mkdir(parents=True, exist_ok=True)
+        try:
+            done = subprocess.run(["bash", "launch/quickstart.sh", *words], cwd=ROOT, capture_output=True, text=True,
+                                  env={**os.environ, "VENV": str(venv)}, timeout=120)
+        finally:
+            if not existed:
+                made.rmdir()
     assert done.returncode == 0, done.stderr
     calls = log.read_text(encoding="utf-8").splitlines()
     contest = ["<-m"] * 3 * (not words)
