@@ -141,6 +141,10 @@ class Config(ModelConfig):
             setattr(self, name, list(getattr(self, name)))
         self.lr_multipliers = dict(self.lr_multipliers)
 
+    def wire_bytes(self):
+        """Of a number that ranks send each other for Newton-Schulz."""
+        return 4 if "float32" in (self.ns_dtype, self.dtype) else 2
+
     def router_is_idle(self):
         """Whether the only weight that a token's expert has is always 1; a new run is refused then."""
         return self.n_routed_experts > 0 and self.num_experts_per_tok == 1 and self.norm_topk_prob

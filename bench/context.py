@@ -23,7 +23,7 @@ from data import tokenizer as tokenizers
 from data.loader import Windows
 from errors import UserError
 from evaluate import TOKENS, score
-from model import K2
+from model import build
 from run import checkpoint
 
 WORDS = ("marble", "copper", "velvet", "cactus", "walnut", "pepper", "falcon", "lantern")
@@ -52,7 +52,7 @@ def variants(path, length):
     yarn = {"type": "yarn", "factor": length / context, "original_max_position_embeddings": context}
     for name, scaling in ((f"{path}, as it is", model.config.rope_scaling), (f"{path}, YaRN untrained", yarn)):
         config = dataclasses.replace(model.config, max_position_embeddings=length, rope_scaling=scaling)
-        stretched = K2(config).to(model.lm_head.weight.device)
+        stretched = build(config, model.lm_head.weight.device)
         stretched.load_state_dict(model.state_dict())
         yield name, stretched.eval(), settings, encoder
 

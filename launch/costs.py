@@ -97,7 +97,7 @@ class Costs:
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.routes = routes_of(config, self.model)
         self.dtype = getattr(torch, config.dtype)
-        self.wire = 4 if "float32" in (config.ns_dtype, config.dtype) else 2
+        self.wire = config.wire_bytes()
         self.flops = flops_by_part(config, config.sequence_length, self.model)
         self.moe_layers = sum(".gate." in name for name in self.shapes)
         self.parameters = sum(shape.numel() for shape in self.shapes.values())

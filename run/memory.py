@@ -120,7 +120,7 @@ def parts(config, sizes, routes, layout, device, size, forwards):
     local = {name: here for name, (_, here) in sizes.items()}
     dtype = getattr(torch, config.dtype)
     muon = sum(n for name, n in local.items() if routes[name].optimizer == "muon")
-    total, wire = sum(local.values()), 4 if "float32" in (config.ns_dtype, config.dtype) else 2
+    total, wire = sum(local.values()), config.wire_bytes()
     # On a GPU they are allocated already, here not yet touched.
     always = {"parameters": 0 if device.type == "cuda" else 4 * total, "optimizer": 4 * (2 * total - muon)}
     always["average"] = always["parameters"] * bool(config.ema)
