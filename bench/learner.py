@@ -68,6 +68,7 @@ class Learner(Training):
         self.seconds, self.saved_at = 0.0, time.perf_counter()
         self.pace, self.first_turn, self.timed = None, None, (0, 0.0)  # of this process
         self.clipped, self.first_loss, self.loss, self.trouble, self.curve = 0, None, None, "", []
+        self.loads = []  # of every step since the last point: the busiest expert's tokens over the mean of its layer
         self._choose_kernels(config)
         stream = TrainStream(config.data, config.sequence_length, config.seed, False, encoder=text.encoder,
                              packing=config.packing, document_mask=config.document_mask)
@@ -132,6 +133,9 @@ class Learner(Training):
         found = self.agree(self.forward_backward(exact=self.step + 1 in self.points))
         self.clipped = self.clipped + self.update(found)  # on the device, which nobody waits for
         self.loss = found.loss
+        counts_LE = self.model.routing.expert_counts
+        if counts_LE.numel():
+            self.loads.append((counts_LE.amax(-1) / counts_LE.sum(-1)).max() * counts_LE.shape[-1])
         if found.finite:
             self.first_loss = found.loss if self.first_loss is None else self.first_loss
         elif self.skipped >= self.config.max_skipped_steps:
@@ -148,11 +152,14 @@ class Learner(Training):
             self.trouble = f"no finite validation loss at step {self.step}"
             return
         routing = expert_statistics(self.model.routing.expert_counts, self.model.routing.biases())
+        loads, self.loads = torch.stack(self.loads) if self.loads else None, []
         self.curve.append({"tokens": self.tokens, "seconds": self.seconds, "loss": found["loss"],
                            "bits_per_byte": found["bits_per_byte"],
                            "train_loss": self.loss if math.isfinite(self.loss) else None,
                            "largest_logit": self.model.max_logits.max().item(),
-                           "expert_load_max": routing["expert_load_max"], "dead_experts": routing["dead_experts"]})
+                           "expert_load_max": routing["expert_load_max"], "dead_experts": routing["dead_experts"],
+                           "expert_load_peak": None if loads is None else loads.max().item(),  # since the last point
+                           "expert_load_mean": None if loads is None else loads.mean().item()})
         if self.ended and found["loss"] > (self.first_loss or math.inf):
             self.trouble = f"ended at {found['loss']:.3f}, above the {self.first_loss:.3f} it began with"
 
