@@ -4,19 +4,19 @@
 
 --gpu: a100 h100 h200 h800 b200 gb200. Without --nodes there are 8 GPUs on each. What is named of --dp_replicate,
 --dp_shard, --ep, --micro_batch_size, --activation_checkpointing and --strategy is kept, the rest is chosen by predicted
-speed. --json: as JSON, on one line. --rehearse: also build the model as rank 0 of all, on tensors without memory, and
-compare what it holds and sends (K2 on 2,048: a minute).
+speed. --json: as JSON, on one line of stdout; --json=FILE: into a file. --rehearse: also build the model as rank 0 of
+all, on tensors without memory, and compare what it holds and sends (K2 on 2,048: a minute).
 
 Rates come from one H100 that ran configs/small.py; more than one GPU was never measured. Next: costs.py.
 """
 
 import dataclasses
-import json
 import math
 
 import errors
 import settings
-from errors import UserError
+from data.shards import write_json
+from errors import UserError, require_place
 from launch.costs import GIB, GPUS, PIECES, Costs, layout_of
 from ranks.parallel import check_layout
 
@@ -134,13 +134,10 @@ def what_would_fit(config, n, name, kept):
 
 def given(argv):
     """(config, what else was asked) of the command-line words."""
-    asked, rest = {"gpus": "1", "gpu": "h100", "nodes": None, "tokens": None, "json": None, "rehearse": None}, []
-    for word in argv:
-        name, _, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name in asked:
-            asked[name] = value
-        else:
-            rest.append(word)
+    asked, rest = settings.take_words(argv, {"gpus": "1", "gpu": "h100", "nodes": None, "tokens": None, "json": False,
+                                             "rehearse": False})
+    asked["json"] = "-" if asked["json"] is True else asked["json"]
+    require_place(asked["json"], "--json")
     config, path = settings.load(rest)
     try:
         n, tokens = int(asked["gpus"]), float(asked["tokens"] or 0) or None
@@ -157,18 +154,18 @@ def given(argv):
 
 
 def main(argv):
-    if "--help" in argv or not argv:
+    if {"-h", "--help"} & {*argv} or not argv:
         print(__doc__)
         return
     config, path, n, nodes, tokens, asked, kept = given(argv)
     found = plans(config, n, GPUS[asked["gpu"]], n // nodes, kept)
     if not found:
         raise UserError(f"{path} on {n} x {asked['gpu']}: {what_would_fit(config, n, asked['gpu'], kept)}")
-    rehearsed = rehearsal(found[0]) if asked["rehearse"] is not None else None
-    if asked["json"] is not None:
-        print(json.dumps({"config": str(path), "gpu": asked["gpu"], "nodes": nodes, "tokens": tokens,
-                          "rates": found[0].costs.gpu.source, "plans": [plan.about(tokens) for plan in found[:SHOWN]],
-                          "rehearsed": rehearsed}))
+    rehearsed = rehearsal(found[0]) if asked["rehearse"] else None
+    if asked["json"]:
+        write_json({"config": str(path), "gpu": asked["gpu"], "nodes": nodes, "tokens": tokens,
+                    "rates": found[0].costs.gpu.source, "plans": [plan.about(tokens) for plan in found[:SHOWN]],
+                    "rehearsed": rehearsed}, asked["json"])
         return
     print("\n".join(table(found, f"{path} on {n:,} x {asked['gpu']}, {nodes:,} nodes", tokens)))
     if rehearsed:
