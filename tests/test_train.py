@@ -301,6 +301,8 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, words, message
 def test_help_needs_nothing(capsys):
     assert train.main(["--help"]) is None
     assert "--muon_lr=0.002" in capsys.readouterr().out
+    train.main([str(ROOT / "configs/debug.py"), "--help"])
+    assert "* --muon_lr=0.01  (float; default 0.002)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- W&B
