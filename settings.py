@@ -161,8 +161,9 @@ def read_words(argv):
 
 
 def take_words(argv, own):
-    """({name: value}, the other words) of a command that has words of its own beside settings. own: {name: default};
-    one that is False belongs to a switch. What is misspelt is refused here, where both kinds are known."""
+    """({name: value}, the other words) of a command that has words of its own beside settings. own: {name: default},
+    False for a switch, "" for one that may stand alone, which is "-" then. What is misspelt is refused here, where both
+    kinds are known."""
     taken, rest, words = dict(own), [], iter(argv)
     for word in words:
         name, equals, text = word.removeprefix("--").partition("=")
@@ -172,8 +173,10 @@ def take_words(argv, own):
             if word.startswith("--") and name not in FIELDS and {*near} & own.keys():
                 raise UserError(f"unknown option {word}; did you mean --{near[0]}?")
             rest.append(word)
-        elif own[name] is False:
-            taken[name] = text or True
+        elif own[name] in (False, ""):
+            if own[name] is False and equals:
+                raise UserError(f"--{name} takes no value: leave ={text} out")
+            taken[name] = True if own[name] is False else text or "-"
         else:
             taken[name] = text if equals else next(words, "")
     return taken, rest

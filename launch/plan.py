@@ -134,9 +134,8 @@ def what_would_fit(config, n, name, kept):
 
 def given(argv):
     """(config, what else was asked) of the command-line words."""
-    asked, rest = settings.take_words(argv, {"gpus": "1", "gpu": "h100", "nodes": None, "tokens": None, "json": False,
+    asked, rest = settings.take_words(argv, {"gpus": "1", "gpu": "h100", "nodes": None, "tokens": None, "json": "",
                                              "rehearse": False})
-    asked["json"] = "-" if asked["json"] is True else asked["json"]
     require_place(asked["json"], "--json")
     config, path = settings.load(rest)
     try:

@@ -213,10 +213,12 @@ def test_help_behind_a_config_shows_its_values_beside_the_defaults(file):
 
 
 def test_words_of_a_command_beside_settings():
-    own = {"gpus": "1", "nodes": None, "json": False}
-    assert settings.take_words(["c.py", "--gpus", "8", "--ep=2", "--json"], own) == (
-        {"gpus": "8", "nodes": None, "json": True}, ["c.py", "--ep=2"])
-    assert settings.take_words(["--json=f", "--nodes=3"], own)[0] == {"gpus": "1", "nodes": "3", "json": "f"}
+    own = {"gpus": "1", "nodes": None, "json": "", "anew": False}
+    assert settings.take_words(["--json", "c.py", "--gpus", "8", "--ep=2", "--anew"], own) == (
+        {"gpus": "8", "nodes": None, "json": "-", "anew": True}, ["c.py", "--ep=2"])
+    assert settings.take_words(["--json=f", "--nodes=3"], own)[0] == own | {"nodes": "3", "json": "f"}
+    with pytest.raises(UserError, match="^--anew takes no value: leave =False out"):
+        settings.take_words(["--anew=False"], own)
     with pytest.raises(UserError, match=r"^unknown option --gpuss=8; did you mean --gpus\?$"):
         settings.take_words(["--gpuss=8"], own)
     for word in ("--seed=3", "--lr=1", "--max_step=3"):  # settings, theirs of other trainers, misspelt ones of ours
