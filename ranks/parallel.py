@@ -182,6 +182,11 @@ def from_all(value, group=None):
     return values
 
 
+def over_stages(number, pp):
+    """The sum of what every stage has of something, from a whole number that all ranks of a stage have alike."""
+    return sum(from_all(number)) * pp // ranks()
+
+
 def add_up(tensor):
     """The sum over ranks, in place."""
     if ranks() > 1 and tensor.numel():

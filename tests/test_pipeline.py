@@ -81,6 +81,18 @@ def test_stages_change_nothing(base, pool, name):
     assert sum(record["qk_clipped_heads"] for record in records(out)) > 20
 
 
+def test_samples_are_the_same_text_and_a_dry_run_goes_through(base, pool, tmp_path):
+    options = ["--max_steps=1", "--sample_interval=1", "--sample_prompts=['abc']", "--eval_interval=0"]
+    stages = ["--pp=2", "--pp_schedule=interleaved"]
+    pool.run(1, run, base[1], f"--out_dir={tmp_path / 'one'}", *options)
+    pool.run(2, run, base[1], f"--out_dir={tmp_path / 'many'}", *options, *stages)
+    text = (tmp_path / "one/samples.md").read_text()
+    assert "abc" in text and (tmp_path / "many/samples.md").read_text() == text
+    one = pool.run(1, run, base[1], f"--out_dir={tmp_path / 'dry'}", "--dry_run")
+    many = pool.run(2, run, base[1], f"--out_dir={tmp_path / 'dry'}", "--dry_run", *stages)
+    assert {record["checkpoint_bytes"] for record in many} == {one[0]["checkpoint_bytes"]}
+
+
 @pytest.fixture(scope="module")
 def halfway(base, pool):
     """The first half of the run by fsdp 2, and by two stages, as run folders to go on with."""
