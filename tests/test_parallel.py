@@ -346,7 +346,8 @@ def test_model_variants(base, pool, tmp_path, n, words):
             assert torch.equal(mine[name], reference[name])
 
 
-@pytest.mark.parametrize("words", [["--dtype=bfloat16"], ["--dtype=float16", "--ep=2"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--dtype=bfloat16", "--reduce_dtype=bfloat16"],
+                                   ["--dtype=float16", "--ep=2"]], ids=" ".join)
 def test_low_precision_learns_over_ranks(base, pool, tmp_path, words):
     options = ["--max_steps=6", "--decay_steps=1", "--warmup_steps=2", "--num_hidden_layers=2", *words]
     options += ["--save_interval=0", "--eval_interval=0"]
