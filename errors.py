@@ -59,9 +59,11 @@ def alike(word, known):
 
 
 def alike_there(name):
-    """As `alike`, of a path that does not exist, among the names in its folder."""
+    """As `alike`, of a path that does not exist, among those in its folder."""
     path = Path(name)
-    return alike(path.name, os.listdir(path.parent)) if path.parent.is_dir() and not path.exists() else ""
+    there = os.listdir(path.parent) if path.parent.is_dir() and not path.exists() else []
+    near = difflib.get_close_matches(path.name, there, 1, 0.7)
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
 
 
 def existing(name, use):

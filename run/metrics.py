@@ -324,16 +324,14 @@ def command(argv):
     parser.add_argument("folders", nargs="*", default=["."], metavar="RUN_FOLDER", help="at least one")
     parser.add_argument("--out", help="the picture; not given: overlay.png in the folder that holds all of them")
     args, runs = parser.parse_args(argv), {}
-    errors.require_place(args.out, "--out")
     for folder in args.folders:
         runs[folder] = read_records(Path(folder) / "metrics.jsonl")
         newest = {record["kind"]: record for record in runs[folder]}
         if "train" not in newest:
             raise UserError(f"{folder}: no metrics.jsonl with steps{alike_there(folder)} (python -m run.metrics RUN)")
-        figures = {"loss": newest["train"].get("loss"), "validation": newest.get("val", {}).get("loss"),
-                   "bits per byte": newest.get("val", {}).get("bits_per_byte")}
-        print(f"{folder}: step {newest['train']['step']}", *(f"{name} " + ("-" if value is None else f"{value:.5g}")
-                                                             for name, value in figures.items()), sep="  ")
+        found = newest["train"].get("loss"), *map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
+        loss, val, bits = ("-" if value is None else f"{value:.5g}" for value in found)
+        print(f"{folder}: step {newest['train']['step']}  loss {loss}  validation {val}  bits per byte {bits}")
     if len(runs) > 1:
         parents = [str(Path(folder).resolve().parent) for folder in runs]
         print(curves.overlay(Path(args.out or os.path.join(os.path.commonpath(parents), "overlay.png")), runs))

@@ -199,6 +199,6 @@ def test_the_command_says_what_it_wants(tmp_path, capsys):
         metrics.command(["--help"])
     assert end.value.code == 0 and "RUN_FOLDER" in capsys.readouterr().out
     for words, message in (([], "python -m run.metrics RUN"), (["--x"], "--x"), ([str(tmp_path)], "no metrics"),
-                           ([str(tmp_path), "--out=nowhere/x.png"], "no folder nowhere")):
+                           ([f"{tmp_path}s"], f"with steps; did you mean {tmp_path}?")):
         with pytest.raises(errors.UserError, match=message):
             metrics.command(words)
