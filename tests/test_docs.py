@@ -79,7 +79,7 @@ def test_commands_write_to_folders_of_their_own():
         if "data.prepare" in words:
             rest = words[words.index("data.prepare") + 1 :]
             folder = prepare.parse(rest).out or f"data/{rest[0]}"
-        elif {"-m", "--dry_run"} & set(words) or "--resume" in command or " configs/" not in command:
+        elif {"-m", "--dry_run", "--help"} & set(words) or "--resume" in command or " configs/" not in command:
             continue
         else:
             config = next(word for word in words if word.startswith("configs/"))
