@@ -211,6 +211,9 @@ class Config(ModelConfig):
                  "skip_sequences would skip again at every restart: set --resume to a step folder"),
                 (self.pp == 1 or not (self.mtp_depth or self.tie_word_embeddings),
                  f"pp={self.pp}: mtp_depth=1 and tie_word_embeddings need embedding and head on one rank"),
+                (self.pp == 1 or self.reduce_dtype == "float32",
+                 f"pp={self.pp} adds up micro-batches before ranks, which in bfloat16 would lose the small ones: leave "
+                 "reduce_dtype='float32'"),
                 (self.pp * self.stages_a_rank() <= self.num_hidden_layers or self.pp == 1,
                  f"pp={self.pp} with pp_schedule={self.pp_schedule!r} makes {self.pp * self.stages_a_rank()} stages, "
                  f"and there are {self.num_hidden_layers} layers"),

@@ -5,6 +5,8 @@ Every parameter is routed by its name, exactly once; a name that no route knows 
 
 from dataclasses import dataclass
 
+import torch
+
 from errors import UserError
 
 # name ending -> (optimizer, how a parameter splits into logical matrices along its rows, its name in lr_multipliers)
@@ -56,8 +58,11 @@ def route_parameters(named_parameters, optimizer="muon", per_head=0, multipliers
 
 
 def routes_of(config, model):
-    """The routes of a run's model, by its config."""
+    """The routes of a run's model, by its config; of one in stages those of all ranks' parameters."""
     heads = config.num_attention_heads if config.muon_per_head else 0
+    if model.stages:
+        with torch.device("meta"):
+            model = type(model)(config)
     return route_parameters(model.named_parameters(), config.optimizer, heads, config.lr_multipliers)
 
 

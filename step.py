@@ -110,7 +110,7 @@ class Training:
             self.pipeline = Pipeline(config, model, self.layout, self.micro_batch_size, self.accumulation, self.device)
         self.batches = prefetch(self.stream, self.device, range(self.step + 1, config.max_steps + 1), self.sequences,
                                 config.global_batch_size, self.micro_batch_size, *parallel.data_share(config.pp),
-                                timeout=0.8 * config.step_timeout)
+                                max(3, self.accumulation * len(model.stages)), timeout=0.8 * config.step_timeout)
 
     def forward_backward(self, exact=False):
         """The gradients of the next global batch, and this rank's sums, as of forward_and_backward: both over

@@ -1,6 +1,6 @@
 """How even can a router's bias make the load of a step that it has not seen? The floor of what balancing can do.
 
-    python -m bench.load out/debug [--batches=64]
+    python -m bench.load out/debug [--batches=32]
 
 The routers of a trained run are held still, and read batches of training text. Their biases are solved exactly, by
 quantiles (kernels/quantile.py), from the steps before; what is told is the busiest expert of all layers over its mean
@@ -27,8 +27,8 @@ TIMES = (1, 4)  # batches of the run's size in a step
 ROUNDS = 5  # of solving: cutoffs move with the biases
 
 
-def logits_of(model, batches):
-    """(layers, batches, N, E) of all routers."""
+def logits_of(model, n, batches, starts):
+    """(layers, n, N, E) of all routers that n batches meet."""
     found, forward = [], moe.Router.forward
 
     def keep(router, x_ND, *rest):
@@ -38,11 +38,10 @@ def logits_of(model, batches):
     try:
         with torch.no_grad():
             for inputs_BT, targets_BT, _ in batches:
-                model(inputs_BT, targets_BT)
+                model(inputs_BT, targets_BT, first_BT=starts(inputs_BT))
     finally:
         moe.Router.forward = forward
-    layers = len(model.routing.routers)
-    return torch.stack(found).unflatten(0, (-1, layers)).transpose(0, 1)
+    return torch.stack(found).unflatten(0, (n, -1)).transpose(0, 1)
 
 
 def solve(logits_NE, bias_E, top_k):
@@ -64,19 +63,22 @@ def busiest(logits_NE, bias_E, top_k):
 def main(argv):
     names = [word for word in argv if not word.startswith("--batches=")]
     counts = [word.partition("=")[2] for word in argv if word.startswith("--batches=")]
-    if len(names) != 1 or not all(map(str.isdigit, counts)):
-        raise UserError("name one run folder, as in  python -m bench.load out/debug --batches=64")
-    n, run = int(counts[-1]) if counts else 64, Path(names[0])
-    model, encoder = load(run)
+    n = int(counts[-1]) if counts and counts[-1].isdigit() else 0 if counts else 32
+    if len(names) != 1 or n < 2 * max(TIMES) or n % max(TIMES):
+        raise UserError("name one run folder, and a multiple of 4 batches, as in  python -m bench.load out/debug "
+                        "--batches=32")
+    run = Path(names[0])
+    model, encoder = load(run, "cpu")
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
     config = Config(**{name: value for name, value in settings.items() if name in FIELDS})
     if not config.n_routed_experts or config.n_group > 1:
         raise UserError(f"{run} has no routed experts, or groups of them, which are not solved here")
-    stream = TrainStream(config.data, config.sequence_length, config.seed + 1, False, encoder=encoder)
+    stream = TrainStream(config.data, config.sequence_length, config.seed + 1, False, encoder=encoder,
+                         packing=config.packing, document_mask=config.document_mask)
     size, device, K = config.global_batch_size, torch.device("cpu"), config.num_experts_per_tok
     batches = prefetch(stream, device, range(1, n + 1), 0, size, size, 0, 1, timeout=600)
     try:
-        logits = logits_of(model, (next(batches) for _ in range(n)))
+        logits = logits_of(model, n, (next(batches) for _ in range(n)), stream.starts)
     finally:
         batches.close()
     biases_LE, found = model.routing.biases(), []

@@ -79,8 +79,8 @@ class Waited:
 def main(argv):
     parallel.start()
     config, path = settings.load(argv)
-    if config.mtp_depth:
-        raise UserError("bench.ranks has no multi-token prediction: add --mtp_depth=0")
+    if config.mtp_depth or config.pp > 1:
+        raise UserError("bench.ranks has no multi-token prediction and no stages: add --mtp_depth=0 --pp=1")
     device = pick_device(config.device)
     layout = parallel.make_layout(config, device)
     micro, accumulation = parallel.split_batch(config)

@@ -1,6 +1,6 @@
 """Expert dispatch over ranks: token rows travel to the ranks of their experts and come back as weighted sums.
 
-It takes the place of moe.LocalDispatch when parallel.py spreads the experts of a layer over a group. A token is sent
+It takes the place of moe.LocalDispatch when shard.py spreads the experts of a layer over a group. A token is sent
 once to each rank that has any of its experts, however many, and each rank adds up what its experts make of it.
 
 Shapes: N tokens of this rank, K choices a token, D model width, P ranks of the group, E experts, L = E / P of them on a

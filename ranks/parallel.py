@@ -273,10 +273,7 @@ def make_layout(config, device):
     layout = Layout(*check_layout(config, ranks()), pp=config.pp, reduce_dtype=config.reduce_dtype)
 
     def mesh(**sizes):
-        # On GPUs NCCL alone, which connects when it is used: gloo would connect all of thousands at once.
-        only = dict.fromkeys(sizes, "nccl") if device.type == "cuda" else None
-        return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes),
-                                backend_override=only)
+        return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     def of_stage(**sizes):  # all stages make theirs together
         return mesh(pp=layout.pp, **sizes)[tuple(sizes)] if layout.pp > 1 else mesh(**sizes)
@@ -329,19 +326,26 @@ def data_share(pp=1):
     return rank() % n, n
 
 
+def forward_sizes(config, most):
+    """The sequences, up to `most`, that a forward of this rank can have: parts of its share of the global batch, and of
+    a pipeline so many that every stage has one, as its schedule wants them."""
+    share = config.global_batch_size // data_share(config.pp)[1]
+    counts = [(n, share // n) for n in range(1, most + 1) if share % n == 0]
+    return [n for n, m in counts if m >= config.pp and (config.stages_a_rank() == 1 or m % (m // config.pp) == 0)]
+
+
 def split_batch(config):
     """(sequences of this rank per forward, forwards per step): micro_batch_size, or less if the rank's share of the
-    global batch is smaller. Of a pipeline at least as many forwards as stages."""
+    global batch is smaller."""
     share = config.global_batch_size // data_share(config.pp)[1]
     micro = min(config.micro_batch_size, share)
     if share % micro:
         raise UserError(f"micro_batch_size={config.micro_batch_size} must divide global_batch_size / "
                         f"{'ranks' if config.pp == 1 else 'ranks of a stage'} = {share}")
-    if share // micro % config.pp:
-        valid = [m for m in range(1, share + 1) if share % m == 0 and share // m % config.pp == 0]
-        most = f"--micro_batch_size={valid[-1]}" if valid else "a global_batch_size that is a multiple of both"
-        raise UserError(f"pp={config.pp} needs a multiple of {config.pp} micro-batches a step to keep all stages busy, "
-                        f"and {share} sequences by {micro} are {share // micro}: set {most}")
+    if micro not in (valid := forward_sizes(config, micro)):
+        lever = f"--micro_batch_size={valid[-1]}" if valid else "a larger --global_batch_size"
+        raise UserError(f"pp={config.pp}, pp_schedule={config.pp_schedule!r}: {share} sequences by {micro} make "
+                        f"{share // micro} micro-batches a step, too few, or none that go round: set {lever}")
     return micro, share // micro
 
 

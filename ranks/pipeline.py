@@ -22,7 +22,6 @@ import functools
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from counting import flops_by_layer
 from kernels.cross_entropy import IGNORE
@@ -159,6 +158,9 @@ class Pipeline:
     """Forward and backward of all micro-batches of a step, in the order of config.pp_schedule."""
 
     def __init__(self, config, model, layout, micro_batch_size, n_micro_batches, device):
+        # Here, since it takes most of a second, and few want it.
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
         self.config, self.stages, self.device = config, model.stages, device
         owners = [*range(layout.pp)] * config.stages_a_rank()
         tokens = torch.empty(micro_batch_size, config.sequence_length, dtype=torch.int64, device="meta")
@@ -178,6 +180,9 @@ class Pipeline:
         for stage in self.stages:
             stage.weights, stage.sums = (by_token, 1 / c.global_batch_size, c.aux_loss_alpha, loss_scale), sums
         starts = {} if first_BT is None else {"first_BT": first_BT}
-        self.schedule.step(*[inputs_BT] * (self.stages[0].index == 0), target=targets_BT, return_outputs=False,
-                           targets_BT=targets_BT, **starts)
+        try:
+            self.schedule.step(*[inputs_BT] * (self.stages[0].index == 0), target=targets_BT, return_outputs=False,
+                               targets_BT=targets_BT, **starts)
+        except RuntimeError as error:  # in which the library wraps what a stage met: memory, a compiler, a lost rank
+            raise (error.__cause__ or error) from None
         return sums

@@ -26,8 +26,9 @@ def rehearse(training):
     training.begin()
     forwards = 1 if training.model.stages else accumulation  # a pipeline works on all at a time
     training.accumulation //= forwards
+    most = steps * accumulation // training.accumulation
     try:
-        found, forward, update = _tried(training, WARMING.get(device.type, 1) + 1, steps * accumulation)
+        found, forward, update = _tried(training, WARMING.get(device.type, 1) + 1, most)
     except RuntimeError as error:
         if not guard.is_out_of_memory(error):
             raise

@@ -188,8 +188,8 @@ class Guard:
             raise UserError(f"out of memory before the first step ({said(error)}): the parameters and their "
                             "optimizer state alone are too much; use more ranks, or a smaller model") from error
         size, forwards = parallel.split_batch(self.config)
-        if self.early and isinstance(error, torch.OutOfMemoryError) and size > 1:
-            smaller = max(n for n in range(1, size // 2 + 1) if size * forwards % n == 0)
+        smaller = max(parallel.forward_sizes(self.config, size // 2), default=0)
+        if self.early and isinstance(error, torch.OutOfMemoryError) and smaller:
             print(f"out of memory in {self.doing} with {size} sequences a forward: starting again with {smaller} and "
                   f"{size * forwards // smaller} forwards a step, the same global batch", file=sys.stderr, flush=True)
             words = [*self.words, f"--micro_batch_size={smaller}"]  # later words win

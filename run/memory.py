@@ -45,7 +45,7 @@ def require(config, model, routes, layout, device):
     together, before the optimizer's state is made, and end alike."""
     size, forwards = parallel.split_batch(config)
     needs = {n: needed(config, model, routes, layout, device, n, size * forwards // n)
-             for n in range(1, size + 1) if size * forwards % n == 0}
+             for n in parallel.forward_sizes(config, size)}
     everyone = parallel.from_all((free_bytes(device), needs))
     if any(free is None for free, _ in everyone):
         print(f"how much memory is free cannot be told on this {device.type}: whether the run fits is not checked")
@@ -151,6 +151,11 @@ def parts(config, sizes, routes, layout, device, size, forwards):
         block = max(gathered.values())
         computing["gathered weights"] = 2 * dtype.itemsize * (block + head)
         computing["gradients"] += 4 * block
+        if layout.pp > 1:  # nothing gathered goes before the last micro-batch, and every one has its places to receive
+            whole, received = sum(gathered.values()) + head, 2 * forwards * size * config.sequence_length
+            computing["gathered weights"] = dtype.itemsize * whole
+            computing["gradients"] = 4 * (head + total + whole)
+            computing["received"] = dtype.itemsize * received * config.hidden_size
         # At the end both ends' gradients, and their fp32 copy that is reduced.
         phases.append({"gradients": 4 * total + (8 + 2 * dtype.itemsize) * head,
                        "gathered weights": 2 * dtype.itemsize * head})
