@@ -94,7 +94,8 @@ class _Trip:
 
     def wait(self):
         self.work.wait()
-        out, self.out, self.keep = self.out, None, None
+        # A work holds its tensors: one that a recomputation leaves here would hold all of its graph, itself too.
+        out, self.out, self.keep, self.work = self.out, None, None, None
         return out
 
 
