@@ -17,6 +17,7 @@ import torch
 
 from counting import flops_by_part
 from kernels import backend
+from launch import peak
 from model import K2
 from owners import BUCKET_ELEMENTS, ROOM
 from ranks.parallel import Layout, check_layout
@@ -99,8 +100,9 @@ class Costs:
         self.dtype = getattr(torch, config.dtype)
         self.wire = config.wire_bytes()
         self.flops = flops_by_part(config, config.sequence_length, self.model)
-        self.moe_layers = sum(".gate." in name for name in self.shapes)
+        self.kinds = [config.is_moe_layer(index) for index in range(len(self.model.layers))]  # whether with experts
         self.parameters = sum(shape.numel() for shape in self.shapes.values())
+        self.has_head, self.reduced = True, 4  # bytes of a gradient that travels
 
     def of(self, **settings):
         """The same with other settings of the run; those of the model stay."""
@@ -127,9 +129,12 @@ class Costs:
         """{what: bytes} of rank 0 at the peak of a step."""
         local = self.local(layout)
         with backend.running(self.device.type == "cuda"):
-            sizes = {name: (shape.numel(), local[name]) for name, shape in self.shapes.items()}
-            parts = memory.parts(self.config, sizes, self.routes, layout, self.device, size, forwards)
-        parts["parameters"] = 4 * sum(local.values())
+            if layout.dense is None:
+                sizes = {name: (shape.numel(), local[name]) for name, shape in self.shapes.items()}
+                parts = memory.parts(self.config, sizes, self.routes, layout, self.device, size, forwards)
+                parts["parameters"] = 4 * sum(local.values())
+            else:
+                parts = peak.parts(self, local, layout, size, forwards)
         if n > 1 and self.device.type == "cuda":
             rows = 2 * size * self.config.sequence_length * self.sent_rows(layout.ep) * self.config.hidden_size
             parts["communication"] = int(NCCL + self.dtype.itemsize * rows + 8 * self.wire * BUCKET_ELEMENTS)
@@ -158,17 +163,18 @@ class Costs:
             again = sum(n for name, n in held.items() if f".layers.{c.num_hidden_layers}." in name)  # for nothing
             gathered = wide * (elements if unit == "ends" else 2 * elements + again)
             found.append(Exchange("weights", "all_gather", ranks, stride, forwards * gathered * (ranks - 1)))
-            found.append(Exchange("gradients", "reduce_scatter", ranks, stride, forwards * 4 * elements * (ranks - 1)))
-            found.append(Exchange("gradients", "all_reduce", R, S, 2 * 4 * elements * (R - 1) / R))
+            found.append(Exchange("gradients", "reduce_scatter", ranks, stride,
+                                  forwards * self.reduced * elements * (ranks - 1)))
+            found.append(Exchange("gradients", "all_reduce", R, S, 2 * self.reduced * elements * (R - 1) / R))
         tokens, D, K = size * c.sequence_length, c.hidden_size, c.num_experts_per_tok
-        sent = forwards * self.moe_layers * tokens * self.sent_rows(ep)  # rows of one trip of every layer
+        sent = forwards * sum(self.kinds) * tokens * self.sent_rows(ep)  # rows of one trip of every layer
         trips = 3 if recomputes else 2  # with the backward's; a row comes home too
-        sizes = forwards * self.moe_layers * (trips - 1) * 16 * (ep - 1)
+        sizes = forwards * sum(self.kinds) * (trips - 1) * 16 * (ep - 1)
         found.append(Exchange("expert rows", "all_to_all", ep, 1, sent * trips * (2 * D * wide + 2 * K * 4) + sizes))
         found.append(Exchange("Muon", "all_to_all", n, 1, self.wire * self.muon_elements(layout, n)))
         matrices = sum(shape.numel() // (self.routes[name].rows * shape[-1]) for name, shape in self.shapes.items()
                        if self.routes[name].optimizer == "muon")
-        small = 4 * (6 + 2 * c.mtp_depth) + 4 * len(self.model.layers) * c.num_attention_heads + 4 * matrices
+        small = 4 * (6 + 2 * c.mtp_depth) + 4 * len(self.kinds) * c.num_attention_heads + 4 * matrices
         small += 8 * sum(total.numel() for total in self.model.routing.buffers() if total.dim())
         found.append(Exchange("statistics", "all_reduce", n, 1, 2 * small * (n - 1) / n))
         return [exchange for exchange in found if exchange.sent]
@@ -226,13 +232,13 @@ class Costs:
         for part, flops in self.flops.items():
             rate = {"attention": ATTENTION * T / (T + HALF_LENGTH), "routed experts": EXPERTS}.get(part, MATMUL)
             seconds[part] = N * flops / (rate * gpu.matmul) * (1 if part == "head" else again)
-        if self.moe_layers:
+        if sum(self.kinds):
             held = sum(shape.numel() for name, shape in self.shapes.items() if ".experts." in name) / layout.ep
-            moved = N * K * self.moe_layers * (16 * D + 18 * F) * again + held * (12 if layout.dense is None else 26)
+            moved = N * K * sum(self.kinds) * (16 * D + 18 * F) * again + held * (12 if layout.dense is None else 26)
             seconds["routed experts"] = max(seconds["routed experts"], moved / (EXPERT_BYTES * gpu.copy))
             seconds["routed experts"] *= BUSIEST if layout.ep > 1 else 1
         passes = STREAMS * (1 if c.activation_checkpointing == "none" else 4 / 3)
-        seconds["pointwise"] = N * (len(self.model.layers) * passes * 2 * D) / gpu.copy
+        seconds["pointwise"] = N * (len(self.kinds) * passes * 2 * D) / gpu.copy
         seconds["loss"] = N * c.vocab_size * LOGIT * (1 + c.mtp_depth) / gpu.copy
         return seconds
 
@@ -258,8 +264,8 @@ class Costs:
         # The shared expert computes while rows travel; nothing else does.
         parts["expert rows"] = max(0.0, rows - parts.get("shared experts", 0.0))
         if layout.dense is not None:
-            parts["waiting for Python"] = forwards * len(self.model.layers) * BLOCK_WAIT
-            least = forwards * len(self.model.layers) * BLOCK_PYTHON
+            parts["waiting for Python"] = forwards * len(self.kinds) * BLOCK_WAIT
+            least = forwards * len(self.kinds) * BLOCK_PYTHON
             parts["waiting for Python"] = max(parts["waiting for Python"], least - sum(parts.values()))
         for link in rate:  # the gathers and reductions that computing does not hide
             spent = sum(s for (kind, on), s in busy.items() if on == link and kind in
