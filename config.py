@@ -88,6 +88,9 @@ class Config(ModelConfig):
     dp_replicate: int = setting(1, "copies of the sharded model; above 1: HSDP", "parallelism")
     dp_shard: int | None = setting(None, "ranks that share one copy; None: all that are left", "parallelism")
     ep: int = setting(1, "ranks that share the experts of a layer; divides dp_shard", "parallelism")
+    pp: int = setting(1, "stages of consecutive layers, each on ranks of its own (pipeline parallelism)", "parallelism")
+    pp_schedule: Literal["1f1b", "interleaved"] = setting(
+        "1f1b", "1f1b: a stage a rank; interleaved: two, half the waiting for twice the traffic", "parallelism")
     # ---- watching
     out_dir: str | None = setting(None, "run folder; None: out/<name of the config file>", "watching")
     run_name: str | None = setting(None, "name in W&B; None: that of the run folder", "watching")
@@ -155,11 +158,15 @@ class Config(ModelConfig):
         steps = range(*map(int, found.groups())) if found else ()
         return steps if steps or self.profile_steps is None else None
 
+    def stages_a_rank(self):
+        """Stages of a pipeline on each of its ranks."""
+        return 1 if self.pp_schedule == "1f1b" else 2
+
     def check(self):
         """Raise a UserError for the first impossible value or combination."""
         self.check_model()
         positive = ("sequence_length", "global_batch_size", "micro_batch_size", "max_steps", "ns_steps", "log_interval",
-                    "keep_checkpoints", "max_skipped_steps", "step_timeout", "dp_replicate", "dp_shard", "ep",
+                    "keep_checkpoints", "max_skipped_steps", "step_timeout", "dp_replicate", "dp_shard", "ep", "pp",
                     "eval_batches", "eval_task_items")
         not_negative = ("warmup_steps", "decay_steps", "eval_interval", "save_interval", "sample_interval", "seed",
                         "muon_lr", "adamw_lr", "weight_decay", "grad_clip", "bias_update_rate", "min_lr_ratio",
@@ -200,6 +207,11 @@ class Config(ModelConfig):
                 (self.resume in (True, False) or self.resume, "resume is empty: name a run or step folder"),
                 (not self.skip_sequences or re.search(r"step_\d+/*$", str(self.resume)),
                  "skip_sequences would skip again at every restart: set --resume to a step folder"),
+                (self.pp == 1 or not (self.mtp_depth or self.tie_word_embeddings),
+                 f"pp={self.pp}: mtp_depth=1 and tie_word_embeddings need embedding and head on one rank"),
+                (self.pp * self.stages_a_rank() <= self.num_hidden_layers or self.pp == 1,
+                 f"pp={self.pp} with pp_schedule={self.pp_schedule!r} makes {self.pp * self.stages_a_rank()} stages, "
+                 f"and there are {self.num_hidden_layers} layers"),
                 (self.profiled() is not None, f"profile_steps={self.profile_steps!r}: expected two steps, the first "
                  "before the second, as in 10:13 for the steps 10, 11 and 12"),
                 (not (self.dry_run and self.profile_steps), "a dry run profiles no steps: leave one of the two out")):

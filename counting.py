@@ -51,6 +51,16 @@ def flops_by_part(config, sequence_length, model=None):
     return {part: 6 * n for part, n in used.items()}
 
 
+def flops_by_layer(config, sequence_length):
+    """What each layer has of flops_per_token, the last one with the norm and the head behind it."""
+    with torch.device("meta"):
+        model = K2(config)
+    attention = flops_by_part(config, sequence_length, model)["attention"] / len(model.layers)
+    layers = [6 * _used(layer, config) + attention for layer in model.layers]
+    layers[-1] += 6 * (config.vocab_size + 1) * config.hidden_size
+    return layers
+
+
 def _used(module, config):
     """Parameters of a module that one token uses."""
     sizes = {name: p.numel() for name, p in module.named_parameters()}

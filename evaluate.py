@@ -65,12 +65,12 @@ def evaluate(model, validation, starts, batch_size, device, watch):
     training. None if a signal came before the end, or if the loss is not finite."""
     was_training, total, count = model.training, 0.0, 0
     model.eval()
-    for i, (inputs, targets) in enumerate(validation.batches(batch_size, parallel.rank(), parallel.ranks())):
+    for i, (inputs, targets) in enumerate(validation.batches(batch_size, *parallel.data_share(model.pp))):
         watch.beat("a validation batch", patient=i == 0)
         inputs = inputs.to(device)
         loss_sum, _ = model(inputs, targets.to(device), first_BT=starts(inputs))
         mine = torch.tensor([loss_sum.item(), int((targets != IGNORE).sum()), bool(watch.signal)], dtype=torch.float64)
-        loss_sum, targets_here, watch.agreed = parallel.add_up(mine).tolist()
+        loss_sum, targets_here, watch.agreed = (parallel.add_up(mine) / model.pp).tolist()  # all stages told the same
         if watch.agreed:
             break
         total, count = total + loss_sum, count + targets_here
@@ -112,7 +112,7 @@ def score(model, rows, batch_tokens=None, what="rows", watch=None):
     attention does not look; all ranks compute all, in the same batches: a sharded model needs all ranks for each.
 
     batch_tokens: of a forward, with the padding; None: TOKENS, or fewer if their logits would be more than LOGITS."""
-    was_training, device = model.training, model.lm_head.weight.device
+    was_training, device = model.training, model.device
     batch_tokens = batch_tokens or min(LOGITS // model.config.vocab_size, TOKENS)
     left, batches = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), []
     while left:
@@ -195,7 +195,7 @@ def evaluate_data(model, encoder, folder, settings, limit, batch_tokens):
         starts = lambda ids: document_starts(ids, tokenizers.end_of_text(encoder))
     size = max((batch_tokens or TOKENS) // length, 1)
     watch = Progress("validation", -(-validation.tokens // (length * size)))
-    found = evaluate(model, validation, starts, size, model.lm_head.weight.device, watch)
+    found = evaluate(model, validation, starts, size, model.device, watch)
     return found and found | {"tokens": validation.tokens, "data": data}
 
 
@@ -245,7 +245,7 @@ def main(argv=None):
     published = hf.is_hf(Path(args.model))
     manifest = {} if published else checkpoint.read_manifest(checkpoint.find(args.model, args.checkpoint))
     report = {"model": args.model, "checkpoint": args.checkpoint, "step": manifest.get("step"), "context": context,
-              "limit": args.limit, "device": str(model.lm_head.weight.device), "dtype": args.dtype,
+              "limit": args.limit, "device": str(model.device), "dtype": args.dtype,
               "torch": torch.__version__, "python": platform.python_version()}
     if args.data or not (args.text or tasks):
         if not args.data and published:

@@ -44,6 +44,15 @@ def rope_frequencies(dim, theta, scaling, device):
     return frequency, yarn_mscale(factor, 1)
 
 
+def rope_tables(c, start, length, device, first_BT=0):
+    """cos and sin, each (T, P/2) or (B, T, P/2), for positions start..start+length, less first_BT, of a ModelConfig."""
+    dim = c.qk_rope_head_dim if c.attention == "mla" else c.v_head_dim
+    frequency, factor = rope_frequencies(dim, c.rope_theta, c.rope_scaling, device)
+    positions = torch.arange(start, start + length, device=device, dtype=torch.float32) - first_BT
+    angle = positions[..., None] * frequency
+    return angle.cos() * factor, angle.sin() * factor
+
+
 def apply_rope(x_BTHP, rope):
     """Rotate adjacent pairs (the interleaved layout of the published checkpoints) by the angles of each position: rope
     is cos and sin, each (T, P/2) or (B, T, P/2)."""

@@ -21,7 +21,7 @@ import decoding
 from errors import UserError
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from layers import MLP, Linear, RMSNorm, WeightCopies
-from mla import MHA, MLA, Cache, rope_frequencies
+from mla import MHA, MLA, Cache, rope_tables
 from moe import Experts, MoE, Router, Routing, default_scaling_factor, keep_gradients
 from mtp import next_and_second
 
@@ -206,13 +206,15 @@ class K2(nn.Module):
 
     compute_dtype is the dtype of the residual stream; parameters stay in fp32. In training, forward adds to running
     statistics that the optimizer step reads and clears: routing (see moe.Routing) and max_logits (layers, H). With
-    mtp_depth=1 the last of `layers` is the MTPBlock.
+    mtp_depth=1 the last of `layers` is the MTPBlock. Of a model in stages (ranks/pipeline.py) this rank has the layers
+    `here` and no others, and its part of the `stages`, of which there are some on each of pp ranks.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, self.compute_dtype, self.copies = config, torch.float32, None
         n_layers = config.num_hidden_layers + config.mtp_depth
+        self.here, self.stages, self.pp = range(n_layers), (), 1
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList((MTPBlock if index >= config.num_hidden_layers else Block)(config, index)
@@ -228,22 +230,29 @@ class K2(nn.Module):
 
     @property
     def layers(self):
-        return self.model.layers
+        return [self.model.layers[index] for index in self.here]
 
-    def trunk(self, tokens_BT, cache=None, first_BT=None, real_BT=None):
-        """All but the head: x_BTD after the last norm, rope, and of every layer what else it returns."""
+    @property
+    def device(self):
+        return self.max_logits.device
+
+    def trunk(self, x, cache=None, first_BT=None, real_BT=None, span=None):
+        """All but the head: x_BTD after the last norm, rope, and of every layer what else it returns. x: tokens_BT.
+        span: of the layers of this range alone: the embedding goes with the first, the norm with the last, and x is
+        what came out of the layer before."""
         self.refresh_copies()
-        start = cache.length if cache is not None else 0
-        x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
-        rope = self.rope(start, tokens_BT.shape[1], 0 if first_BT is None else first_BT)
+        span = range(self.config.num_hidden_layers) if span is None else span
+        start, length = 0 if cache is None else cache.length, x.shape[1]
+        x_BTD = x if span.start else self.model.embed_tokens(x).to(self.compute_dtype)
+        rope = rope_tables(self.config, start, length, self.device, 0 if first_BT is None else first_BT)
         told = []
-        for index in range(self.config.num_hidden_layers):
+        for index in span:
             past = None if cache is None else cache.layers[index]
-            x_BTD, *more = self.layers[index](x_BTD, rope, past, start, first_BT, real_BT)
+            x_BTD, *more = self.model.layers[index](x_BTD, rope, past, start, first_BT, real_BT)
             told.append(more)
         if cache is not None:
-            cache.length += tokens_BT.shape[1]
-        return self.model.norm(x_BTD), rope, told
+            cache.length += length
+        return x_BTD if span.stop < self.config.num_hidden_layers else self.model.norm(x_BTD), rope, told
 
     def ahead(self, x_BTD, next_BT, rope, past_BSW=None, start=0, first_BT=None, real_BT=None):
         """What the MTPBlock returns for trunk's x_BTD and the tokens that come next; the head makes logits of it, for
@@ -273,16 +282,23 @@ class K2(nn.Module):
             x_BTD, *more = self.ahead(x_BTD, next_BT, rope, first_BT=first_BT, real_BT=real_BT)
             told.append(more)
             losses += [self.loss_sum(x_BTD, second_BT, mtp_scale), (second_BT != IGNORE).sum()]
+        balance, z = self.take_in(told)
+        return losses[0] + z, balance, *losses[1:]
+
+    def take_in(self, told, first=0):
+        """Add what the layers from the first-th on told to the running statistics of a training; returns (their balance
+        loss summed over sequences and layers, what brings their z-losses into the gradient of the cross-entropy's sum
+        and is 0 itself)."""
         maxima, routed = ([one for one in column if one is not None] for column in zip(*told))
+        z = zero = torch.zeros((), device=self.device)
         if self.training:
             with torch.no_grad():
-                max_logits = self.max_logits[:len(maxima)]
+                max_logits = self.max_logits[first:first + len(maxima)]
                 max_logits.copy_(torch.maximum(max_logits, torch.stack(maxima)))
-            self.routing.add(routed)
+            self.routing.add(routed, sum(map(self.config.is_moe_layer, range(first))))
             if self.config.router_z_loss and routed:
                 z = self.config.router_z_loss * sum(r.z for r in routed)
-                losses[0] = losses[0] + (z - z.detach())
-        return losses[0], sum((r.balance for r in routed), torch.zeros_like(losses[0])), *losses[1:]
+        return sum((r.balance for r in routed), zero), z - z.detach()
 
     def loss_sum(self, x_BTD, targets_BT, scale):
         return linear_cross_entropy(
@@ -292,7 +308,7 @@ class K2(nn.Module):
         """Keep the blocks' matrices in compute_dtype too, from the next forward on: it saves every later micro-batch of
         a step the rounding. For parameters that are whole on this device."""
         taken, matrices = set(), []
-        for module in self.layers.modules():  # an MLP comes before the layers whose weights it stacks
+        for module in self.model.layers.modules():  # an MLP comes before the layers whose weights it stacks
             copied = module.copied() if isinstance(module, (MLP, Linear, Experts)) else {}
             matrices += [(module, name, weights) for name, weights in copied.items() if not taken & set(weights)]
             taken.update(*copied.values())
@@ -305,16 +321,7 @@ class K2(nn.Module):
 
     def keep_gradients(self):
         """moe.keep_gradients for every layer."""
-        return keep_gradients(self.layers.modules(), self.compute_dtype)
-
-    def rope(self, start, length, first_BT=0):
-        """cos and sin, each (T, P/2) or (B, T, P/2), for positions start..start+length, less first_BT."""
-        c = self.config
-        dim = c.qk_rope_head_dim if c.attention == "mla" else c.v_head_dim
-        frequency, factor = rope_frequencies(dim, c.rope_theta, c.rope_scaling, self.lm_head.weight.device)
-        positions = torch.arange(start, start + length, device=frequency.device, dtype=torch.float32) - first_BT
-        angle = positions[..., None] * frequency
-        return angle.cos() * factor, angle.sin() * factor
+        return keep_gradients(self.model.layers.modules(), self.compute_dtype)
 
     @torch.no_grad()
     def reset_statistics(self, exact_above=float("-inf")):
@@ -358,9 +365,10 @@ class K2(nn.Module):
 
     def new_cache(self, batch_size, length, mtp=False):
         """mtp: with room for the MTPBlock too."""
-        return Cache([torch.zeros(batch_size, length, layer.self_attn.cache_width(), dtype=self.compute_dtype,
-                                  device=self.lm_head.weight.device)
-                      for layer in self.layers[:None if mtp else self.config.num_hidden_layers]])
+        n = len(self.model.layers) if mtp else self.config.num_hidden_layers
+        return Cache([torch.zeros(batch_size, length, self.model.layers[index].self_attn.cache_width(),
+                                  dtype=self.compute_dtype, device=self.device) if index in self.here else None
+                      for index in range(n)])
 
     def generate(self, tokens_BT, max_new_tokens, **options):
         """decoding.generate, with its options: yields (B,) ids, one tensor per new token."""

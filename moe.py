@@ -75,11 +75,13 @@ class Router(nn.Module):
 class Routing(nn.Module):
     """What all routers of a model told since the last clear(), which is what it takes to balance them: expert_counts
     (L, E) and histograms (L, E, C; none unless balance="quantile"), both int64, and z, the z-losses of all. L: MoE
-    layers."""
+    layers. Of a model in stages (ranks/pipeline.py) `routers` are those of this rank, `rows` their places among all,
+    and `complete` brings the rows of the other ranks."""
 
     def __init__(self, routers, n_experts, balance):
         super().__init__()
         self.routers, self.balance = list(routers), balance
+        self.rows, self.complete = list(range(len(self.routers))), lambda biases_LE: biases_LE
         shape = (len(routers), n_experts)
         self.register_buffer("expert_counts", torch.zeros(shape, dtype=torch.int64), persistent=False)
         shape = (len(routers) * (balance == "quantile"), n_experts, quantile.BINS)
@@ -91,25 +93,28 @@ class Routing(nn.Module):
             total.zero_()
 
     @torch.no_grad()
-    def add(self, routed):
-        """Add what the routers told of a forward, the Routed of each, or of the first ones."""
+    def add(self, routed, first=0):
+        """Add what the routers told of a forward, the Routed of each from the first-th on, perhaps not to the last."""
         if routed:
-            self.expert_counts[:len(routed)] += torch.stack([r.counts_E for r in routed])
-        for total_EC, r in zip(self.histograms, routed):
+            self.expert_counts[first:first + len(routed)] += torch.stack([r.counts_E for r in routed])
+        for total_EC, r in zip(self.histograms[first:], routed):
             total_EC += r.histogram_EC
         self.z += sum(r.z for r in routed if r.z is not None)
 
     def balance_(self, rate):
         """One balancing step of every router, from what has been added; rate is for balance="sign"."""
-        for router, counts_E in zip(self.routers, self.expert_counts if self.balance == "sign" else ()):
-            router.update_bias_(counts_E, rate)
-        for router, histogram_EC in zip(self.routers, self.histograms):
-            router.solve_bias_(histogram_EC)
+        for router, row in zip(self.routers, self.rows):
+            if self.balance == "sign":
+                router.update_bias_(self.expert_counts[row], rate)
+            elif self.balance == "quantile":
+                router.solve_bias_(self.histograms[row])
 
     def biases(self):
-        """The selection biases, (L, E)."""
-        biases = [router.e_score_correction_bias for router in self.routers]
-        return torch.stack(biases) if biases else torch.empty(0, 0)
+        """The selection biases, (L, E). All ranks call it together."""
+        biases_LE = torch.zeros(self.expert_counts.shape, device=self.expert_counts.device)
+        for router, row in zip(self.routers, self.rows):
+            biases_LE[row] = router.e_score_correction_bias
+        return self.complete(biases_LE)
 
 
 class Experts(nn.Module):

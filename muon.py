@@ -63,14 +63,17 @@ class Muon(torch.optim.Optimizer):
     weight_decay: decoupled, p *= 1 - lr * weight_decay, for every parameter. ns_dtype: compute type of Newton-Schulz,
     None for fp32. routes: from route_parameters, None for its defaults. variant: "muon", "normuon" or "muoneq_r", see
     muon_variants.py. exchange: "owners", or its slow twin "all_gather", in which every rank orthogonalises everything.
+    group: of the ranks that hold parts of these parameters, None: all. across: of the ranks whose optimizers together
+    have the parameters of one model, None: this one has them all.
     A parameter without a gradient is treated as having a zero one, and so is a matrix with nothing but rounding noise.
     State is made here, not in the first step.
     """
 
     def __init__(self, named_parameters, lr=2e-3, adamw_lr=None, momentum=0.95, nesterov=True, weight_decay=0.1,
                  ns_steps=5, ns_dtype=None, ns_coefficients="jordan", betas=(0.9, 0.95), eps=1e-8, routes=None,
-                 variant="muon", exchange="owners", bucket_elements=BUCKET_ELEMENTS):
+                 variant="muon", exchange="owners", bucket_elements=BUCKET_ELEMENTS, group=None, across=None):
         named = list(named_parameters)
+        self.group, self.across = group, across
         routes = routes or route_parameters(named)
         peaks = {"muon": lr, "adamw": lr if adamw_lr is None else adamw_lr}
         members = {}
@@ -116,10 +119,10 @@ class Muon(torch.optim.Optimizer):
             pinned = isinstance(p, DTensor) and "ep" in (p.device_mesh.mesh_dim_names or ())
             self.stacks.append(Stack(name, p.numel() // (rows * columns), rows, columns, pinned))
         sharded = any(isinstance(p, DTensor) for p in self.matrices)
-        self.rank, everyone = (dist.get_rank(), _from_all_ranks(held)) if sharded else (0, [held])
+        self.rank, everyone = (dist.get_rank(self.group), _from_all_ranks(held, self.group)) if sharded else (0, [held])
         self._number_matrices(held, everyone, self.matrices[0].device)
         self.plan = make_plan(self.stacks, everyone, bucket_elements)
-        if sharded and len(set(_from_all_ranks(self.plan.digest()))) > 1:
+        if sharded and len(set(_from_all_ranks(self.plan.digest(), self.group))) > 1:
             raise RuntimeError("the ranks disagree about the parameters: do all run the same code and settings?")
         local = [Job(batch, self.plan, self.rank) for batch in self.plan.local_batches(self.rank)]
         self.buckets = [Job(bucket, self.plan, self.rank) for bucket in self.plan.buckets]
@@ -194,7 +197,10 @@ class Muon(torch.optim.Optimizer):
     def _noise(self, grads):
         """Per gradient the rows (bool) of matrices that have no gradient but rounding noise (NOISE)."""
         sums_M = self._sum_by_matrix(torch.cat([torch.linalg.vector_norm(g, dim=-1).flatten().square() for g in grads]))
-        return self._rows_of(sums_M < NOISE**2 * self.sizes_M * (sums_M.sum() / self.sizes_M.sum()))
+        total, size = whole = torch.stack((sums_M.sum(), self.sizes_M.sum()))
+        if self.across is not None:
+            dist.all_reduce(whole, group=self.across)
+        return self._rows_of(sums_M < NOISE**2 * self.sizes_M * (total / size))
 
     def _sum_by_matrix(self, values):
         """(M,): the sums of a value for every row here over the M matrices of all ranks. P pieces of matrices are here;
@@ -202,7 +208,7 @@ class Muon(torch.optim.Optimizer):
         sums_M = torch.zeros_like(self.sizes_M)
         sums_M[self.matrix_P] = torch.segment_reduce(values, "sum", lengths=self.rows_P, unsafe=True) / self.copies_P
         if self.plan.ranks > 1:
-            dist.all_reduce(sums_M)
+            dist.all_reduce(sums_M, group=self.group)
         return sums_M
 
     def _rows_of(self, values_M):
@@ -263,7 +269,8 @@ class Muon(torch.optim.Optimizer):
         device = self.param_groups[0]["params"][0].device
         sent = torch.cat(rows) if rows else torch.empty(0, dtype=self.wire_dtype, device=device)
         received = torch.empty(sum(trip.receive_splits), dtype=self.wire_dtype, device=device)
-        work = dist.all_to_all_single(received, sent, trip.receive_splits, trip.send_splits, async_op=True)
+        work = dist.all_to_all_single(received, sent, trip.receive_splits, trip.send_splits, group=self.group,
+                                      async_op=True)
         self.traffic["collectives"] += 1
         self.traffic["bytes"] += sent.numel() * sent.element_size()
 
@@ -321,24 +328,25 @@ def _parts_and_grads(parameters):
                    for p, part in zip(parameters, parts)]
 
 
-def _from_all_ranks(value):
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+def _from_all_ranks(value, group=None):
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
 @torch.no_grad()
-def qk_clip_(layers, max_logits_LH, tau):
+def qk_clip_(layers, max_logits_LH, tau, here=None):
     """Scale down the query and key weights of every head whose largest logit S exceeded tau, by gamma = tau / S, so
     that the same input would now give tau. Run after the optimizer step, with that step's maxima.
 
     S is signed: large negative logits are harmless. S at or below tau, and a non-finite S, leave the head untouched (a
-    factor of exactly 1). No host sync. Returns the number of clipped heads as a tensor.
+    factor of exactly 1). No host sync. Returns the number of clipped heads as a tensor. here: the rows of max_logits_LH
+    that `layers` are, if they are not all or the first.
     """
     clipped_LH = max_logits_LH.isfinite() & (max_logits_LH > tau)
     gamma_LH = torch.where(clipped_LH, tau / max_logits_LH, torch.ones_like(max_logits_LH))
-    for layer, gamma_H in zip(layers, gamma_LH):
-        for weight, row_factors in layer.self_attn.qk_clip_rows(gamma_H):
+    for index, layer in zip(itertools.count() if here is None else here, layers):
+        for weight, row_factors in layer.self_attn.qk_clip_rows(gamma_LH[index]):
             part, first = local_rows(weight)
             part.mul_(row_factors[first:first + len(part)].to(part.dtype).unsqueeze(1))
     return clipped_LH.sum()

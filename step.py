@@ -19,7 +19,8 @@ from kernels.cross_entropy import IGNORE
 from kernels.newton_schulz import newton_schulz
 from model import build
 from muon import SCHEDULE, Muon, local_rows, qk_clip_, schedule_factor
-from ranks import parallel
+from ranks import parallel, shard
+from ranks.pipeline import Pipeline
 from routes import routes_of
 from run import checkpoint, memory
 from run.ema import Average
@@ -57,7 +58,7 @@ class Training:
         self.micro_batch_size, self.accumulation = parallel.split_batch(config)
         self.tokens_per_step = config.global_batch_size * config.sequence_length
         dtype = getattr(torch, config.dtype)
-        self.model = model = build(config, device, lambda model: parallel.distribute(model, layout, dtype))
+        self.model = model = build(config, device, lambda model: shard.distribute(model, layout, dtype))
         model.compute_dtype = dtype
         for layer in model.layers:
             layer.recompute = config.activation_checkpointing
@@ -65,7 +66,7 @@ class Training:
         memory.require(config, model, self.routes, layout, device)
         if memory.keeps_copies(config, layout, device):
             model.make_copies()
-        self.optimizer = make_optimizer(config, model, self.routes)
+        self.optimizer = make_optimizer(config, model, self.routes, layout)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters, self.state = list(model.parameters()), checkpoint.named_tensors(model, self.optimizer)
         self.loss_scale = 2.0**16 if config.dtype == "float16" else 1.0  # or its gradients would underflow
@@ -96,7 +97,7 @@ class Training:
         read ahead."""
         config, model = self.config, self.model
         if wants_compile(config, self.device):
-            parallel.compile_blocks(model)
+            shard.compile_blocks(model)
         model.train()
         replay = graphs.wanted(config, self.layout, self.device)
         if replay:
@@ -105,8 +106,10 @@ class Training:
                                              self.accumulation > 1)
         self.update_weights = graphs.Update(functools.partial(update_all, model, self.optimizer, config),
                                             self.parameters, self.state.values(), replay, self.micro_batch.pool)
+        if model.stages:
+            self.pipeline = Pipeline(config, model, self.layout, self.micro_batch_size, self.accumulation, self.device)
         self.batches = prefetch(self.stream, self.device, range(self.step + 1, config.max_steps + 1), self.sequences,
-                                config.global_batch_size, self.micro_batch_size, parallel.rank(), parallel.ranks(),
+                                config.global_batch_size, self.micro_batch_size, *parallel.data_share(config.pp),
                                 timeout=0.8 * config.step_timeout)
 
     def forward_backward(self, exact=False):
@@ -121,14 +124,21 @@ class Training:
         model.reset_statistics(-math.inf if exact else config.qk_clip_tau)
         sums, scale = torch.zeros(3 + 2 * config.mtp_depth, device=device), torch.tensor(self.loss_scale, device=device)
         mtp_weight = mtp.loss_weight(config, self.step, device)
-        for micro in range(self.accumulation):
-            wait_started = time.perf_counter()
-            inputs, targets, self.places = next(self.batches)
-            self.waited += time.perf_counter() - wait_started
-            parallel.last_micro_batch(model, micro == self.accumulation - 1)
+        if model.stages:  # which work on several micro-batches at a time
+            inputs, targets = map(torch.cat, zip(*(self._next_batch() for _ in range(self.accumulation))))
+            sums = sums + self.pipeline(inputs, targets, self.stream.starts(inputs), scale)
+        for micro in range(0 if model.stages else self.accumulation):
+            inputs, targets = self._next_batch()
+            shard.last_micro_batch(model, micro == self.accumulation - 1)
             sums = sums + self.micro_batch(micro == 0, inputs, targets, self.stream.starts(inputs), scale, mtp_weight)
         self.sequences, self.tokens = self.sequences + config.global_batch_size, self.tokens + self.tokens_per_step
         return sums
+
+    def _next_batch(self):
+        wait_started = time.perf_counter()
+        inputs, targets, self.places = next(self.batches)
+        self.waited += time.perf_counter() - wait_started
+        return inputs, targets
 
     def agree(self, sums, signal=False):
         """Add up over ranks what forward_backward left, the statistics of the model too: one small reduction a kind,
@@ -177,12 +187,12 @@ class Training:
 
 # ----------------------------------------------------------------------------- what it is made of
 
-def make_optimizer(config, model, routes):
-    """The Muon of a config's rates, momentum and Newton-Schulz."""
+def make_optimizer(config, model, routes, layout):
+    """The Muon of a config's rates, momentum and Newton-Schulz, for the parameters on the ranks of a stage."""
     ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
     return Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
                 config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes,
-                variant=config.muon_variant)
+                variant=config.muon_variant, group=layout.stage, across=layout.across)
 
 
 def wants_compile(config, device):
@@ -218,7 +228,7 @@ def clip_and_balance(model, config):
     heads QK-clip scaled down, a tensor or 0."""
     clipped = 0
     if config.optimizer == "muonclip":
-        clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau)
+        clipped = qk_clip_(model.layers, model.max_logits, config.qk_clip_tau, model.here)
     model.routing.balance_(config.bias_update_rate)
     model.refresh_copies(always=True)  # what a replay writes is not counted
     return clipped

@@ -87,6 +87,7 @@ def train(argv, watch):
     # ------------------------------------------------------------------ resume
     spikes = guard.Spikes(config.spike_sigmas, manifest.get("losses", ()))
     size = checkpoint.size(training.state) + bool(config.ema) * checkpoint.size(checkpoint.named_tensors(model))
+    size = parallel.over_stages(size, config.pp)
     parallel.once(folder.require_room, run, source, size, config.max_steps - start, config)
     training.start(source, manifest)
     if source:

@@ -20,7 +20,7 @@ from counting import count_parameters, flops_per_token
 from kernels import attention, backend, experts, graphs, newton_schulz
 from model import build
 from muon import Muon
-from ranks import parallel
+from ranks import parallel, shard
 from routes import routes_of
 from run import checkpoint, memory
 from step import clip_and_balance, forward_and_backward
@@ -152,7 +152,7 @@ class Nanok2(Arm):
             self.optimizer = Muon(self.model.named_parameters(), RATE, routes=routes, variant=config.muon_variant,
                                   ns_dtype=self.model.compute_dtype)
         if compiled:
-            parallel.compile_blocks(self.model)
+            shard.compile_blocks(self.model)
         self.parameters = list(self.model.parameters())
         self.model.train()
         compute = functools.partial(forward_and_backward, self.model, config)

@@ -24,7 +24,7 @@ import settings
 from errors import UserError
 from model import build, pick_device
 from muon import Muon, local_rows, qk_clip_
-from ranks import parallel
+from ranks import parallel, shard
 from routes import routes_of
 from run import checkpoint, guard
 
@@ -85,13 +85,13 @@ def main(argv):
     layout = parallel.make_layout(config, device)
     micro, accumulation = parallel.split_batch(config)
     dtype = getattr(torch, config.dtype)
-    model = build(config, device, lambda model: parallel.distribute(model, layout, dtype))
+    model = build(config, device, lambda model: shard.distribute(model, layout, dtype))
     model.init_weights(0, local_rows).compute_dtype = dtype
     routes = routes_of(config, model)
     optimizer = Muon(model.named_parameters(), config.muon_lr, routes=routes, ns_dtype=dtype,
                      variant=config.muon_variant)
     if device.type == "cuda" and config.compile is not False:
-        parallel.compile_blocks(model)
+        shard.compile_blocks(model)
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(parallel.rank())
     tokens = torch.randint(0, config.vocab_size, (micro, config.sequence_length + 1), generator=generator).to(device)
@@ -101,7 +101,7 @@ def main(argv):
     def step():
         model.reset_statistics()
         for turn in range(accumulation):
-            parallel.last_micro_batch(model, turn == accumulation - 1)
+            shard.last_micro_batch(model, turn == accumulation - 1)
             loss, balance = model(tokens[:, :-1], tokens[:, 1:])
             (loss / n_tokens + config.aux_loss_alpha * balance / config.global_batch_size).backward()
         norm = parallel.add_up(parallel.squared_norm(parameters, layout)).sqrt().item()

@@ -19,7 +19,7 @@ import muon
 from kernels import attention, cross_entropy, experts
 from model import build
 from muon import local_rows
-from ranks import parallel
+from ranks import parallel, shard
 from ranks.dispatch import ExpertParallel
 from routes import routes_of
 from step import forward_and_backward, make_optimizer, update_all
@@ -57,10 +57,10 @@ def one_step(config, model, layout, tokens_BT, forwards):
     for layer in model.layers:
         layer.recompute = config.activation_checkpointing
     parameters = list(model.parameters())
-    optimizer = make_optimizer(config, model, routes_of(config, model))
+    optimizer = make_optimizer(config, model, routes_of(config, model), layout)
     with Sent() as sent:
         for forward in range(forwards):
-            parallel.last_micro_batch(model, forward == forwards - 1)
+            shard.last_micro_batch(model, forward == forwards - 1)
             sums = forward_and_backward(model, config, tokens_BT, tokens_BT, None, 1.0,
                                               torch.ones(()) if config.mtp_depth else None)
         norm = parallel.squared_norm(parameters, layout)
@@ -89,7 +89,7 @@ def rehearse(config, n, rank, costs, layout):
         with contextlib.ExitStack() as stack:
             for target, name, value in (
                     (ExpertParallel, "sizes", lambda self, out_P2: _even(self, out_P2, config, costs)),
-                    (muon, "_from_all_ranks", lambda value: _all_held(value, costs, layout, rank)),
+                    (muon, "_from_all_ranks", lambda value, group=None: _all_held(value, costs, layout, rank)),
                     # Fewer operations than on a CPU, as on a GPU.
                     (attention, "QUERY_CHUNK", 2**40), (cross_entropy, "CHUNK_ELEMENTS", {"cpu": 2**60}),
                     (experts, "_operator_is_best", lambda *_: True)):
@@ -98,7 +98,7 @@ def rehearse(config, n, rank, costs, layout):
             warnings.simplefilter("ignore")
             cpu, dtype = torch.device("cpu"), getattr(torch, config.dtype)
             real = parallel.make_layout(config, cpu)
-            model = build(config, torch.device("meta"), lambda model: parallel.distribute(model, real, dtype))
+            model = build(config, torch.device("meta"), lambda model: shard.distribute(model, real, dtype))
             for p in model.parameters():
                 local_rows(p)  # which remembers where the rows are: it could not find out within the next
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -1,13 +1,14 @@
-"""Many ranks: process groups, the device meshes, what shards the model, expert dispatch, and agreement among ranks.
+"""Many ranks: process groups, the device meshes, and agreement among ranks.
 
-Everything here is applied to a finished model from outside: FSDP2 shards every block, the experts go to the ranks of
-their expert-parallel group, and moe.dispatch becomes an exchange of rows (dispatch.py). Without torchrun there is no
-process group, and every function here does what one rank would. Collectives of the optimizer are in ../muon.py.
+Without torchrun there is no process group, and every function here does what one rank would. Collectives of the
+optimizer are in ../muon.py.
 
-    ranks = dp_replicate x dp_shard              parameters of every block, HSDP: sharded inside a replica
+    ranks = pp x dp_replicate x dp_shard         stages of consecutive blocks; inside of one, parameters: HSDP, sharded
+                                                 inside a replica
     dp_shard = efsdp x ep                        experts: E / ep of them on a rank, these sharded over efsdp
 
-Next: dispatch.py (the exchange of rows), ../muon.py and ../owners.py (the optimizer over ranks).
+Next: shard.py (what shards the model), pipeline.py (its stages), dispatch.py (the exchange of rows), ../muon.py and
+../owners.py (the optimizer over ranks).
 """
 
 import contextlib
@@ -22,23 +23,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import SAC_IGNORED_OPS
+from torch.distributed.tensor import DTensor
 
 import errors
 from errors import UserError
 from kernels import backend, selfcheck
-from moe import MoE
 from muon import local_rows
-from ranks.dispatch import ExpertParallel
-
-# Selective recompute insists that the same operations come again, but FSDP2's hooks inside a block, those of the
-# experts, mark other profiler ranges in the recomputation than in the forward.
-SAC_IGNORED_OPS.update((torch.ops.profiler._record_function_enter_new.default,
-                        torch.ops.profiler._record_function_exit._RecordFunction))
 
 TIMEOUT = datetime.timedelta(hours=2)  # of a collective: ranks wait for files too. guard.py ends a hanging step before
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
@@ -191,6 +182,11 @@ def from_all(value, group=None):
     return values
 
 
+def over_stages(number, pp):
+    """The sum of what every stage has of something, from a whole number that all ranks of a stage have alike."""
+    return sum(from_all(number)) * pp // ranks()
+
+
 def add_up(tensor):
     """The sum over ranks, in place."""
     if ranks() > 1 and tensor.numel():
@@ -255,37 +251,51 @@ class Layout:
     dense: object = None  # the mesh of all parameters but the experts; None without torchrun
     expert: object = None  # theirs, under expert parallelism
     rows: object = None  # the group that expert rows travel in
+    pp: int = 1
+    stage: object = None  # the group of the ranks that hold parts of the same blocks; None: of all
+    across: object = None  # the group of the ranks whose blocks make up the model, first blocks first; None: this rank
 
     def __str__(self):
-        parts = [f"{self.dp_replicate} replicas"] * (self.dp_replicate > 1) + \
+        parts = [f"{self.pp} stages"] * (self.pp > 1) + \
+            [f"{self.dp_replicate} replicas"] * (self.dp_replicate > 1) + \
             [f"parameters sharded over {self.dp_shard}"] * (self.dp_shard > 1) + \
             [f"experts over {self.ep}"] * (self.ep > 1)
         return f"{ranks()} rank{'s' * (ranks() > 1)}" + "".join(f", {part}" for part in parts)
 
 
 def make_layout(config, device):
-    """The layout of config.strategy, dp_replicate, dp_shard and ep on the ranks that are there."""
+    """The layout of config.strategy, pp, dp_replicate, dp_shard and ep on the ranks that are there."""
     if ranks() > 1 and (device.type == "mps" or device.type == "cuda"
                         and local_rank() >= torch.cuda.device_count()):
         raise UserError(f"more ranks on this machine than {device.type} devices: start fewer (--nproc_per_node), or "
                         "train on the CPU with --device=cpu")
-    layout = Layout(*check_layout(config, ranks()))
+    layout = Layout(*check_layout(config, ranks()), pp=config.pp)
+
+    def mesh(**sizes):  # of one stage: all make theirs together
+        whole = {"pp": layout.pp, **sizes} if layout.pp > 1 else sizes
+        made = init_device_mesh(device.type, tuple(whole.values()), mesh_dim_names=tuple(whole))
+        return made[tuple(sizes)] if layout.pp > 1 else made
+    if layout.pp > 1:
+        both = init_device_mesh(device.type, (layout.pp, ranks() // layout.pp), mesh_dim_names=("pp", "stage"))
+        layout.across, layout.stage = both["pp"].get_group(), both["stage"].get_group()
     if dist.is_initialized():
-        layout.dense = init_device_mesh(device.type, (layout.dp_replicate, layout.dp_shard),
-                                        mesh_dim_names=("dp_replicate", "dp_shard"))
+        layout.dense = mesh(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard)
     if layout.ep > 1:
         here, efsdp = config.n_routed_experts // layout.ep, layout.dp_shard // layout.ep
         if here % efsdp:
             print(f"warning: {here} experts of a layer over {efsdp} ranks: the last hold fewer than the others")
-        shape = (layout.dp_replicate, efsdp, layout.ep)
-        layout.expert = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "efsdp", "ep"))
+        layout.expert = mesh(dp_replicate=layout.dp_replicate, efsdp=efsdp, ep=layout.ep)
         # If ep takes all ranks, its mesh group is the default group, where rows would queue behind FSDP's prefetches.
         layout.rows = layout.expert["ep"].get_group() if layout.ep < ranks() else dist.new_group(timeout=TIMEOUT)
     return layout
 
 
 def check_layout(config, n):
-    """(dp_replicate, dp_shard, ep) on n ranks, or a UserError that says what would be valid."""
+    """(dp_replicate, dp_shard, ep) of a stage on n ranks, or a UserError that says what would be valid."""
+    if n % config.pp:
+        raise UserError(f"pp={config.pp} stages must divide the {n} ranks")
+    n //= config.pp
+    of_stage = f" of a stage (pp={config.pp})" * (config.pp > 1)
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     if config.strategy == "ddp":
         if config.dp_replicate not in (1, n) or config.dp_shard not in (None, 1) or config.ep > 1:
@@ -296,91 +306,38 @@ def check_layout(config, n):
         replicate = config.dp_replicate
         shard = config.dp_shard if config.dp_shard is not None else max(n // replicate, 1)
         if replicate * shard != n:
-            raise UserError(f"dp_replicate={replicate} x dp_shard={config.dp_shard} does not make {n} ranks; valid: "
-                            + ", ".join(f"{d} x {n // d}" for d in divisors))
+            raise UserError(f"dp_replicate={replicate} x dp_shard={config.dp_shard} does not make {n} ranks{of_stage}; "
+                            "valid: " + ", ".join(f"{d} x {n // d}" for d in divisors))
     E = config.n_routed_experts
     valid = [d for d in range(1, shard + 1) if shard % d == 0 and E and E % d == 0] or [1]
     if config.ep not in valid:
         raise UserError(f"ep={config.ep} must divide dp_shard={shard} and n_routed_experts={E}; valid: "
                         + ", ".join(map(str, valid)))
     if config.global_batch_size % n:
-        raise UserError(f"global_batch_size={config.global_batch_size} must be a multiple of the {n} ranks")
+        raise UserError(f"global_batch_size={config.global_batch_size} must be a multiple of the {n} ranks{of_stage}")
     return replicate, shard, config.ep
+
+
+def data_share(pp=1):
+    """(this rank's number among those that read different data, how many these are): stages read the same."""
+    n = max(ranks() // pp, 1)
+    return rank() % n, n
 
 
 def split_batch(config):
     """(sequences of this rank per forward, forwards per step): micro_batch_size, or less if the rank's share of the
-    global batch is smaller."""
-    share = config.global_batch_size // ranks()
+    global batch is smaller. Of a pipeline at least as many forwards as stages."""
+    share = config.global_batch_size // data_share(config.pp)[1]
     micro = min(config.micro_batch_size, share)
     if share % micro:
-        raise UserError(f"micro_batch_size={config.micro_batch_size} must divide global_batch_size / ranks = {share}")
+        raise UserError(f"micro_batch_size={config.micro_batch_size} must divide global_batch_size / "
+                        f"{'ranks' if config.pp == 1 else 'ranks of a stage'} = {share}")
+    if share // micro % config.pp:
+        valid = [m for m in range(1, share + 1) if share % m == 0 and share // m % config.pp == 0]
+        most = f"--micro_batch_size={valid[-1]}" if valid else "a global_batch_size that is a multiple of both"
+        raise UserError(f"pp={config.pp} needs a multiple of {config.pp} micro-batches a step to keep all stages busy, "
+                        f"and {share} sequences by {micro} are {share // micro}: set {most}")
     return micro, share // micro
-
-
-# ----------------------------------------------------------------------------- the model over ranks
-
-def distribute(model, layout, dtype):
-    """Shard a model on the meta device in place: experts over ep, then every block and the rest with FSDP2.
-
-    Gradients are summed, never averaged: the loss is divided by the global number of tokens, and then experts, whose
-    group is smaller, need no other factor than the rest. Reductions are in fp32.
-    """
-    if layout.dense is None:
-        return
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = layout.dense if layout.dp_replicate > 1 else layout.dense["dp_shard"]
-    for layer in model.layers:
-        if layout.ep > 1 and isinstance(layer.mlp, MoE):
-            _distribute_experts(layer.mlp, layout, policy)
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # a factor of 1 is otherwise an operation that gloo lacks
-    _prefetch(model, list(model.layers), model.config.num_hidden_layers)
-
-
-def _distribute_experts(moe, layout, policy):
-    """Give this rank its experts of a layer, sharded further over the ranks that hold the same ones."""
-    group_mesh = layout.expert["ep"]
-    for name, p in list(moe.experts.named_parameters()):
-        part = p.new_empty(p.shape[0] // layout.ep, *p.shape[1:])
-        whole = DTensor.from_local(part, group_mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
-        setattr(moe.experts, name, nn.Parameter(whole))
-    moe.experts.held = DTensor.to_local
-    moe.dispatch = ExpertParallel(layout.rows, moe.gate.weight.shape[0])
-    names = ("dp_replicate", "efsdp") if layout.dp_replicate > 1 else ("efsdp",)
-    fully_shard(moe.experts, mesh=layout.expert[names], mp_policy=policy)
-
-
-def _prefetch(model, layers, n_main):
-    """Gather a block's experts and the next block while this one computes: FSDP2 guesses the order only as long as the
-    host runs ahead, and dispatch stops it in every layer. In the backward the block before asks for both: a block asks
-    once for each of its results, at last when all is done. Layers behind the n_main first may be left out."""
-    units = [[m for m in layer.modules() if isinstance(m, FSDPModule)] for layer in layers]  # the block, its experts
-    for before, (module, *inner), after in zip([[], *units], [*units, [model]], [*units[1:n_main], [], [], []]):
-        module.set_modules_to_forward_prefetch(inner + after)
-        module.set_modules_to_backward_prefetch(before)  # inside of a block a recomputation would take it for its own
-
-
-def compile_blocks(model):
-    """torch.compile every block and the last norm, inside of what shards them. How many rows come from other ranks
-    changes with every step: what lies between sending and collecting them stays out, but for the shared expert."""
-    model.model.norm.forward = torch.compile(model.model.norm.forward, dynamic=False)
-    for layer in model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=False)
-        if isinstance(layer.mlp, MoE) and isinstance(layer.mlp.dispatch, ExpertParallel):
-            layer.mlp.compute = torch.compiler.disable(layer.mlp.compute)
-            if layer.mlp.shared_experts is not None:
-                layer.mlp.shared_experts.forward = torch.compile(layer.mlp.shared_experts.forward, dynamic=False)
-
-
-def last_micro_batch(model, last):
-    """Replicas need to add up their gradients only once a step, after the last micro-batch."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(last)
 
 
 # ----------------------------------------------------------------------------- gradients

@@ -269,8 +269,10 @@ def load(step_folder, tensors):
     reader = _SafeReader(step_folder)
     stored = reader.read_metadata().state_dict_metadata
     kinds = {name.split(".")[0] for name in tensors}
-    differing = sorted(set(tensors) ^ {name for name in stored if name.split(".")[0] in kinds})
-    if differing:
+    names, wanted = set(tensors), {name for name in stored if name.split(".")[0] in kinds}
+    if names != wanted:  # a stage of a pipeline has some of them
+        names.update(*parallel.from_all(sorted(names)))
+    if differing := sorted(names ^ wanted):
         raise UserError(f"checkpoint {step_folder} is of another model or optimizer: {len(differing)} names differ, "
                         f"such as {differing[0]}")
     for name, tensor in tensors.items():

@@ -8,6 +8,7 @@ import time
 
 from errors import UserError, said
 from kernels.backend import synchronize
+from ranks import parallel
 from run import checkpoint, guard, memory
 from run.folder import size
 from run.metrics import memory_gib
@@ -23,7 +24,8 @@ def rehearse(training):
     predicted = memory.needed(config, training.model, training.routes, training.layout, device,
                               training.micro_batch_size, accumulation)
     training.begin()
-    training.accumulation = 1  # a micro-batch a step
+    forwards = 1 if training.model.stages else accumulation  # a pipeline works on all at a time
+    training.accumulation //= forwards
     try:
         found, forward, update = _tried(training, WARMING.get(device.type, 1) + 1, steps * accumulation)
     except RuntimeError as error:
@@ -35,9 +37,10 @@ def rehearse(training):
     if not found.finite:
         raise UserError(f"the loss is {found.loss}, the norm of its gradient {found.norm}: lower the learning rates, "
                         "or try --dtype=float32, to see whether rounding is to blame")
-    step_seconds = accumulation * forward + update
+    step_seconds = forwards * forward + update
     record = {"step_seconds": step_seconds, "seconds": steps * step_seconds, "memory_gib": memory_gib(device),
-              "predicted_gib": predicted / 2**30, "checkpoint_bytes": checkpoint.size(training.saved()[0])}
+              "predicted_gib": predicted / 2**30,
+              "checkpoint_bytes": parallel.over_stages(checkpoint.size(training.saved()[0]), config.pp)}
     print(f"dry run: everything is in order, and nothing was written\n"
           f"time      {duration(record['seconds'])} for {steps:,} steps of {step_seconds:.2f} s, "
           f"{training.tokens_per_step / step_seconds:,.0f} tokens/s, without validations, samples and saves\n"

@@ -268,7 +268,8 @@ def refuse_drift(tensors, numbers, step, run="OUT_DIR"):
     tensor if not. tensors: {name: tensor}; numbers: what every rank counts for itself. All ranks call it together."""
     if parallel.ranks() == 1:
         return
-    parts = {name: parallel.part_of(tensor) for name, tensor in tensors.items()}
+    names = zlib.crc32(repr(sorted(tensors)).encode())  # stages of a pipeline have different ones
+    parts = {name: f"{parallel.part_of(tensor)} of {names}" for name, tensor in tensors.items()}
     sums = dict(zip(tensors, torch.stack([_bit_sum(tensor) for tensor in tensors.values()]).tolist()))
     mine = {part: zlib.crc32(repr([sums[name] for name in tensors if parts[name] == part]).encode())
             for part in set(parts.values())}

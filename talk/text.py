@@ -88,7 +88,7 @@ def stream(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=la
     """Yield (id, the text that it makes whole) of every new token up to end of text, then (None, the rest). on_draft:
     decoding.speculate's, if that is to decode, which takes no other options."""
     refuse_empty(prompt_ids)
-    device = model.lm_head.weight.device
+    device = model.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     decoder, end = codecs.getincrementaldecoder("utf-8")("replace"), tokenizers.end_of_text(encoder)
     prompt = torch.tensor([prompt_ids], device=device)
@@ -126,7 +126,7 @@ def complete(model, encoder, prompts_ids, max_new_tokens, seeds, **options):
     what `stream` gives for the prompt alone with the seed of its place. options: those of decoding.generate."""
     for prompt_ids in prompts_ids:
         refuse_empty(prompt_ids)
-    device, end, started = model.lm_head.weight.device, tokenizers.end_of_text(encoder), time.perf_counter()
+    device, end, started = model.device, tokenizers.end_of_text(encoder), time.perf_counter()
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     padded_BT, starts_B = pad_left(prompts_ids, device)
     texts, seconds = [[] for _ in prompts_ids], [None] * len(prompts_ids)

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import settings
 from kernels import backend
+from mla import rope_tables
 from model import ModelConfig, build
 from tests.helpers import ROOT, tiny_config, tokens
 
@@ -73,7 +74,8 @@ def test_a_block_of_small_is_one_graph():
     fields = {name: getattr(small, name) for name in ModelConfig.__dataclass_fields__}
     config = ModelConfig(**fields | dict(num_hidden_layers=2, vocab_size=128))
     model = build(config, "cpu").init_weights(0)
-    hidden, rope = torch.randn(1, 16, config.hidden_size, requires_grad=True), model.rope(0, 16)
+    hidden = torch.randn(1, 16, config.hidden_size, requires_grad=True)
+    rope = rope_tables(config, 0, 16, model.device)
     with backend.running(True):
         for layer in model.layers:
             explained = torch._dynamo.explain(layer)(hidden, rope)

@@ -13,7 +13,7 @@ from config import Config
 from model import build
 from muon import Muon, local_rows, qk_clip_
 from owners import make_plan
-from ranks import parallel
+from ranks import parallel, shard
 from routes import Route, route_parameters
 from tests.helpers import TINY
 
@@ -128,7 +128,7 @@ def expert_traffic(words):
     """Names of the parameters that travel in a K2 under expert parallelism."""
     config = Config(**TINY, dtype="float32", ep=2, global_batch_size=4, **words)
     layout = parallel.make_layout(config, torch.device("cpu"))
-    model = build(config, "cpu", lambda m: parallel.distribute(m, layout, torch.float32))
+    model = build(config, "cpu", lambda m: shard.distribute(m, layout, torch.float32))
     model.init_weights(0, local_rows)
     optimizer = Muon(model.named_parameters())
     plan = optimizer.plan
@@ -155,7 +155,7 @@ def test_no_bytes_for_experts_under_expert_parallelism(pool):
 def initial(words):
     config = Config(**TINY, dtype="float32", global_batch_size=12, **words)
     layout = parallel.make_layout(config, torch.device("cpu"))
-    model = build(config, "cpu", lambda m: parallel.distribute(m, layout, torch.float32))
+    model = build(config, "cpu", lambda m: shard.distribute(m, layout, torch.float32))
     model.init_weights(7, local_rows)
     gamma = torch.linspace(0.5, 3.0, 12).view(3, 4)
     clipped = qk_clip_(model.layers, gamma, 1.0)
@@ -203,5 +203,5 @@ def test_routes_do_not_depend_on_sharding(pool):
 def routes_of(words):
     config = Config(**TINY, dtype="float32", global_batch_size=4, **words)
     layout = parallel.make_layout(config, torch.device("cpu"))
-    model = build(config, "cpu", lambda m: parallel.distribute(m, layout, torch.float32))
+    model = build(config, "cpu", lambda m: shard.distribute(m, layout, torch.float32))
     return {name: (route.optimizer, route.rows) for name, route in route_parameters(model.named_parameters()).items()}

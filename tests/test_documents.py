@@ -12,6 +12,7 @@ from data.loader import BLOCK_ROWS, Packed, TrainStream, best_fit
 from errors import UserError
 from kernels import backend
 from kernels.cross_entropy import IGNORE
+from mla import rope_tables
 from tests.helpers import tiny_model
 from tests.test_loader import BYTES, END, numbered, write
 
@@ -136,9 +137,9 @@ def test_where_documents_start():
 
 def test_positions_restart_with_the_document():  # which logits do not show: RoPE knows distances only
     model, first = tiny_model(), starts_of(documents_and_row()[1])
-    table = model.rope(0, first.shape[1])
+    table = rope_tables(model.config, 0, first.shape[1], model.device)
     places = torch.cat([torch.arange(len(document)) for document in documents_and_row()[0]])
-    for restarted, plain in zip(model.rope(0, first.shape[1], first), table):
+    for restarted, plain in zip(rope_tables(model.config, 0, first.shape[1], model.device, first), table):
         assert torch.equal(restarted[0], plain[places])
 
 

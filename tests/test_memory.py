@@ -9,7 +9,7 @@ import settings
 from errors import UserError
 from model import build
 from muon import Muon
-from ranks import parallel
+from ranks import parallel, shard
 from routes import route_parameters
 from run import memory
 from tests.helpers import TINY, run_train, tokens
@@ -115,7 +115,7 @@ def ranks_apart(config):
     """Rank 1 has little left: all end alike."""
     config = dataclasses.replace(settings.load([config])[0], global_batch_size=8, micro_batch_size=4)
     layout = parallel.make_layout(config, CPU)
-    model = build(config, CPU, lambda model: parallel.distribute(model, layout, torch.float32))
+    model = build(config, CPU, lambda model: shard.distribute(model, layout, torch.float32))
     routes = route_parameters(model.named_parameters())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "free_bytes", lambda device: 2**20 if parallel.rank() else 2**40)

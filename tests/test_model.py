@@ -15,6 +15,7 @@ import hf
 from counting import count_parameters, flops_per_token
 from kernels import attention, backend
 from kernels.cross_entropy import IGNORE
+from mla import rope_tables
 from model import ModelConfig, build, keep_matmuls
 from tests.helpers import tiny_config, tiny_model, tokens
 
@@ -225,7 +226,7 @@ def recomputed(mode, arm, device="cpu", dtype=torch.float32, **changes):
         model.layers[0].recompute = setting
         x = torch.randn(2, 16, model.config.hidden_size, device=device, dtype=dtype, requires_grad=True)
         with mock.patch.object(attention, "_default_arm", lambda *about: arm):
-            y = model.layers[0](x, model.rope(0, 16))[0].sum()
+            y = model.layers[0](x, rope_tables(model.config, 0, 16, model.device))[0].sum()
             with Called() as counted:
                 y.backward()
         called.append(counted.names)

@@ -15,7 +15,7 @@ import train
 from errors import UserError
 from model import build
 from muon import Muon
-from ranks import parallel
+from ranks import parallel, shard
 from run import checkpoint
 from run.ema import Average
 from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records, run_stopped
@@ -173,7 +173,7 @@ def load_and_save(words, source, target):
     """Load a step on this layout and save it again: DCP must put every row back where it was."""
     config, _ = settings.load(words)
     layout = parallel.make_layout(config, torch.device("cpu"))
-    model = build(config, torch.device("cpu"), lambda m: parallel.distribute(m, layout, torch.float32))
+    model = build(config, torch.device("cpu"), lambda m: shard.distribute(m, layout, torch.float32))
     optimizer = Muon(model.named_parameters())
     tensors = checkpoint.named_tensors(model, optimizer) | Average(model, config.ema).tensors
     checkpoint.load(source, tensors)

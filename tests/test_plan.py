@@ -18,7 +18,7 @@ from launch.costs import GIB, Costs, layout_of
 from model import build
 from muon import local_rows
 from owners import Stack, make_plan
-from ranks import parallel
+from ranks import parallel, shard
 from run import memory
 from tests.helpers import ROOT
 
@@ -152,7 +152,7 @@ def counted_by_gloo(layouts):
     for words in layouts:
         config = load("debug", *SMALL, *words)
         layout = parallel.make_layout(config, CPU)
-        model = build(config, CPU, lambda m, c=config, to=layout: parallel.distribute(m, to, getattr(torch, c.dtype)))
+        model = build(config, CPU, lambda m, c=config, to=layout: shard.distribute(m, to, getattr(torch, c.dtype)))
         model.init_weights(0, local_rows)
         size, forwards = parallel.split_batch(config)
         generator = torch.Generator().manual_seed(parallel.rank())

@@ -23,8 +23,8 @@ ORDER = [
     ["mla", "moe", "mtp", "decoding", "ranks.dispatch", "data.loader", "data.stream", "data.prepare"],
     ["model"],
     ["muon", "config", "counting", "hf_weights"],
-    ["settings", "ranks.parallel"],
-    ["hf", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
+    ["settings", "ranks.parallel", "ranks.pipeline"],
+    ["hf", "ranks.shard", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
     ["talk.text", "run.ema", "run.folder", "run.profile"],
     ["talk.chat", "talk.web", "talk.notebook", "run.dry_run"],
     ["generate", "metrics"],
@@ -37,8 +37,8 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Packages that only some files may import.
 ONLY_IN = {
-    "torch.distributed": {"muon.py", "ranks/parallel.py", "ranks/dispatch.py", "run/checkpoint.py",
-                          "launch/rehearse.py"},
+    "torch.distributed": {"muon.py", "ranks/parallel.py", "ranks/shard.py", "ranks/pipeline.py", "ranks/dispatch.py",
+                          "run/checkpoint.py", "launch/rehearse.py"},
     "ipywidgets": {"talk/notebook.py"},
     "http.server": {"talk/web.py"},
     "wandb": {"run/services.py"},
@@ -52,9 +52,9 @@ ONLY_IN = {
 }
 # What to read to know how a model is trained.
 PATH = ["train.py", "step.py", "model.py", "mla.py", "moe.py", "muon.py", "owners.py", "ranks/parallel.py",
-        "ranks/dispatch.py"]
+        "ranks/shard.py", "ranks/dispatch.py"]
 # Lines that a folder may have: whoever raises a number says for what.
-MOST = {"root": 3950, "ranks": 530, "run": 2500, "data": 2970, "talk": 620, "launch": 800, "kernels": 3720}
+MOST = {"root": 4000, "ranks": 760, "run": 2500, "data": 2970, "talk": 620, "launch": 800, "kernels": 3720}
 FOLDERS = ("", "kernels/", "data/", "ranks/", "run/", "talk/", "launch/")
 SOURCES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py"))]
 
@@ -124,7 +124,7 @@ def test_files_are_short_and_the_whole_is_small():
     root = sum(n for name, n in lengths.items() if "/" not in name)
     sizes = {"root": root} | {folder: total(f"{folder}/") for folder in MOST if folder != "root"}
     assert {folder: n for folder, n in sizes.items() if n > MOST[folder]} == {}
-    assert sum(lengths[name] for name in PATH) <= 2400
+    assert sum(lengths[name] for name in PATH) <= 2450
     functions = {f"{name}: {node.name}": node.end_lineno - node.lineno + 1 for name in lengths
                  if not name.startswith("tests/") for node in ast.walk(ast.parse(read_source(ROOT / name)))
                  if isinstance(node, ast.FunctionDef)}

@@ -33,7 +33,7 @@ def test_steps_are_those_of_a_plain_loop(config):
     training.start()
     training.begin()
     model = build(config, CPU).init_weights(config.seed).train()
-    optimizer = make_optimizer(config, model, routes_of(config, model))
+    optimizer = make_optimizer(config, model, routes_of(config, model), parallel.Layout())
     peaks = [group["lr"] for group in optimizer.param_groups]
     stream = TrainStream(config.data, config.sequence_length, config.seed)
     for step in range(1, 4):
