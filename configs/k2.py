@@ -9,6 +9,7 @@ Expect: not measured. Sizes are checked: 1.026T in all, 32.9B active, both embed
 32.6B.
 
 Pre-training is at 4,096 tokens without YaRN; the published config.json adds YaRN (factor 32) for 128k afterwards.
+Planned by docs/scaling.py, stages x replicas x shards, GiB a GPU, a step:
 """
 
 data = "data/fineweb-k2"

@@ -7,6 +7,7 @@ Hardware: one 80 GB GPU or more.
 Time: not measured yet. 20,000 steps are 21B tokens; at 1.84 GFLOPs a token 3.9e19 FLOPs.
 Memory: 1.04B parameters x 12 bytes (fp32 weight, gradient, momentum) = 11.7 GiB, and activations.
 Expect: not measured yet.
+Planned by docs/scaling.py, stages x replicas x shards, GiB a GPU, a step:
 """
 
 from configs.small import *  # noqa: F403  (everything that is not set here is as in small)

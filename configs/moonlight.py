@@ -6,6 +6,7 @@ Hardware: at least 8 x 80 GB GPUs, sharded.
 Time: not measured. The published run is 5.7T tokens.
 Memory: 16.0B parameters x 12 bytes (fp32 weight, gradient, momentum) = 178 GiB over all ranks, and activations.
 Expect: not measured. Sizes are checked: 15.96B in all, 2.91B active, both embeddings included; published as 16B / 3B.
+Planned by docs/scaling.py, stages x replicas x shards, GiB a GPU, a step:
 """
 
 data = "data/fineweb-k2"

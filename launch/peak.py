@@ -17,23 +17,19 @@ from owners import BATCH_ELEMENTS
 from run import memory
 
 
-def parts(costs, local, layout, size, forwards):
-    """{what: bytes} on a rank that holds {name: elements} at the peak of a step of `forwards` forwards of `size`
-    sequences. costs: those of its stage, if there are stages."""
-    c, device, s, total = costs.config, costs.device, costs.dtype.itemsize, sum(local.values())
+def parts(costs, layout, size, forwards):
+    """{what: bytes} of rank 0 at the peak of a step of `forwards` forwards of `size` sequences, or of the first rank of
+    the stage that costs are of."""
+    c, device, s, local = costs.config, costs.device, costs.dtype.itemsize, costs.local(layout)
+    total = sum(local.values())
     muon = sum(n for name, n in local.items() if costs.routes[name].optimizer == "muon")
     always = {"parameters": 4 * total, "optimizer": 4 * (2 * total - muon)}
     always["average"] = 4 * total * bool(c.ema)
     always["copy for a save"] = sum(always.values()) if c.async_save and device.type == "cpu" else 0
     always["libraries"] = memory.PYTORCH
 
-    gathered = collections.Counter()  # by layer, and of the ends: elements that a rank gathers
-    for name, shape in costs.shapes.items():
-        unit = int(name.split(".")[2]) if ".layers." in name else "ends"
-        gathered[unit] += shape.numel() // (layout.ep if ".experts." in name else 1)
-    ends, blocks = gathered.pop("ends", 0), gathered.values()
-    head = sum(shape.numel() for name, shape in costs.shapes.items() if name.startswith("lm_head")) or \
-        c.tie_word_embeddings * c.vocab_size * c.hidden_size
+    ends, blocks = gathered(costs, layout.ep)
+    head = c.vocab_size * c.hidden_size * costs.has_head
     kept, again, working = activations(costs, layout, size)
     most = (8 if s == 4 else 12) * size * c.sequence_length * c.vocab_size  # if one chunk is all
     logits = min(memory._logits(c, costs.dtype, device, size), most) if costs.has_head else 0
@@ -59,6 +55,15 @@ def parts(costs, local, layout, size, forwards):
     ranks = layout.dp_replicate * layout.dp_shard
     updating = {"gradients": 4 * total, "update": max(_update(costs, muon, ranks), 4 * (total - muon))}
     return always | max((losing, computing, reducing, updating), key=lambda phase: sum(phase.values()))
+
+
+def gathered(costs, ep):
+    """Elements that a rank gathers (of the ends, [of every block])."""
+    blocks = collections.Counter()
+    for name, shape in costs.shapes.items():
+        blocks[name.split(".")[2] if ".layers." in name else "ends"] += \
+            shape.numel() // (ep if ".experts." in name else 1)
+    return blocks.pop("ends", 0), list(blocks.values())
 
 
 def activations(costs, layout, size):
@@ -90,7 +95,8 @@ def _working_on_a_cpu(c, operator, s, size, N, M, S):
     else:  # SumRows.backward: three products in fp32
         experts = S * D * (s + 12)
     attention = 3 * 4 * size * c.num_attention_heads * min(QUERY_CHUNK, T) * T  # of a chunk's scores
-    return max(experts, attention) + 2 * s * N * D
+    # The stream's gradients; of rows that came from other ranks: theirs, those on their way, and what was sent.
+    return max(experts, attention) + s * D * (2 * N + 3 * M * (c.ep > 1))
 
 
 def in_flight(c, place, forwards):
@@ -105,8 +111,8 @@ def _update(costs, muon, ranks):
     """Bytes that Muon takes beside gradients: what Newton-Schulz will see of this rank's rows, and of the matrices of
     one shape that it owns four copies, on their way or in the five steps."""
     shapes = collections.Counter()
-    for name, shape in costs.shapes.items():
+    for name, number in costs.alike.items():
         if rows := costs.routes[name].rows:
-            shapes[rows, shape[-1]] += shape.numel()
+            shapes[rows, costs.shapes[name][-1]] += number * costs.shapes[name].numel()
     batch = min(BATCH_ELEMENTS, max(shapes.values(), default=0) / ranks)
     return int(costs.wire * (muon + 4 * batch)) if muon else 0
