@@ -120,18 +120,23 @@ class Costs:
         return other
 
     def stages(self):
-        """Costs of what the ranks of a stage have, its blocks and its ends, for the stages that may decide: the first,
-        the last and the one with the most parameters. Of a config without stages the whole."""
+        """stage() of those that may decide: the first, the last and the one with the most parameters."""
+        size = lambda place: sum(self.layer_elements[index] for index in self._layers(place))
+        pp = self.config.pp
+        return [self.stage(place) for place in sorted({0, pp - 1, max(range(pp), key=size)})]
+
+    def _layers(self, place):
+        """The layers on the ranks at a place of the pipeline."""
         c = self.config
-        if c.pp == 1:
-            return [self]
         if (key := (c.pp, c.stages_a_rank())) not in self.cuts:
             self.cuts[key] = spans(self.layer_flops, c.pp * c.stages_a_rank())
-        layers = [[index for span in self.cuts[key][place::c.pp] for index in span] for place in range(c.pp)]
-        size = lambda place: sum(self.layer_elements[index] for index in layers[place])
-        return [self._stage(place, layers[place]) for place in sorted({0, c.pp - 1, max(range(c.pp), key=size)})]
+        return [index for span in self.cuts[key][place::c.pp] for index in span]
 
-    def _stage(self, place, layers):
+    def stage(self, place):
+        """Costs of what the ranks at one place of the pipeline have, its blocks and its ends. Without one of all."""
+        if self.config.pp == 1:
+            return self
+        layers = self._layers(place)
         key = place, *layers
         if key not in self.cuts:
             here = lambda name: int(name.split(".")[2]) in layers if ".layers." in name else \
@@ -225,9 +230,10 @@ class Costs:
         found.append(Exchange("Muon", "all_to_all", n, 1, self.wire * self.muon_elements(layout, n)))
         matrices = sum(number * self.shapes[name].numel() // (self.routes[name].rows * self.shapes[name][-1])
                        for name, number in self.alike.items() if self.routes[name].optimizer == "muon")
-        small = 4 * (6 + 2 * c.mtp_depth) + 4 * len(self.kinds) * c.num_attention_heads + 4 * matrices
+        small = 4 * (6 + 2 * c.mtp_depth) + 4 * (c.num_hidden_layers + c.mtp_depth) * c.num_attention_heads
         small += 8 * sum(total.numel() for total in self.model.routing.buffers() if total.dim())
-        found.append(Exchange("statistics", "all_reduce", n, 1, 2 * small * (n - 1) / n))
+        for numbers, ranks, stride in ((small, n * c.pp, 1), (4 * matrices, n, 1), (8, c.pp, n)):
+            found.append(Exchange("statistics", "all_reduce", ranks, stride, 2 * numbers * (ranks - 1) / ranks))
         return [exchange for exchange in found if exchange.sent]
 
     def _padded(self, name, layout):

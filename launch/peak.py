@@ -95,8 +95,7 @@ def _working_on_a_cpu(c, operator, s, size, N, M, S):
     else:  # SumRows.backward: three products in fp32
         experts = S * D * (s + 12)
     attention = 3 * 4 * size * c.num_attention_heads * min(QUERY_CHUNK, T) * T  # of a chunk's scores
-    # The stream's gradients; of rows that came from other ranks: theirs, those on their way, and what was sent.
-    return max(experts, attention) + s * D * (2 * N + 3 * M * (c.ep > 1))
+    return max(experts, attention) + 2 * s * N * D
 
 
 def in_flight(c, place, forwards):

@@ -244,14 +244,15 @@ def table(found, title, tokens):
 
 
 def rehearsal(plan):
-    """[{"what", "planned", "counted"}] of one micro-batch and update of rank 0, from the real program."""
+    """[{"what", "planned", "counted"}] of an update of rank 0 and one micro-batch, with stages as many as those,
+    from the real program."""
     from launch.rehearse import rehearse  # which loads all of train.py
-    config = plan.costs.config
-    counted = rehearse(config, plan.n, 0, plan.costs, plan.layout)
+    stage, pp = plan.costs.stage(0), plan.costs.config.pp
+    counted = rehearse(plan.costs.config, plan.n, 0, stage, plan.layout)
     planned = {}
-    for e in plan.costs.traffic(plan.layout, plan.n, plan.micro_batch_size, 1):
+    for e in stage.traffic(plan.layout, plan.ranks, plan.micro_batch_size, pp):
         planned[e.operation, e.ranks] = planned.get((e.operation, e.ranks), 0) + e.sent
-    held = 4 * sum(plan.costs.local(plan.layout).values())
+    held = 4 * sum(stage.local(plan.layout).values())
     lines = [{"what": f"{what}, bytes", "planned": held, "counted": counted[what]}
              for what in ("parameters", "gradients")]
     lines += [{"what": f"{operation} over {ranks}, bytes sent", "planned": planned.get((operation, ranks), 0),
