@@ -137,7 +137,7 @@ class Costs:
         if self.config.pp == 1:
             return self
         layers = self._layers(place)
-        key = place, *layers
+        key = "stage", place, *layers
         if key not in self.cuts:
             here = lambda name: int(name.split(".")[2]) in layers if ".layers." in name else \
                 place == (0 if "embed_tokens" in name else self.config.pp - 1)

@@ -28,7 +28,7 @@ def parts(costs, layout, size, forwards):
     always["copy for a save"] = sum(always.values()) if c.async_save and device.type == "cpu" else 0
     always["libraries"] = memory.PYTORCH
 
-    ends, blocks = gathered(costs, layout.ep)
+    ends, blocks, own = gathered(costs, layout.ep)
     head = c.vocab_size * c.hidden_size * costs.has_head
     kept, again, working = activations(costs, layout, size)
     most = (8 if s == 4 else 12) * size * c.sequence_length * c.vocab_size  # if one chunk is all
@@ -43,7 +43,7 @@ def parts(costs, layout, size, forwards):
         whole = sum(blocks)
         left, gathers, grads, ahead = 0, whole, 4 * (whole + ends), whole
     elif c.activation_checkpointing != "none" and len(blocks) > 1:
-        grads += 4 * max(blocks)  # the block before has its own still under way, in fp32
+        grads += 4 * own  # the last that FSDP2 reduces of the block before is still under way, in fp32
     left += 4 * head * (1 + c.mtp_depth)  # the loss makes its gradient in the forward
     losing = {"gradients": left, "activations": kept, "logits or a block": logits,
               "gathered weights": s * (ends + ahead)}
@@ -58,12 +58,15 @@ def parts(costs, layout, size, forwards):
 
 
 def gathered(costs, ep):
-    """Elements that a rank gathers (of the ends, [of every block])."""
-    blocks = collections.Counter()
+    """Elements that a rank gathers (of the ends, [of every block], of a block at most without experts that have ranks
+    of their own)."""
+    blocks, experts = collections.Counter(), collections.Counter()
     for name, shape in costs.shapes.items():
-        blocks[name.split(".")[2] if ".layers." in name else "ends"] += \
-            shape.numel() // (ep if ".experts." in name else 1)
-    return blocks.pop("ends", 0), list(blocks.values())
+        unit, spread = name.split(".")[2] if ".layers." in name else "ends", ".experts." in name and ep > 1
+        blocks[unit] += shape.numel() // (ep if spread else 1)
+        experts[unit] += shape.numel() // ep if spread else 0
+    ends = blocks.pop("ends", 0)
+    return ends, list(blocks.values()), max(n - experts[unit] for unit, n in blocks.items())
 
 
 def activations(costs, layout, size):
