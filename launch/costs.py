@@ -1,9 +1,10 @@
 """What a training step of a config costs on a layout of many GPUs, by arithmetic: memory of a rank, bytes between ranks
 by kind, seconds by part.
 
-Memory is run/memory.py's sum and FLOPs are counting.py's; what travels is counted here, as ranks/ and owners.py
-send it. rehearse.py counts the same on the real model. Rates are of one H100 that ran configs/small.py
-(bench/results/2026-11-27-h100.md); links and other GPUs were never measured here, and GPUS says whence they are.
+Memory is peak.py's sum (of one rank run/memory.py's) and FLOPs are counting.py's; what travels is counted here, as
+ranks/ and owners.py send it. rehearse.py counts the same on the real model. Rates are of one H100 that ran
+configs/small.py (bench/results/2026-11-27-h100.md); links and other GPUs were never measured here, and GPUS says whence
+they are.
 
 Shapes: N tokens of a forward, K choices a token, D model width, P ranks of a group, E experts. Next: plan.py.
 """
