@@ -302,6 +302,6 @@ def test_the_heads_of_the_configs_are_the_table():
         assert text.partition(scaling.PLANNED)[2].partition('"""')[0] == scaling.head(name, rows) != "", name
 
 
-@pytest.mark.parametrize("name, n", [("small", 1), ("small", 2048)])
+@pytest.mark.parametrize("name, n", [("small", 1), ("small", 2048), ("medium", 64), ("moonlight", 512), ("k2", 2048)])
 def test_the_page_has_what_is_predicted_today(name, n):
     assert f"| {' | '.join(scaling.row(name, n))} |" in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
