@@ -91,6 +91,8 @@ class Config(ModelConfig):
     pp: int = setting(1, "stages of consecutive layers, each on ranks of its own (pipeline parallelism)", "parallelism")
     pp_schedule: Literal["1f1b", "interleaved"] = setting(
         "1f1b", "1f1b: a stage a rank; interleaved: two, half the waiting for twice the traffic", "parallelism")
+    reduce_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "in which FSDP2 adds up gradients over ranks; bfloat16: half the traffic, rounded", "parallelism")
     # ---- watching
     out_dir: str | None = setting(None, "run folder; None: out/<name of the config file>", "watching")
     run_name: str | None = setting(None, "name in W&B; None: that of the run folder", "watching")

@@ -1,11 +1,12 @@
-"""The one exception for mistakes of the user's, the command-line wrapper that prints it as one line, a terminal that
-cannot raise, and the bar that says there how far something long is.
+"""The one exception for mistakes of the user's, the command-line wrapper that prints it as one line, what command lines
+share to find such mistakes, a terminal that cannot raise, and the bar that says there how far something long is.
 
 Everything else that goes wrong is a bug and keeps its traceback. Next: config.py, where most of these are raised.
 """
 
 import argparse
 import contextlib
+import difflib
 import functools
 import os
 import re
@@ -51,16 +52,52 @@ def progress(what, total=None, unit="B", over=None):
     return tqdm(over, what, total, leave=False, file=sys.stdout, disable=None, unit=unit, unit_scale=True, delay=1)
 
 
+def alike(word, known):
+    """What was meant by a word that is none of the known ones, as "; did you mean it?", or "" if nothing is near."""
+    near = difflib.get_close_matches(word, known, 1, 0.7)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def alike_there(name):
+    """As `alike`, of a path that does not exist, among those in its folder."""
+    path = Path(name)
+    there = os.listdir(path.parent) if path.parent.is_dir() and not path.exists() else []
+    near = difflib.get_close_matches(path.name, there, 1, 0.7)
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+
+
+def existing(name, use):
+    """The path of what a command line names to be read, a file, a pipe or a device; a UserError if it is not there.
+    use: the option, and what it takes."""
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{name} is a folder: {use}")
+    if not path.exists():
+        raise UserError(f"no file {name}{alike_there(name)} ({use})")
+    return path
+
+
+def require_place(name, option):
+    """Refuse a file to be written where there is no folder, before the work that it is to tell of."""
+    if name and not Path(name).parent.is_dir():
+        raise UserError(f"{option}={name}: no folder {Path(name).parent}: make it first, or name another file")
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """One whose mistakes are one line, that guesses no abbreviation and takes --a-b for --a_b."""
+    """One whose mistakes are one line, that guesses no abbreviation, takes --a-b for --a_b and knows what is like an
+    option that there is not."""
     __init__ = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
 
     def parse_args(self, words=None):
         words = sys.argv[1:] if words is None else words
-        return super().parse_args([re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in words])
+        self.words = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
+        return super().parse_args(self.words)
 
     def error(self, message):
-        raise UserError(f"{message} (see --help)")
+        options = [option for action in self._actions for option in action.option_strings]
+        given = (word.partition("=")[0] for word in self.words if word.startswith("--"))
+        hint = next((alike(name, options) for name in given if name not in options), "")
+        raise UserError(f"{message}{hint} (see --help)")
 
 
 def run(main, pause=0.0):
@@ -88,7 +125,8 @@ def run(main, pause=0.0):
             sys.exit(128 + signal.SIGPIPE)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(pause)
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        message = re.sub(r"^\[Errno \d+\] ", "", str(error))
+        print(f"error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on to ranks that had it already

@@ -16,9 +16,9 @@ lm-evaluation-harness, of pip install "lm-eval[hf]", which puts no end-of-text t
 python export.py out/debug hf/ && lm_eval --model hf --model_args pretrained=hf/,dtype=float32 --tasks hellaswag
 """
 
-import json
 import math
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +30,14 @@ import generate
 import hf
 from data import tokenizer as tokenizers
 from data.loader import ValidationSet, document_starts
-from data.shards import read_meta
+from data.shards import read_meta, write_json
 from data.stream import is_stream
 from data.tasks import NAMED, open_tasks
-from errors import UserError
+from errors import UserError, existing, require_place
 from kernels.cross_entropy import IGNORE
 from ranks import parallel
 from run import checkpoint
-from run.metrics import replace_text
+from talk.text import require_tokenizer
 
 # Shapes: B rows, T positions, V vocabulary, N targets of a batch. A row is (ids (T,), how many of the last are scored).
 
@@ -210,11 +210,11 @@ def result_line(name, record):
     return "  ".join(parts)
 
 
-def tell(name, record):
-    """Print a record; UserError if its figures are none."""
+def tell(name, record, file=None):
+    """Print a record, into a stream if one is given; UserError if its figures are none."""
     if record is None or any(isinstance(value, float) and not math.isfinite(value) for value in record.values()):
         raise UserError(f"{name}: the model gives numbers that are not finite")
-    print(result_line(name, record))
+    print(result_line(name, record), file=file)
     return record
 
 
@@ -225,7 +225,8 @@ def parse(argv):
     parser.add_argument("--text", help="a file of UTF-8 text")
     parser.add_argument("--tasks", help=f"by comma: files *.jsonl, or some of {', '.join(NAMED)}")
     parser.add_argument("--limit", type=int, help="at most so many items of a task, and sequences of the data")
-    parser.add_argument("--json", help="a file to write all figures to")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="all figures as JSON, into a file; "
+                        "without a name on stdout, and the lines on stderr")
     parser.add_argument("--batch_tokens", type=int, help=f"tokens of one forward; not given: at most {TOKENS:,}")
     parser.add_argument("--checkpoint", choices=["latest", "best", "ema"], default="latest")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
@@ -233,13 +234,19 @@ def parse(argv):
     args = parser.parse_args(argv)
     if min(args.limit or 1, args.batch_tokens or 1) < 1 or 0 in (args.limit, args.batch_tokens):
         raise UserError("--limit and --batch_tokens must be at least 1")
+    if args.text:
+        existing(args.text, "--text takes a file of UTF-8 text")
+    require_place(args.json, "--json")
     return args
 
 
 def main(argv=None):
     """Evaluate from command-line words; returns what --json writes."""
     args = parse(argv)
+    lines = sys.stderr if args.json == "-" else sys.stdout
     model, encoder = generate.load(args.model, args.device, args.dtype, args.checkpoint)
+    if args.text or args.tasks:
+        require_tokenizer(encoder, args.model)
     context = model.config.max_position_embeddings
     tasks = open_tasks(args.tasks.split(",") if args.tasks else [], args.limit, encoder, context)
     published = hf.is_hf(Path(args.model))
@@ -251,20 +258,17 @@ def main(argv=None):
         if not args.data and published:
             raise UserError(f"{args.model} does not say what it was trained on: give --data, --text or --tasks")
         report["data"] = tell("data", evaluate_data(
-            model, encoder, args.data, manifest.get("config", {}), args.limit, args.batch_tokens))
+            model, encoder, args.data, manifest.get("config", {}), args.limit, args.batch_tokens), lines)
     if args.text:
-        if encoder is None:
-            raise UserError(f"{args.model} has no tokenizer that can be read: give shards, --data")
         try:
             text = Path(args.text).read_bytes().decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{args.text} is no UTF-8 text: {error}") from error
         found = evaluate_text(model, encoder, text, args.batch_tokens)
-        report["text"] = tell("text", found | {"file": args.text})
-    report["tasks"] = [tell(record["task"], record) for record in run_tasks(model, tasks, args.batch_tokens)]
+        report["text"] = tell("text", found | {"file": args.text}, lines)
+    report["tasks"] = [tell(record["task"], record, lines) for record in run_tasks(model, tasks, args.batch_tokens)]
     if args.json:
-        replace_text(Path(args.json), json.dumps(report, indent=1) + "\n")
-        print(f"wrote {args.json}")
+        write_json(report, args.json)
     return report
 
 

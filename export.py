@@ -28,6 +28,12 @@ from errors import UserError
 from hf_weights import INDEX, note, refuse_other_kinds
 from model import pick_device
 from run import checkpoint
+from talk.text import lacking
+
+LOADING = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({0!r})
+tokenizer = AutoTokenizer.from_pretrained({0!r})"""
 
 
 def export(source, folder, dtype="float32", which="latest", shard_bytes=5 * 10**9):
@@ -46,7 +52,7 @@ def export(source, folder, dtype="float32", which="latest", shard_bytes=5 * 10**
                         about | {"model_max_length": model.config.max_position_embeddings})
             tokenizers.save(encoder, temporary / "tokenizer")  # for nanok2's own tools
         else:
-            note(f"{source} has no tokenizer that can be read: {folder} gets none")
+            note(f"{folder} gets no tokenizer: {lacking(source)}")
     return Path(folder)
 
 
@@ -153,7 +159,8 @@ def main(argv=None):
         about = (run / "config.py").read_text(encoding="utf-8").splitlines()
         print(f"wrote {run}", *(line[2:] for line in about if line.startswith("# ")), sep="\n")
     else:
-        print(f"wrote {export(args.source, args.target, args.dtype, args.checkpoint)}")
+        print(f"wrote {export(args.source, args.target, args.dtype, args.checkpoint)}; it loads with transformers:",
+              *(f"    {line}" for line in LOADING.format(args.target).splitlines()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,17 @@ Text goes to stdout, notes to stderr. What is done is in talk/, the loops in dec
 sampling.py.
 """
 
+import contextlib
 import functools
 import json
 import re
 import sys
 import time
-from pathlib import Path
 
 import errors
 import sampling
-from errors import UserError
+import talk.text
+from errors import UserError, existing, require_place
 from hf_weights import note
 from talk import web
 from talk.chat import chat, write
@@ -49,8 +50,8 @@ def parse(argv):
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeats are less likely")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stream", action="store_true", help="print every token as it comes")
-    parser.add_argument("--json", action="store_true", help="for scripts: an object a line, with prompt, text, tokens, "
-                        "seconds and seed")
+    parser.add_argument("--json", nargs="?", const="-", metavar="=FILE", help="for scripts: an object a line, with "
+                        "prompt, text, tokens, seconds and seed; --json=FILE: into a file, --json: on stdout")
     parser.add_argument("--chat", action="store_true", help="type texts, let the model continue; /help lists commands")
     parser.add_argument("--web", nargs="?", const="", metavar="MODEL", help="a page on this machine's browser, with a "
                         "second model beside the first if one is named")
@@ -61,7 +62,8 @@ def parse(argv):
     parser.add_argument("--checkpoint", choices=["latest", "best", "ema"], default="latest")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(["--json=-" if word == "--json" else word for word in argv])  # takes no word behind it
+    require_place(args.json, "--json")
     args.options = {name: getattr(args, name) for name in sampling.RANGES}
     sampling.check(**args.options)
     asks = args.chat or args.web is not None
@@ -92,14 +94,12 @@ def parse(argv):
 
 
 def main(argv=None):
-    args = parse(argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     if args.web is not None:
         return web.serve([folder for folder in (args.model, args.web) if folder], args)
     prompts = (args.prompt or []) + (read_prompts(args.prompts) if args.prompts else []) or [""]
     model, encoder = load(args.model, args.device, args.dtype, args.checkpoint)
-    if encoder is None:
-        raise UserError(f"{args.model} has no tokenizer that can be read: put the tokenizer folder of the training "
-                        f"data there, as {args.model}/tokenizer")
+    talk.text.require_tokenizer(encoder, args.model)
     if args.speculative and not model.config.mtp_depth:
         raise UserError(f"{args.model} has no block of multi-token prediction, with which --speculative drafts: leave "
                         "it out, or train with --mtp_depth=1")
@@ -112,7 +112,9 @@ def main(argv=None):
         tell_of_prompt(model, encoder, prompt, encode_prompt(encoder, prompt))
     wanted = [(prompt, number) for prompt in prompts for number in range(args.num_samples)]
     started, make = time.perf_counter(), one_by_one if args.stream or args.speculative else in_batches
-    produced = make(model, encoder, wanted, options, args)
+    out = contextlib.nullcontext(sys.stdout) if args.json in (None, "-") else open(args.json, "w", encoding="utf-8")
+    with out as into, contextlib.redirect_stdout(into):
+        produced = make(model, encoder, wanted, options, args)
     seconds = time.perf_counter() - started
     said = f"; {sum(drafts) / max(len(drafts), 1):.0%} of {len(drafts)} drafts right" if args.speculative else ""
     note(f"{produced} tokens in {seconds:.1f} s, {produced / seconds:.0f} tokens/s{said}")
@@ -121,7 +123,8 @@ def main(argv=None):
 def read_prompts(name):
     """The lines of a file, or of standard input, that are not blank."""
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        text = sys.stdin.read() if name == "-" else existing(
+            name, "--prompts takes a file of prompts, one a line, or - for standard input").read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text: {error}") from error
     if not (prompts := [line for line in text.splitlines() if line.strip()]):

@@ -49,6 +49,14 @@ ELSEWHERE = {  # what others call a setting, where the spelling does not lead to
 def load(argv):
     """A checked Config from ["configs/x.py", "--key=value", ...], or with the settings of the run that the words name,
     ["out/x", "--resume"] or ["--resume=out/x"]; returns (config, path of the config file or None)."""
+    source, values, flags = given(argv)
+    config = Config(**values | flags)
+    config.out_dir = f"out/{Path(source).stem}" if config.out_dir is None else config.out_dir
+    return config.check(), None if Path(source).is_dir() else source
+
+
+def given(argv):
+    """(the config file or the run's folder that the words name, its settings, those of the words)."""
     names, flags = read_words(argv)
     if type(named := flags.get("resume")) is str and named not in ("", "auto"):
         flags["resume"] = str(what_is_meant(named)[1])
@@ -56,10 +64,7 @@ def load(argv):
     if len(names) > 1 or not names and not run:
         raise UserError("name one config file:  python train.py configs/debug.py [--key=value ...]  (see --help), or a "
                         "run to continue:  python train.py --resume=out/debug" + (f"; got {names}" if names else ""))
-    values = read_run(run) if run else read_file(names[0])
-    config = Config(**values | flags)
-    config.out_dir = f"out/{Path(*names or [run]).stem}" if config.out_dir is None else config.out_dir
-    return config.check(), None if run else names[0]
+    return run or names[0], read_run(run) if run else read_file(names[0]), flags
 
 
 def run_folder(names, flags):
@@ -155,6 +160,28 @@ def read_words(argv):
     return names, values
 
 
+def take_words(argv, own):
+    """({name: value}, the other words) of a command that has words of its own beside settings. own: {name: default},
+    False for a switch, "" for one that may stand alone, which is "-" then. What is misspelt is refused here, where both
+    kinds are known."""
+    taken, rest, words = dict(own), [], iter(argv)
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in own:
+            near = difflib.get_close_matches(name, [*own, *FIELDS], 1, 0.7)
+            if word.startswith("--") and name not in FIELDS and {*near} & own.keys():
+                raise UserError(f"unknown option {word}; did you mean --{near[0]}?")
+            rest.append(word)
+        elif own[name] in (False, ""):
+            if own[name] is False and equals:
+                raise UserError(f"--{name} takes no value: leave ={text} out")
+            taken[name] = True if own[name] is False else text or "-"
+        else:
+            taken[name] = text if equals else next(words, "")
+    return taken, rest
+
+
 def _is_value(word, name):
     """Whether a word behind --name is its value. What follows a switch is only if it reads like one, and a config file
     (.py) is nobody's but that of a text."""
@@ -221,17 +248,24 @@ def _kind_name(kind):
     return "None" if kind is type(None) else repr(kind) if isinstance(kind, str) else kind.__name__
 
 
-def help_text():
-    """Every setting with type, default and reason, grouped."""
-    lines = ["python train.py CONFIG [--key=value ...] [--key value] [--key] [--no-key]"]
-    groups = {}
+def help_text(argv=()):
+    """Every setting with type, default and reason, grouped. Words that name a config file or a run, and settings, have
+    their values in place of the defaults, marked, and the defaults beside them."""
+    lines, groups = ["python train.py CONFIG [--key=value ...] [--key value] [--key] [--no-key]"], {}
+    values = {}
+    if words := [word for word in argv if word not in ("-h", "--help")]:
+        source, values, flags = given(words)
+        values |= flags
+        lines.append(f"* set by {source}{' or on this line' * bool(flags)}")
     for name, field in FIELDS.items():
         groups.setdefault(field.metadata["group"], []).append((name, field))
     for group, members in groups.items():
         lines.append(f"\n{group}")
         for name, field in members:
             kinds = " | ".join(map(_kind_name, _kinds(name)))
-            lines.append(f"  --{name}={field.default!r}  ({kinds})\n        {field.metadata['why']}")
+            mark, value, default = ("* ", values[name], f"; default {field.default!r}") if name in values else (
+                "  ", field.default, "")
+            lines.append(f"{mark}--{name}={value!r}  ({kinds}{default})\n        {field.metadata['why']}")
     return "\n".join(lines)
 
 

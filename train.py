@@ -33,7 +33,7 @@ def main(argv=None):
     mend, SystemExit(75) after a signal, when all is saved, and parallel.Restart to start again with other words."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(settings.help_text())
+        print(settings.help_text(argv))
         return None
     with guard.Guard(argv) as watch:
         return train(argv, watch)

@@ -60,14 +60,8 @@ FACTORS, MOST_RATES = (0.5, 1.0, 2.0), 5  # of the base rate; how many are tried
 
 def read_words(argv):
     """({own word: its text or number}, names that are no words, {setting: value}, whether to overwrite)."""
-    own, rest = dict(OWN), []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name in OWN:
-            own[name] = value if equals else next(words, "")
-        elif word != "--overwrite":
-            rest.append(word)
+    own, rest = settings.take_words(argv, OWN | {"overwrite": False})
+    overwrite = own.pop("overwrite")
     for name, kind in (("seeds", int), ("tokens", float), ("seconds", float), ("sweep", float)):
         if own[name] is not None:
             try:
@@ -91,7 +85,7 @@ def read_words(argv):
     own |= {"config": own["config"] or CONFIG, "sweep": own["sweep"] or SWEEP}
     if refused := [name for name in flags if settings.FIELDS[name].metadata["group"] == "start" or name == "out_dir"]:
         raise UserError(f"--{refused[0]} is train.py's: a contest goes on by itself, and has --out and --overwrite")
-    return own, names, flags, "--overwrite" in argv
+    return own, names, flags, overwrite
 
 
 def rates_of(text):

@@ -25,6 +25,7 @@ from errors import UserError
 from evaluate import TOKENS, score
 from model import build
 from run import checkpoint
+from talk.text import require_tokenizer
 
 WORDS = ("marble", "copper", "velvet", "cactus", "walnut", "pepper", "falcon", "lantern")
 NAME = "needle"
@@ -109,8 +110,7 @@ def main(argv):
     results, documents = {}, None
     for path in paths:
         for name, model, settings, encoder in variants(path, length):
-            if encoder is None:
-                raise UserError(f"{path} has no tokenizer that can be read")
+            require_tokenizer(encoder, path)
             documents = documents or long_documents(settings["data"], tokenizers.end_of_text(encoder), length, items)
             results[name] = {
                 "loss": dict(zip(map(str, [*edges, length]), by_position(model, documents, edges))),

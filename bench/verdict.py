@@ -18,7 +18,7 @@ from pathlib import Path
 
 import errors
 from data.shards import read_json
-from errors import UserError
+from errors import UserError, existing
 
 SHARES = (0.7, 0.5, 0.35)  # of its tokens, in which the better arm is trained again
 BEYOND = 2.0  # times the longest run, or the shortest over it: how far a line is trusted
@@ -165,17 +165,17 @@ def said(challenger, baseline, found):
 
 
 def sentence(name, state):
-    """What the baseline would have needed for the loss at which it ended and the challenger passed it; "" if a run
-    diverged, or none says it."""
+    """What the challenger needs for what the baseline needs, to the loss at which the worse of the two ended; "" if a
+    run diverged, or none says it."""
     found, baseline = state["verdict"][name], state["baseline"]
     if "tokens" not in found:
         return ""
     n = len(found["tokens"].get("each", found["loss_difference"]["each"]))
     seeds = f"{n} seed{'s' * (n > 1)}, {state['made_on']['device']}"
-    tokens, seconds = (1 / found[key]["mean"] for key in ("tokens", "seconds"))
-    bound = "" if "bound" not in found["tokens"] else "at least " if found["better"] == "challenger" else "at most "
-    return (f"To the same final loss the {baseline} model of the contest needs {bound}{tokens:.2f} times the tokens "
-            f"and {seconds:.2f} times the seconds of the {name} model ({seeds})")
+    tokens, seconds = (found[key]["mean"] for key in ("tokens", "seconds"))
+    bound = "" if "bound" not in found["tokens"] else "at most " if found["better"] == "challenger" else "at least "
+    return (f"To the same final loss the {name} model of the contest needs {bound}{tokens:.2f} times the tokens and "
+            f"{seconds:.2f} times the seconds of the {baseline} model ({seeds})")
 
 
 def ranking(verdicts, baseline):
@@ -265,7 +265,7 @@ def draw(path, title, runs, verdicts, baseline):
 def main(argv):
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("name a contest's file:  python -m bench.verdict out/contest-moe-dense/contest.json")
-    state = read_json(Path(argv[0]))
+    state = read_json(existing(argv[0], "a contest leaves contest.json in its folder"))
     if not state.get("verdict"):
         raise UserError(f"{argv[0]} has no verdict yet: start the contest again with the same words, and it goes on")
     print(*table(state["arms"], {name: runs_of(state, name) for name in state["arms"]}), sep="\n")

@@ -4,7 +4,7 @@
     python train.py configs/small.py --data=data/mine
 
 Hardware: one 80 GB GPU.
-Time: 10,000 steps are 5.2B tokens, 4.2e18 FLOPs: 3.5 hours at the 420,000 tokens/s that bench.step gave on an H100.
+Time: 10,000 steps are 5.2B tokens, 4.2e18 FLOPs: 3.4 hours at the 423,000 tokens/s that bench.step gave on an H100.
 Memory: 17.4 GiB there: 530M parameters x 12 bytes (fp32 weight, gradient, momentum) = 5.9 GiB, and activations.
 Expect: not measured yet.
 Planned by docs/scaling.py, stages x replicas x shards, GiB a GPU, a step:

@@ -117,7 +117,7 @@ def _check(path, ranks, order, ignore_merges, special_tokens):
                                                          if ranks.keys() >= set(split))
         if len(parts) == 2 and place <= last or len(parts) > 2 and not known:
             raise UserError(f"{path}: the ids do not follow the merges (token {token!r}, id {ranks[token]}), so that "
-                            "no ranks give the same ids; train a tokenizer on the data instead, --train-tokenizer=N")
+                            "no ranks give the same ids; train a tokenizer on the data instead, --vocab_size=N")
         last = place if len(parts) == 2 else last
 
 

@@ -18,7 +18,7 @@ import re
 import zlib
 from pathlib import Path
 
-from errors import UserError, one_line
+from errors import UserError, alike_there, one_line
 
 SHARE = 0.01  # of the characters of a file, or of its rows, that may be damaged
 BLOCK = 2**24  # characters of a text file read at a time
@@ -97,7 +97,7 @@ def list_files(names, pattern, account=None):
             if match.is_symlink() and not match.exists():
                 account.add("files", "broken links", match)
         if not found:
-            what = f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}"
+            what = f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}{alike_there(name)}"
             raise UserError("; ".join([what, *account.lines()]))
         for file in sorted(found):
             if files.setdefault(os.path.realpath(file), file) != file:

@@ -147,6 +147,17 @@ def read_json(path):
     return value
 
 
+def write_json(value, name):
+    """What --json asks for: a line on stdout for "-", else a file, which has the old or the new content at any time."""
+    if name == "-":
+        print(json.dumps(value))
+        return
+    temporary = Path(name).with_name(f".{Path(name).name}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, name)
+    print(f"wrote {name}")
+
+
 def open_split(folder, split, verify=True, share=(0, 1)):
     """Open all shards of a split; every header and size is checked, and with `verify` every recorded checksum; of
     share=(i, n), n readers of the same folder, this one reads only every n-th shard from the i-th on for that."""

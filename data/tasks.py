@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
-from errors import UserError, said
+from errors import UserError, existing, said
 
 NAMED = ("arc_challenge", "arc_easy", "boolq", "csqa", "hellaswag", "lambada", "openbookqa", "piqa", "sciq",
          "socialiqa")
@@ -89,7 +89,7 @@ def checked(where, context, endings, label):
 def read_jsonl(path, limit):
     """The first `limit` Items of a file."""
     items, wanted = [], ("ctx", "endings", "label")
-    lines = enumerate(Path(path).read_bytes().split(b"\n"), 1)
+    lines = enumerate(existing(path, "a task is a file with an item a line").read_bytes().split(b"\n"), 1)
     for number, line in islice(((number, line) for number, line in lines if line.strip()), limit):
         where = f"{path}, line {number}"
         try:

@@ -14,6 +14,7 @@ This page is made by `python -m docs.settings_table`; the reasons stand in `conf
 
 ```bash
 python train.py --help
+python train.py configs/debug.py --help          # with what that file sets, marked, and the defaults beside it
 python train.py configs/debug.py --max_steps=50 --muon_lr=5e-3 --no-nesterov --out_dir=out/try
 ```
 

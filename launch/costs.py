@@ -109,7 +109,8 @@ class Costs:
         self.flops = flops_by_part(config, config.sequence_length, self.model)
         self.kinds = [config.is_moe_layer(index) for index in range(len(self.model.layers))]  # whether with experts
         self.parameters = sum(shape.numel() for shape in self.shapes.values())
-        self.place, self.has_head, self.reduced = 0, True, 4  # the last: bytes of a gradient that travels
+        self.place, self.has_head = 0, True
+        self.reduced = getattr(torch, config.reduce_dtype).itemsize  # bytes of a gradient that travels
         self.layer_flops, self.cuts = flops_by_layer(config, config.sequence_length), {}
         by_layer = elements_by(lambda name: int(name.split(".")[2]) if ".layers." in name else -1, self.shapes)
         self.layer_elements = [by_layer[index] for index in range(len(self.kinds))]

@@ -5,20 +5,21 @@
 --gpu: a100 h100 h200 h800 b200 gb200. Without --nodes there are 8 GPUs on each. What is named of --pp,
 --pp_schedule, --dp_replicate, --dp_shard, --ep, --micro_batch_size, --activation_checkpointing and --strategy is kept,
 the rest is chosen by predicted speed. --disk: bytes/s that a node writes, of which the time of a save follows. --json:
-as JSON, on one line. --rehearse: also build the model as rank 0 of all, on tensors without memory, and compare what it
-holds and sends (K2 on 2,048: a minute).
+as JSON, on one line of stdout; --json=FILE: into a file. --rehearse: also build the model as rank 0 of all, on tensors
+without memory, and compare what it holds and sends (K2 on 2,048: a minute).
 
 Rates come from one H100 that ran configs/small.py; more than one GPU was never measured. Next: costs.py.
 """
 
+import copy
 import dataclasses
 import itertools
-import json
 import math
 
 import errors
 import settings
-from errors import UserError
+from data.shards import write_json
+from errors import UserError, require_place
 from launch.costs import DISK, GIB, GPUS, PIECES, Costs, layout_of
 from ranks.parallel import check_layout
 
@@ -50,9 +51,9 @@ class Plan:
         slowest = max(self.stages, key=lambda stage: total(stage.step(*self.arguments)))
         self.seconds, self.exchanges = slowest.step(*self.arguments), slowest.traffic(*self.arguments)
         self.step = total(self.seconds)
-        slowest.reduced = 2  # as bf16 would be
-        self.faster = self.step - total(slowest.step(*self.arguments))
-        slowest.reduced = 4
+        rounded = copy.copy(slowest)
+        rounded.reduced = 2  # as bf16 would be
+        self.faster = self.step - total(rounded.step(*self.arguments))
         self.tokens = config.global_batch_size * config.sequence_length
         self.mfu = total(self.costs.flops) * self.tokens / self.step / self.n / self.costs.gpu.peak
         self.save = self.costs.save(self.memory, self.n)
@@ -163,18 +164,13 @@ def what_would_fit(config, n, name, kept):
 
 def given(argv):
     """(config, what else was asked) of the command-line words."""
-    asked, rest = {"gpus": "1", "gpu": "h100", "nodes": None, "tokens": None, "disk": DISK, "json": None,
-                   "rehearse": None}, []
-    for word in argv:
-        name, _, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name in asked:
-            asked[name] = value
-        else:
-            rest.append(word)
+    asked, rest = settings.take_words(argv, {"gpus": "1", "gpu": "h100", "nodes": None, "tokens": None, "disk": None,
+                                             "json": "", "rehearse": False})
+    require_place(asked["json"], "--json")
     config, path = settings.load(rest)
     try:
         n, tokens = int(asked["gpus"]), float(asked["tokens"] or 0) or None
-        nodes, asked["disk"] = int(asked["nodes"] or -(-n // 8)), float(asked["disk"])
+        nodes, asked["disk"] = int(asked["nodes"] or -(-n // 8)), float(asked["disk"] or DISK)
     except ValueError as error:
         raise UserError(f"--gpus, --nodes, --tokens and --disk are numbers: {error}") from error
     if asked["gpu"] not in GPUS:
@@ -187,22 +183,22 @@ def given(argv):
 
 
 def main(argv):
-    if "--help" in argv or not argv:
+    if {"-h", "--help"} & {*argv} or not argv:
         print(__doc__)
         return
     config, path, n, nodes, tokens, asked, kept = given(argv)
     found = plans(config, n, GPUS[asked["gpu"]], n // nodes, kept, asked["disk"])
     if not found:
         raise UserError(f"{path} on {n} x {asked['gpu']}: {what_would_fit(config, n, asked['gpu'], kept)}")
-    rehearsed = rehearsal(found[0]) if asked["rehearse"] is not None else None
-    if asked["json"] is not None:
-        print(json.dumps({"config": str(path), "gpu": asked["gpu"], "nodes": nodes, "tokens": tokens,
-                          "rates": found[0].costs.gpu.source, "plans": [plan.about(tokens) for plan in found[:SHOWN]],
-                          "rehearsed": rehearsed}))
+    rehearsed = rehearsal(found[0]) if asked["rehearse"] else None
+    if asked["json"]:
+        write_json({"config": str(path), "gpu": asked["gpu"], "nodes": nodes, "tokens": tokens,
+                    "rates": found[0].costs.gpu.source, "plans": [plan.about(tokens) for plan in found[:SHOWN]],
+                    "rehearsed": rehearsed}, asked["json"])
         return
     print("\n".join(table(found, f"{path} on {n:,} x {asked['gpu']}, {nodes:,} node{'s' * (nodes > 1)}", tokens)))
     if rehearsed:
-        print(f"\n{'one micro-batch of rank 0':38}{'planned':>21}{'counted':>21}")
+        print(f"\n{'rank 0, a micro-batch a stage':38}{'planned':>21}{'counted':>21}")
     for line in rehearsed or ():
         print("{what:38}{planned:>21,.0f}{counted:>21,.0f}".format(**line))
 
@@ -228,7 +224,7 @@ def table(found, title, tokens):
         for what in dict.fromkeys(kind for kind, _ in links):
             sizes = [links.get((what, link), 0) / 1e9 for link in ("NVLink", "network")]
             lines.append(f"  {what:24}{sizes[0]:12.3f}{sizes[1]:12.3f}")
-        lines.append(f"  gradients in bf16 instead of fp32 would save {best.faster:.3f} s a step")
+        lines.append(f"  --reduce_dtype=bfloat16 would save {best.faster:.3f} s of a step")
     lines += ["", "seconds of a step"]
     lines += [f"  {part:32}{spent:10.4f}{spent / best.step:8.1%}" for part, spent in
               sorted(best.seconds.items(), key=lambda item: -item[1]) if spent > 1e-3 * best.step]

@@ -252,6 +252,7 @@ class Layout:
     expert: object = None  # theirs, under expert parallelism
     rows: object = None  # the group that expert rows travel in
     pp: int = 1
+    reduce_dtype: str = "float32"  # in which gradients are added up
     stage: object = None  # the group of the ranks that hold parts of the same blocks; None: of all
     across: object = None  # the group of the ranks whose blocks make up the model, first blocks first; None: this rank
 
@@ -269,22 +270,26 @@ def make_layout(config, device):
                         and local_rank() >= torch.cuda.device_count()):
         raise UserError(f"more ranks on this machine than {device.type} devices: start fewer (--nproc_per_node), or "
                         "train on the CPU with --device=cpu")
-    layout = Layout(*check_layout(config, ranks()), pp=config.pp)
+    layout = Layout(*check_layout(config, ranks()), pp=config.pp, reduce_dtype=config.reduce_dtype)
 
-    def mesh(**sizes):  # of one stage: all make theirs together
-        whole = {"pp": layout.pp, **sizes} if layout.pp > 1 else sizes
-        made = init_device_mesh(device.type, tuple(whole.values()), mesh_dim_names=tuple(whole))
-        return made[tuple(sizes)] if layout.pp > 1 else made
+    def mesh(**sizes):
+        # On GPUs NCCL alone, which connects when it is used: gloo would connect all of thousands at once.
+        only = dict.fromkeys(sizes, "nccl") if device.type == "cuda" else None
+        return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes),
+                                backend_override=only)
+
+    def of_stage(**sizes):  # all stages make theirs together
+        return mesh(pp=layout.pp, **sizes)[tuple(sizes)] if layout.pp > 1 else mesh(**sizes)
     if layout.pp > 1:
-        both = init_device_mesh(device.type, (layout.pp, ranks() // layout.pp), mesh_dim_names=("pp", "stage"))
+        both = mesh(pp=layout.pp, stage=ranks() // layout.pp)
         layout.across, layout.stage = both["pp"].get_group(), both["stage"].get_group()
     if dist.is_initialized():
-        layout.dense = mesh(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard)
+        layout.dense = of_stage(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard)
     if layout.ep > 1:
         here, efsdp = config.n_routed_experts // layout.ep, layout.dp_shard // layout.ep
         if here % efsdp:
             print(f"warning: {here} experts of a layer over {efsdp} ranks: the last hold fewer than the others")
-        layout.expert = mesh(dp_replicate=layout.dp_replicate, efsdp=efsdp, ep=layout.ep)
+        layout.expert = of_stage(dp_replicate=layout.dp_replicate, efsdp=efsdp, ep=layout.ep)
         # If ep takes all ranks, its mesh group is the default group, where rows would queue behind FSDP's prefetches.
         layout.rows = layout.expert["ep"].get_group() if layout.ep < ranks() else dist.new_group(timeout=TIMEOUT)
     return layout

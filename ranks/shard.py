@@ -24,11 +24,12 @@ def distribute(model, layout, dtype):
     """Shard a model on the meta device in place: experts over ep, then every block and the rest with FSDP2.
 
     Gradients are summed, never averaged: the loss is divided by the global number of tokens, and then experts, whose
-    group is smaller, need no other factor than the rest. Reductions are in fp32.
+    group is smaller, need no other factor than the rest. Reductions are in fp32, unless layout.reduce_dtype says else.
     """
     if layout.dense is None:
         return
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=getattr(torch, layout.reduce_dtype),
+                                  cast_forward_inputs=False)
     mesh = layout.dense if layout.dp_replicate > 1 else layout.dense["dp_shard"]
     # Stages keep what they have gathered until the last micro-batch: else every one of them would gather it again.
     options = {"mesh": mesh, "mp_policy": policy} | ({"reshard_after_forward": False} if layout.pp > 1 else {})

@@ -19,7 +19,7 @@ import torch
 
 import errors
 from data.shards import read_json
-from errors import UserError, said
+from errors import UserError, alike_there, said
 from run import curves
 from run.services import Service, TensorBoard, start_wandb
 from run.terminal import duration
@@ -328,8 +328,9 @@ def command(argv):
         runs[folder] = read_records(Path(folder) / "metrics.jsonl")
         newest = {record["kind"]: record for record in runs[folder]}
         if "train" not in newest:
-            raise UserError(f"{folder}: no metrics.jsonl with a step in it (python -m run.metrics RUN_FOLDER ...)")
-        loss, (val, bits) = newest["train"].get("loss"), map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
+            raise UserError(f"{folder}: no metrics.jsonl with steps{alike_there(folder)} (python -m run.metrics RUN)")
+        found = newest["train"].get("loss"), *map(newest.get("val", {}).get, ("loss", "bits_per_byte"))
+        loss, val, bits = ("-" if value is None else f"{value:.5g}" for value in found)
         print(f"{folder}: step {newest['train']['step']}  loss {loss}  validation {val}  bits per byte {bits}")
     if len(runs) > 1:
         parents = [str(Path(folder).resolve().parent) for folder in runs]

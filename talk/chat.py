@@ -1,6 +1,7 @@
 """A model in the terminal: a continuation as it comes, and the loop of --chat, which keeps all that was said.
 
-The models are trained on text, not to converse: each answer continues everything before it.
+The models are trained on text, not to converse: each answer continues everything before it. On stdout stand the texts
+alone, and at a terminal what asks for the next; all that is said about them goes to stderr.
 """
 
 import importlib.util
@@ -8,7 +9,7 @@ import sys
 import time
 
 import sampling
-from errors import UserError
+from errors import UserError, alike
 from hf_weights import note
 from talk.text import encode_prompt, stream, tell_of_text, token_bytes
 
@@ -16,12 +17,15 @@ HELP = """The model continues your text. It was trained on texts, not to convers
 one text that grows. A line that ends with \\ goes on in the next one; Ctrl-C stops an answer, or drops a line.
   /reset               forgets all
   /history             prints all that the model sees
-  /temperature 0.5     also /top_k, /top_p, /min_p, /repetition_penalty, /max_new_tokens, /seed; none switches off
+  /temperature 0.5     also /top_k, /top_p, /min_p, /repetition_penalty, /max_new_tokens, /seed; none switches off;
+                       alone, as /seed, tells what it is
   /help                prints this
   /quit or Ctrl-D      ends
 A text that starts with / needs a space before it."""
 WHOLE = {"top_k": (1, 2**63), "max_new_tokens": (1, 2**31), "seed": (0, 2**63 - 1)}
 MAY_BE_NONE = ("top_k", "top_p", "min_p")
+SETTABLE = {*WHOLE, *sampling.RANGES}
+COMMANDS = ["/reset", "/history", "/help", "/quit", *(f"/{name}" for name in SETTABLE)]
 
 
 def write(model, encoder, prompt_ids, options, interruptible=False):
@@ -42,32 +46,35 @@ def write(model, encoder, prompt_ids, options, interruptible=False):
 
 def chat(model, encoder, options):
     """Read a text, stream its continuation, keep both as the context of the next, until /quit."""
-    if sys.stdin and sys.stdin.isatty() and importlib.util.find_spec("readline"):
+    typed = all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    if typed and importlib.util.find_spec("readline"):
         import readline  # noqa: F401  input() then edits lines, and the arrow keys bring earlier ones back
     history, options = encode_prompt(encoder, ""), dict(options)
-    print("Type a text and the model continues it; it is not trained to converse. /help lists the commands.")
+    tell("Type a text and the model continues it; it is not trained to converse. /help lists the commands.")
     while True:
         try:
-            text = read()
+            text = read(*("> ", "... ") if typed else ("", ""))
         except EOFError:
-            return print()
+            return print() if typed else None
         except KeyboardInterrupt:  # of a text that is not wanted; an answer's comes to write()
-            print("\n/quit or Ctrl-D leaves")
+            tell("\n/quit or Ctrl-D leaves")
             continue
         command, _, value = text.strip().partition(" ")
         if command == "/quit":
             return None
         if command == "/reset":
             history = encode_prompt(encoder, "")
+            tell("forgotten: the next text stands at the start of a document")
         elif command == "/history":
             print(b"".join(token_bytes(encoder, token) for token in history).decode("utf-8", "replace"))
-        elif text.startswith("/") and command[1:] in options and value:
+        elif text.startswith("/") and command[1:] in SETTABLE & options.keys():
             try:
-                options[command[1:]] = number(command[1:], value)
+                options |= {command[1:]: number(command[1:], value)} if value else {}
+                tell(f"{command} {options[command[1:]]}".replace("None", "none"))
             except UserError as error:
-                print(error)
+                tell(error)
         elif text.startswith("/"):
-            print(HELP)
+            tell(HELP if command == "/help" else f"there is no {command}{alike(command, COMMANDS)}\n{HELP}")
         elif text.strip():
             history += encoder.encode_ordinary(text)
             started = time.perf_counter()
@@ -77,12 +84,17 @@ def chat(model, encoder, options):
             history += answer + encoder.encode_ordinary("\n")
 
 
-def read():
-    """A text from the terminal: one line, and the next ones after each that ends with a backslash."""
-    lines = [input("> ")]
+def tell(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def read(first, further):
+    """A text from the terminal: one line, and the next ones after each that ends with a backslash; what asks for them
+    stands before them."""
+    lines = [input(first)]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        lines.append(input("... "))
+        lines.append(input(further))
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 
 from errors import UserError, said
-from talk.text import encode_prompt, load, stream
+from talk.text import encode_prompt, load, require_tokenizer, stream
 
 OPTIONS = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "max_new_tokens": 200, "seed": 0}
 REDRAW = 0.1  # seconds between two sendings of the text to the browser
@@ -25,8 +25,7 @@ def prompt_box(path, device="auto", dtype="float32", which="latest", prompt="", 
     if unknown := options.keys() - OPTIONS.keys():
         raise UserError(f"prompt_box has no {', '.join(sorted(unknown))}: there are {', '.join(OPTIONS)}")
     model, encoder = load(path, device, dtype, which)
-    if encoder is None:
-        raise UserError(f"{path} has no tokenizer that can be read")
+    require_tokenizer(encoder, path)
     values = OPTIONS | options
     narrow, wide = widgets.Layout(width="155px"), widgets.Layout(width="100%", max_width="800px")
     fields = {

@@ -14,7 +14,7 @@ import torch
 import hf
 from data import tokenizer as tokenizers
 from decoding import pad_left, speculate
-from errors import UserError
+from errors import UserError, alike_there
 from hf_weights import note, refuse_other_kinds
 from kernels import selfcheck
 from model import build, pick_device
@@ -30,7 +30,8 @@ def load(path, device="auto", dtype="float32", which="latest"):
     data/tokenizer.py, or None if the folder has none."""
     path, device = Path(path), pick_device(device)
     if not path.is_dir():
-        raise UserError(f"no folder {path}: give a run folder (out/debug), a step folder or an exported directory")
+        raise UserError(f"no folder {path}{alike_there(path)} (give a run folder, as out/debug, a step folder or an "
+                        "exported directory)")
     published, step = hf.is_hf(path), checkpoint.STEP.search(path.name)
     if which != "latest" and (published or step and which == "best"):
         raise UserError(f"{path} holds one model, no {which} one: leave --checkpoint out, or name a run folder")
@@ -53,6 +54,20 @@ def load(path, device="auto", dtype="float32", which="latest"):
     model.source, model.compute_dtype = path if published else step_folder, getattr(torch, dtype)
     selfcheck.use("auto", device, model.compute_dtype)
     return model.eval(), encoder
+
+
+def require_tokenizer(encoder, path):
+    """The tokenizer that `load` found for the model in a folder; a UserError if that is None."""
+    if encoder is None:
+        raise UserError(lacking(path))
+    return encoder
+
+
+def lacking(path):
+    """What is wrong with a model without a tokenizer, and what to do about it."""
+    run = Path(path).parent.parent if checkpoint.STEP.search(Path(path).name) else path
+    return (f"{path} has no tokenizer that can be read: put the tokenizer folder of the training data there, as "
+            f"{run}/tokenizer")
 
 
 def published_tokenizer(path, vocab_size):

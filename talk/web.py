@@ -21,7 +21,7 @@ import sampling
 from counting import count_parameters
 from errors import UserError
 from run import checkpoint
-from talk.text import encode_prompt, load, stream
+from talk.text import encode_prompt, load, require_tokenizer, stream
 
 HERE = "127.0.0.1"
 MOST_BYTES, MOST_TOKENS = 2**17, 4096  # of a request, of an answer
@@ -62,9 +62,7 @@ class Served:
             newest = self.find_newest()
             if self.model is None or newest != self.newest:
                 model, encoder = load(self.path, *self.arguments)
-                if encoder is None:
-                    raise UserError(f"{self.path} has no tokenizer that can be read")
-                self.model, self.encoder, self.newest = model, encoder, newest
+                self.model, self.encoder, self.newest = model, require_tokenizer(encoder, self.path), newest
             return self.model, self.encoder
 
     def find_newest(self):
@@ -136,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer({"/": self.page, "/models": self.models})
 
+    do_HEAD = do_GET  # reply leaves the body out
+
     def do_POST(self):
         self.answer({"/generate": self.generate})
 
@@ -173,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
         if body is not None:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body or b"")
+        self.wfile.write(b"" if body is None or self.command == "HEAD" else body)
 
     def generate(self):
         """Stream what was asked for: {"model"}, {"text"} a token, {"note"}, and {"end", "tokens", "seconds"}."""

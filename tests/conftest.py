@@ -18,6 +18,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before ours are imported
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_triton_*.py", "test_kernel_choice.py"]
+elif "TRITON_INTERPRET" in os.environ:
+    from tests import interpreter
+
+    interpreter.look_once()
 
 from run import metrics  # noqa: E402
 from tests.helpers import make_config, make_data  # noqa: E402

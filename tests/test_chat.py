@@ -1,11 +1,14 @@
-"""The chat of generate.py --chat: what the model is given, commands, several lines, interrupting."""
+"""The chat of generate.py --chat: what the model is given, commands, several lines, interrupting, pipes, terminals."""
+
+import sys
+import types
 
 import pytest
 
 import generate
 import talk.chat
 import talk.text
-from tests.helpers import small_run
+from tests.helpers import run_script, small_run
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +21,12 @@ def run(tmp_path_factory):
 @pytest.fixture
 def given(run, monkeypatch):
     """say(lines, words): generate.main --chat with these lines typed; an exception among them is raised where it would
-    be read. Returns (ids, options) of every text that the model was asked for."""
+    be read. Returns (ids, options) of every text that the model was asked for; say.prompts are what asked for lines."""
     def say(*lines, words=()):
-        typed, asked, plain = iter(lines), [], talk.text.stream
+        typed, asked, plain, say.prompts = iter(lines), [], talk.text.stream, []
 
         def read(prompt):
+            say.prompts.append(prompt)
             line = next(typed, EOFError())
             if isinstance(line, BaseException):
                 raise line
@@ -43,14 +47,17 @@ def test_chat_keeps_what_was_said_until_reset(given, capsys):
     (first, _), (second, _), (third, _) = given("hello", "", "   ", "again", "/reset", "hello", "/quit", "never")
     assert first == [256, *b"hello"] == third
     assert second[:6] == first and bytes(second[-6:]) == b"\nagain" and len(second) == 6 + 5 + 6  # its own ids
-    out, said = capsys.readouterr()
-    assert said.count("note: 5 tokens in ") == 3 and "tokens/s" in said and "not trained to converse" in out
+    said = capsys.readouterr().err
+    assert said.count("note: 5 tokens in ") == 3 and "tokens/s" in said and "not trained to converse" in said
+    assert said.count("forgotten") == 1
 
 
-@pytest.mark.parametrize("text", ["/help", "/hepl", "/", "/clear all", "/Quit", "/temperature"])
-def test_commands_that_there_are_not_list_those_there_are(given, capsys, text):
+@pytest.mark.parametrize("text, told", [
+    ("/help", ""), ("/hepl", "there is no /hepl; did you mean /help?\n"), ("/", "there is no /\n"),
+    ("/clear all", "there is no /clear\n"), ("/top-k 3", "there is no /top-k; did you mean /top_k?\n")])
+def test_commands_that_there_are_not_are_named_and_list_those_there_are(given, capsys, text, told):
     assert [ids for ids, _ in given(text, " /usr/bin")] == [[256, *b" /usr/bin"]]
-    assert capsys.readouterr().out.count(talk.chat.HELP) == 1
+    assert f"commands.\n{told}{talk.chat.HELP}\nnote: " in capsys.readouterr().err
 
 
 def test_a_backslash_goes_on_in_the_next_line(given):
@@ -60,8 +67,7 @@ def test_a_backslash_goes_on_in_the_next_line(given):
 
 def test_history_is_all_that_the_model_sees(given, capsys):
     given("hello", "/history", words=["--temperature=0"])
-    _, said = capsys.readouterr().out.split("converse. /help lists the commands.\n")
-    said = said.removesuffix("\n\n\n")
+    said = capsys.readouterr().out.removesuffix("\n\n")
     answer = said[:(len(said) - len("\n<|endoftext|>hello")) // 2]
     assert answer and said == f"{answer}\n<|endoftext|>hello{answer}"
 
@@ -75,9 +81,12 @@ def test_options_change_from_then_on_and_keep_their_limits(given, capsys):
     changed = {"temperature": 0.25, "top_k": 7, "seed": 3, "max_new_tokens": 2, "top_p": 0.5}
     assert {name: second[name] for name in changed} == changed and second["min_p"] is None
     assert {name: third[name] for name in changed} == changed | {"top_k": None}
-    out = capsys.readouterr().out
-    assert "/top_k 2.5: expected a whole number" in out and "/temperature none: expected a number" in out
-    assert out.count("must lie between") == 5 and out.count(talk.chat.HELP) == 0
+    said = capsys.readouterr().err
+    assert "/top_k 2.5: expected a whole number" in said and "/temperature none: expected a number" in said
+    assert said.count("must lie between") == 5 and said.count(talk.chat.HELP) == 0
+    assert given("/temperature", "/top_k", "/seed 9", "/seed", words=["--temperature=0.5"]) == []
+    told = capsys.readouterr().err.splitlines()[1:]
+    assert told == ["/temperature 0.5", "/top_k none", "/seed 9", "/seed 9"]
 
 
 def test_ctrl_c_stops_the_answer_and_drops_a_line_but_stays(given, monkeypatch, run, capsys):
@@ -92,7 +101,25 @@ def test_ctrl_c_stops_the_answer_and_drops_a_line_but_stays(given, monkeypatch, 
     monkeypatch.setattr(talk.text, "token_bytes", press)
     asked = given("hello", "on", KeyboardInterrupt(), "still")
     assert asked[1][0] == [256, *b"hello", *pressed[:2], *b"\non"] and len(asked) == 3  # what was printed is kept
-    assert bytes(asked[2][0][1:]).endswith(b"\nstill") and "/quit or Ctrl-D leaves" in capsys.readouterr().out
+    assert bytes(asked[2][0][1:]).endswith(b"\nstill") and "/quit or Ctrl-D leaves" in capsys.readouterr().err
     pressed.clear()
     with pytest.raises(KeyboardInterrupt):  # outside of a chat it ends the command
         generate.main([str(run), "--prompt=a", "--device=cpu", "--stream"])
+
+
+def test_of_a_pipe_only_the_answers_come_out(run):
+    words = ["generate.py", run, "--chat", "--max_new_tokens=5", "--temperature=0", "--device=cpu"]
+    piped = run_script(*words, input="hello\n/reset\nhello\n/what\n", check=0)
+    model, encoder = generate.load(run, "cpu")
+    answer = "".join(generate.stream_text(model, encoder, [256, *b"hello"], 5, temperature=0))
+    assert piped.stdout == f"{answer}\n{answer}\n"
+    assert all(line in piped.stderr for line in ("converse", "forgotten", "there is no /what", talk.chat.HELP))
+
+
+@pytest.mark.parametrize("stdin, stdout", [(True, True), (True, False), (False, True)])
+def test_lines_are_asked_for_at_a_terminal_alone(given, monkeypatch, stdin, stdout):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: stdin))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: stdout, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    given("/seed\\", "", "/quit")
+    assert given.prompts == (["> ", "... ", "> "] if stdin and stdout else ["", "", ""])

@@ -197,7 +197,32 @@ def test_exactly_one_existing_file(words):
 def test_help_names_every_setting_with_its_reason():
     text = settings.help_text()
     for name, field in settings.FIELDS.items():
-        assert f"--{name}=" in text and field.metadata["why"] in text
+        assert f"  --{name}=" in text and field.metadata["why"] in text
+
+
+def test_help_behind_a_config_shows_its_values_beside_the_defaults(file):
+    path = file("hidden_size = 64\nmuon_lr = 0.25\n")
+    lines = settings.help_text([path, "--help", "--max_steps=7"]).splitlines()
+    assert lines[1] == f"* set by {path} or on this line"
+    assert [line for line in lines[2:] if line.startswith("*")] == [
+        "* --hidden_size=64  (int; default 768)", "* --max_steps=7  (int; default 1000)",
+        "* --muon_lr=0.25  (float; default 0.002)"]
+    plain = settings.help_text(["-h"]).splitlines()
+    assert len(lines) == len(plain) + 1 and "  --momentum=0.95  (float)" in lines
+    assert "  --max_steps=1000  (int)" in plain
+
+
+def test_words_of_a_command_beside_settings():
+    own = {"gpus": "1", "nodes": None, "json": "", "anew": False}
+    assert settings.take_words(["--json", "c.py", "--gpus", "8", "--ep=2", "--anew"], own) == (
+        {"gpus": "8", "nodes": None, "json": "-", "anew": True}, ["c.py", "--ep=2"])
+    assert settings.take_words(["--json=f", "--nodes=3"], own)[0] == own | {"nodes": "3", "json": "f"}
+    with pytest.raises(UserError, match="^--anew takes no value: leave =False out"):
+        settings.take_words(["--anew=False"], own)
+    with pytest.raises(UserError, match=r"^unknown option --gpuss=8; did you mean --gpus\?$"):
+        settings.take_words(["--gpuss=8"], own)
+    for word in ("--seed=3", "--lr=1", "--max_step=3"):  # settings, theirs of other trainers, misspelt ones of ours
+        assert settings.take_words([word], own | {"seeds": "3"})[1] == [word]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

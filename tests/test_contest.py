@@ -234,7 +234,7 @@ def test_a_contest_that_has_ended_is_told_again(tmp_path, capsys):
     (tmp_path / "contest.json").write_text(json.dumps(state), encoding="utf-8")
     verdict.main([str(tmp_path / "contest.json")])
     *_, last, how = capsys.readouterr().out.splitlines()
-    assert "needs 2.00 times the tokens and 1.33 times the seconds of the moe model" in last and "--lr=1,2  and" in how
+    assert "needs 0.50 times the tokens and 0.75 times the seconds of the dense model" in last and "--lr=1,2" in how
     (tmp_path / "contest.json").write_text(json.dumps(state | {"verdict": {}}), encoding="utf-8")
     with pytest.raises(UserError, match="no verdict yet"):
         verdict.main([str(tmp_path / "contest.json")])

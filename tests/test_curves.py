@@ -177,14 +177,14 @@ def test_pictures_take_a_hundredth_of_the_time_and_come_at_the_end(tmp_path, mon
 
 
 def test_the_command_tells_every_run_and_lays_them_on_top_of_each_other(tmp_path, capsys, monkeypatch):
-    val = {"kind": "val", "step": 8, "loss": 1.5, "bits_per_byte": 0.5}
+    val = {"kind": "val", "step": 8, "loss": 3.24591234567, "bits_per_byte": 0.5}
     a, b = folder_of(tmp_path / "a", [*lines(8), val]), folder_of(tmp_path / "b", list(lines(4)))
     metrics.command([str(a)])
-    assert capsys.readouterr().out == f"{a}: step 8  loss 0.875  validation 1.5  bits per byte 0.5\n"
+    assert capsys.readouterr().out == f"{a}: step 8  loss 0.875  validation 3.2459  bits per byte 0.5\n"
     drawn = figures(monkeypatch)
     metrics.command([str(a), str(b)])
     assert capsys.readouterr().out.splitlines()[1:] == [
-        f"{b}: step 4  loss 1.75  validation None  bits per byte None", str(tmp_path / "overlay.png")]
+        f"{b}: step 4  loss 1.75  validation -  bits per byte -", str(tmp_path / "overlay.png")]
     by_tokens, by_time = drawn[0].axes[:2]
     for axis, ends in ((by_tokens, [800, 400]), (by_time, [6.5, 3.0])):  # hours: without the night and to the first
         assert [line.get_xdata()[-1] for line in axis.lines] == pytest.approx(ends)
@@ -198,6 +198,7 @@ def test_the_command_says_what_it_wants(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         metrics.command(["--help"])
     assert end.value.code == 0 and "RUN_FOLDER" in capsys.readouterr().out
-    for words, message in (([], "python -m run.metrics RUN"), (["--x"], "--x"), ([str(tmp_path)], "no metrics")):
+    for words, message in (([], "python -m run.metrics RUN"), (["--x"], "--x"), ([str(tmp_path)], "no metrics"),
+                           ([f"{tmp_path}s"], f"with steps; did you mean {tmp_path}?")):
         with pytest.raises(errors.UserError, match=message):
             metrics.command(words)

@@ -1,10 +1,12 @@
 """README.md, docs/, CONTRIBUTING.md and AGENTS.md against reality: commands, files, links, sizes, what is generated."""
 
+import json
 import re
 import shlex
 
 import pytest
 
+import export
 import settings
 from config import FIELDS
 from data import prepare
@@ -66,7 +68,7 @@ def test_commands_parse(command):
         here = (ROOT / (words[2].replace(".", "/") + ".py")).is_file()
         assert here or words[2] in ("venv", "pip", "pytest", "ruff")
     else:
-        assert words[0] in ("git", "cd", "pip", "source"), f"command not understood: {command}"
+        assert words[0] in ("git", "cd", "pip", "source", "curl"), f"command not understood: {command}"
 
 
 def test_commands_write_to_folders_of_their_own():
@@ -77,7 +79,7 @@ def test_commands_write_to_folders_of_their_own():
         if "data.prepare" in words:
             rest = words[words.index("data.prepare") + 1 :]
             folder = prepare.parse(rest).out or f"data/{rest[0]}"
-        elif {"-m", "--dry_run"} & set(words) or "--resume" in command or " configs/" not in command:
+        elif {"-m", "--dry_run", "--help"} & set(words) or "--resume" in command or " configs/" not in command:
             continue
         else:
             config = next(word for word in words if word.startswith("configs/"))
@@ -88,10 +90,17 @@ def test_commands_write_to_folders_of_their_own():
 
 
 def test_python_of_the_pages_runs(tmp_path, capsys):
-    (code,) = [code for page in PAGES.values() for code in re.findall(r"```python\n(.*?)```", page, re.S)]
+    ours, theirs = [code for page in PAGES.values() for code in re.findall(r"```python\n(.*?)```", page, re.S)]
     small_run(tmp_path / "small")
-    exec(code.replace("out/debug", str(tmp_path / "small/run")), names := {})
+    exec(ours.replace("out/debug", str(tmp_path / "small/run")), names := {})
     assert names["logits"].shape == (1, len(names["ids"]), 257) and capsys.readouterr().out
+    export.main([str(tmp_path / "small/run"), str(tmp_path / "hf")])
+    exec(theirs.replace('"hf/"', repr(str(tmp_path / "hf"))), names)  # as export.py prints it
+    told = "\n".join(line.strip() for line in capsys.readouterr().out.splitlines()[1:])
+    assert told == theirs.strip().replace('"hf/"', repr(str(tmp_path / "hf")))
+    ids = names["torch"].tensor([names["ids"]])
+    assert (names["model"](ids).logits.float() - names["logits"]).abs().max() <= 1e-4
+    assert names["tokenizer"].encode("def") == names["ids"][1:]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -122,6 +131,31 @@ def test_rows_of_tables_have_as_many_cells_as_their_heads(page):
     for table in re.findall(r"(?:^\|.*\n)+", PAGES[page], re.M):
         cells = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
         assert len(cells) > 2 and set(cells) == {cells[0]}, f"{page}: {table}"
+
+
+def test_speeds_on_the_h100_are_those_of_the_kept_results():
+    for commit, arms in (("dfc0dd7", "nanok2 transformers dense"), ("f8767e0", "gpt"), ("19f1a45", "nograph")):
+        path = ROOT / f"bench/results/2026-11-27-step-small-bfloat16-cuda-{commit}.json"
+        kept = json.loads(read_source(path))["arms"]
+        for arm in arms.split():
+            speed, shown = kept[arm]["tokens_per_second"] / 1000, f"{kept[arm]['peak_gib']:.1f} GiB"
+            pages = ["docs/kernels.md", "docs/comparison.md"][:1 if arm == "nograph" else 2]
+            assert [PAGES[page].count(f"| {speed:.0f},000 | {shown}") for page in pages] == [1] * len(pages), arm
+            assert PAGES["README.md"].count(f"| {speed:.0f},000 |") == (2 if arm == "nanok2" else arm == "transformers")
+
+
+def test_figures_of_contests_are_those_of_the_kept_results():
+    plain = {page: " ".join(PAGES[page].replace("*", "").split()) for page in ("README.md", "docs/evaluation.md")}
+    for name in ("moe-gpt-debug", "moe-dense-debug", "moe-dense-7M-tokens", "muon-adamw-debug", "mla-mha-debug"):
+        (path,) = ROOT.glob(f"bench/results/*-contest-{name}.json")
+        kept = json.loads(read_source(path))
+        (found,) = kept["verdict"].values()
+        tokens, seconds = (f"{found[key]['mean']:.2f}" for key in ("tokens", "seconds"))
+        hours = f"{sum(run['seconds'] for run in kept['runs'].values()) / 3600:.1f} hours"
+        assert hours in plain["docs/evaluation.md"] and f"| {tokens}" in plain["docs/evaluation.md"], name
+        if name.startswith("moe"):
+            assert re.search(f"{tokens} times the tokens.{{,10}} {seconds} times the seconds .{{,90}}{hours}",
+                             plain["README.md"]), name
 
 
 def test_every_page_is_in_the_readme():

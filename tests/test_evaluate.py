@@ -110,7 +110,7 @@ def test_multiple_choice_equals_loops_over_whole_sequences(place, theirs):
 
 
 @pytest.mark.parametrize("n_words", [5, 300])
-def test_a_text_is_predicted_once_with_at_least_half_a_context(place, theirs, tmp_path, n_words):
+def test_a_text_is_predicted_once_with_at_least_half_a_context(place, theirs, tmp_path, n_words, capsys):
     other, their_tokenizer = theirs
     text = sentence(random.Random(9), n_words)
     (tmp_path / "t.txt").write_text(text, "utf-8")
@@ -127,6 +127,11 @@ def test_a_text_is_predicted_once_with_at_least_half_a_context(place, theirs, tm
     assert found["text"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), abs=1e-6)
     assert found["text"]["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-5)
     assert (len(ids) > 4 * CONTEXT) == (n_words == 300)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("text  ") and lines[1] == f"wrote {tmp_path / 'e.json'}"
+    evaluate.main([str(place / "run"), f"--text={tmp_path / 't.txt'}", "--json"])  # alone on stdout
+    out, said = capsys.readouterr()
+    assert json.loads(out) == found and said.splitlines() == lines[:1]
 
 
 def test_last_words_are_right_if_every_token_is_the_likeliest(place, theirs, tmp_path):
@@ -262,14 +267,17 @@ def test_bad_words_and_files_are_refused(place, tmp_path):
             ("run", f"--tasks={twice}", "two tasks are called mine"),
             ("run", f"--text={tmp_path / 'latin.txt'}", "is no UTF-8 text"),
             ("run", f"--text={tmp_path / 'empty.txt'}", "the text has 0 characters"),
+            ("run", f"--text={tmp_path / 'latn.txt'}", r"no file .*/latn.txt; did you mean .*/latin.txt\? \(--text"),
+            ("run", f"--text={tmp_path}", "is a folder: --text takes a file"),
+            ("run", "--json=nowhere/e.json", "no folder nowhere: make it first"),
+            ("run", "--tasks=missing.jsonl", r"no file missing.jsonl \(a task is"),
+            ("run", "--task=mine.jsonl", r"--task=mine.jsonl; did you mean --tasks\?"),
             ("run", "--limit=0", "must be at least 1"),
             ("run", f"--data={other}", "was made with another tokenizer"),
             ("hf", "--device=cpu", "does not say what it was trained on"),
             ("nowhere", "--limit=3", "no folder")):
         with pytest.raises(UserError, match=message):
             evaluate.main([str(place / model), word])
-    with pytest.raises(OSError, match="No such file"):
-        evaluate.main([str(place / "run"), "--tasks=missing.jsonl"])
     for words, message in ((["--eval_tasks=['nothing']", f"--out_dir={tmp_path / 'x'}"], "no task 'nothing'"),
                            (["--eval_tasks=['piqa']", "--eval_interval=0"], "set --eval_interval"),
                            (["--eval_tasks=[1]"], "must be texts"), (["--eval_task_items=0"], "at least 1")):

@@ -73,11 +73,16 @@ def test_there_and_back_is_bitwise_and_the_printed_command_trains(run, tmp_path,
     """On folders whose names have a space and letters that are not ASCII, from the command line that was printed."""
     there, back = tmp_path / "größe hf", tmp_path / "zurück 1"
     export.main([str(run), str(there)])
+    lines, loaded = capsys.readouterr().out.splitlines(), {}
+    assert lines[0] == f"wrote {there}; it loads with transformers:" and len(lines) == 4
+    exec("\n".join(line.strip() for line in lines[1:]), loaded)
+    model, encoder = generate.load(run, "cpu")
+    assert (loaded["model"](tokens(1, 9)).logits.float() - model(tokens(1, 9))).abs().max() <= 1e-4
+    assert loaded["tokenizer"].encode("def f") == encoder.encode_ordinary("def f")
     with monkeypatch.context() as here:
         here.chdir(tmp_path)
         export.main(["--reverse", there.name, back.name])
     printed = capsys.readouterr().out
-    model, _ = generate.load(run, "cpu")
     for source in (there, back):
         again, encoder = generate.load(source, "cpu")
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
@@ -145,7 +150,7 @@ def test_what_a_type_cannot_hold_is_not_exported(run, tmp_path, monkeypatch, cap
         export.export(run, tmp_path / "hf", dtype="float16")
     assert not list(tmp_path.iterdir())
     export.export(run, tmp_path / "hf")
-    assert "gets none" in capsys.readouterr().err and not (tmp_path / "hf/tokenizer.json").exists()
+    assert "gets no tokenizer" in capsys.readouterr().err and not (tmp_path / "hf/tokenizer.json").exists()
 
 
 def test_files_are_utf_8_whatever_the_locale(run, tmp_path, monkeypatch):

@@ -178,12 +178,16 @@ def test_batches_and_json_say_what_one_by_one_says(run, tmp_path, capsys):
         generate.main([*words, f"--batch_size={size}"])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] == outputs[2] and outputs[0].count("--- ") == 8
-    generate.main([*words, "--json"])
+    generate.main(["--json", *words])  # the model behind it is no file to write to
     found, said = capsys.readouterr()
     answers = [json.loads(line) for line in found.splitlines()]
     assert [(a["prompt"], a["seed"]) for a in answers[:3]] == [("first", 5), ("first", 6), ("ab", 5)]
     assert answers[-1]["prompt"] == "ä€" and len(answers) == 8 and said.startswith("note: 160 tokens in ")
     assert all(a["tokens"] == 20 and a["seconds"] >= 0 for a in answers)
+    generate.main([f"--json={tmp_path / 'texts.jsonl'}", *words])
+    assert capsys.readouterr().out == ""
+    written = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text("utf-8").splitlines()]
+    assert [a["text"] for a in written] == [a["text"] for a in answers]
     told = [f"--- {a['prompt']!r}, sample {a['seed'] - 4}\n{a['prompt']}{a['text']}\n" for a in answers]
     assert "".join(told) == outputs[0]
 
@@ -207,6 +211,10 @@ def test_prompt_files_that_are_none(run, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             generate.main([str(run), f"--prompts={tmp_path / name}"])
+    with pytest.raises(UserError, match=r"no file .*/latn; did you mean .*/latin\? \(--prompts takes a file"):
+        generate.main([str(run), f"--prompts={tmp_path / 'latn'}"])
+    with pytest.raises(UserError, match="is a folder: --prompts takes a file"):
+        generate.main([str(run), f"--prompts={tmp_path}"])
 
 
 def test_a_text_beyond_the_context_slides_and_says_so_behind_it(run, capsys):
@@ -297,7 +305,10 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
         (["--port=8000"], "set --web too"),
         (["--web", "--port=65536"], "0 to 65535"),
         (["--json", "--stream"], "leave --stream"),
-        (["--max_new=3"], r"^unrecognized arguments: --max_new=3 \(see --help\)$"),
+        (["--max_new=3"], r"^unrecognized arguments: --max_new=3; did you mean --max_new_tokens\? \(see --help\)$"),
+        (["--promt", "x"], r"^unrecognized arguments: --promt x; did you mean --prompt\? \(see --help\)$"),
+        (["--json", "--zzz"], r"^unrecognized arguments: --zzz \(see --help\)$"),
+        (["--json=nowhere/x.jsonl"], "^--json=nowhere/x.jsonl: no folder nowhere"),
         (["--max-new-tokens=x"], "^argument --max_new_tokens: invalid int value: 'x'"),
     ],
 )

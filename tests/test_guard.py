@@ -56,7 +56,7 @@ def test_a_spike_is_told_by_hand_computed_statistics():
 
 SPIKE = 61  # the step whose data is bad
 STEPS = [f"--max_steps={SPIKE + 9}", "--save_interval=20", "--decay_steps=5", "--keep_checkpoints=9",
-         "--spike_sigmas=5"]
+         "--spike_sigmas=5", "--micro_batch_size=8"]
 
 
 @pytest.fixture

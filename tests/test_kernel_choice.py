@@ -85,6 +85,8 @@ def test_the_check_passes_here_and_names_what_is_broken(monkeypatch):
     combine = triton_experts.combine
     monkeypatch.setattr(triton_experts, "combine", lambda *args: combine(*args) * 1.01)
     monkeypatch.setattr(triton_newton_schulz, "symmetric_product", lambda *args: 1 / 0)
+    few = "experts", "sum of rows", "decoding", "Newton-Schulz", "momentum"  # all of them were right above
+    monkeypatch.setattr(selfcheck, "CASES", {name: selfcheck.CASES[name] for name in few})
     found = selfcheck.failures(CPU, torch.float32)
     assert [line.split(":")[0] for line in found] == ["experts", "sum of rows", "Newton-Schulz"]
     assert "differs" in found[0] and "ZeroDivisionError" in found[2]
@@ -333,13 +335,14 @@ def test_only_tiles_that_fit_are_tried_and_the_one_in_use_is_first(monkeypatch, 
 @interpreted
 @pytest.mark.slow
 def test_a_run_with_triton_kernels_equals_one_with_torch(tmp_path, data):
-    """Two steps of configs/debug.py with fewer and shorter sequences (two tokens more than a tile), fewer words,
-    layers and steps of Newton-Schulz than it says: the interpreter is slow."""
+    """Two steps of configs/debug.py, made smaller in everything but for sequences of two tokens more than a tile: the
+    interpreter takes a millisecond for every operation of every tile."""
     found = {}
     for kernels in ("torch", "triton"):
         run_train(ROOT / "configs/debug.py", f"--kernels={kernels}", f"--data={data}",
                   f"--out_dir={tmp_path / kernels}", "--max_steps=2", "--global_batch_size=2", "--micro_batch_size=1",
                   "--sequence_length=130", "--vocab_size=257", "--num_hidden_layers=2", "--n_routed_experts=6",
+                  "--num_attention_heads=2", "--hidden_size=72", "--intermediate_size=96", "--n_shared_experts=1",
                   "--ns_steps=2", "--num_experts_per_tok=2", "--eval_interval=0", "--log_interval=1",
                   "--save_interval=0", "--sample_interval=0", "--warmup_steps=0", "--decay_steps=0", "--wandb=off")
         found[kernels] = [loss for _, loss in losses(tmp_path / kernels)]

@@ -113,13 +113,13 @@ def slow_config(tmp_path, data):
 
 
 KILLS = int(os.environ.get("KILLS", 1))
-STEPS = 12 + 6 * KILLS
+STEPS = 6 + 6 * KILLS
 
 
 @pytest.mark.slow
-def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path):
-    """Scorecard 1. A random rank gets SIGKILL at random moments; the job goes on by itself and ends bitwise as if
-    undisturbed."""
+def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path, pool):
+    """Scorecard 1. A random rank gets SIGKILL at random moments; the job goes on by itself and ends bitwise as an
+    undisturbed one on as many ranks."""
     out, rng = tmp_path / "killed", random.Random(0)
     process = multinode(slow_config, f"--out_dir={out}", f"--max_steps={STEPS}")
     restarts = []
@@ -139,8 +139,7 @@ def test_killed_ranks_do_not_lose_the_run(slow_config, tmp_path):
     assert output.count("multinode.sh: torchrun ended") == KILLS, output
     print(f"{KILLS} kills; the other ranks ended within {max(restarts):.1f} s")
     assert [step for step, _ in losses(out)] == list(range(1, STEPS + 1))
-    status, output = finished(multinode(slow_config, f"--out_dir={tmp_path / 'whole'}", f"--max_steps={STEPS}"))
-    assert status == 0, output
+    pool.run(2, run_train, slow_config, f"--out_dir={tmp_path / 'whole'}", f"--max_steps={STEPS}")
     assert_equal_runs(out, tmp_path / "whole")
     assert not workers(out)
 
@@ -261,7 +260,7 @@ def test_the_quickstart_samples_from_the_run_that_it_made(tmp_path, words, sampl
     out = next((word[10:] for word in words if word.startswith("--out_dir=")), "out/debug")
     (venv / "bin/python").write_text(
         f"""#!/usr/bin/env bash
-if [ "$2" = settings ]; then exec {shlex.quote(sys.executable)} "$@"; fi
+if [ "$2" = settings ]; then exec {shlex.quote(ENVIRONMENT["PYTHON"])} "$@"; fi
 for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; echo >> {shlex.quote(str(log))}
 """
     )

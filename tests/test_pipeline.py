@@ -2,6 +2,7 @@
 
 
 import itertools
+import os
 import shutil
 
 import pytest
@@ -15,7 +16,7 @@ from errors import UserError
 from ranks.pipeline import Share, spans
 from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records
 
-STEPS = 10
+STEPS = int(os.environ.get("STEPS", 10))
 LAYOUTS = {  # name: (ranks, settings)
     "pp 2": (2, ["--pp=2"]),
     "pp 4": (4, ["--pp=4"]),

@@ -233,7 +233,8 @@ def test_what_is_planned_is_what_gloo_ranks_hold_and_send(pool, n, monkeypatch):
     ("k2", 2048, 2047, ["--num_hidden_layers=2", "--ep=16", "--dp_replicate=4"]),
     ("debug", 64, 63, ["--global_batch_size=64", "--ep=8", "--mtp_depth=1", "--tie_word_embeddings"]),
     ("debug", 16, 9, ["--global_batch_size=64", "--ep=4", "--pp=2", "--micro_batch_size=4"]),
-    ("debug", 8, 5, ["--global_batch_size=64", "--pp=2", "--pp_schedule=interleaved", "--dp_replicate=2"]),
+    ("debug", 8, 5, ["--global_batch_size=64", "--pp=2", "--pp_schedule=interleaved", "--dp_replicate=2",
+                     "--micro_batch_size=8"]),
 ])
 def test_fake_ranks_hold_and_send_what_is_planned(name, n, rank, words):
     """The real model under the real parallel code, as one rank of many."""
@@ -253,7 +254,7 @@ def test_fake_ranks_hold_and_send_what_is_planned(name, n, rank, words):
 # ---------------------------------------------------------------------- the command
 
 
-def test_the_command_prints_a_table_and_json(capsys, monkeypatch):
+def test_the_command_prints_a_table_and_json(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     words = ["configs/debug.py", "--gpus=16", "--gpu=a100", "--tokens=1e9", "--dp_replicate=2"]
     plan.main(words)
@@ -261,6 +262,8 @@ def test_the_command_prints_a_table_and_json(capsys, monkeypatch):
     assert max(map(len, lines)) <= 80 and any(line.startswith("bottleneck: ") for line in lines)
     plan.main([*words, "--json"])
     said = json.loads(capsys.readouterr().out)
+    plan.main([*words, f"--json={tmp_path / 'plan.json'}"])
+    assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8")) == said
     best = said["plans"][0]
     assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
     assert [p["step_seconds"] for p in said["plans"]] == sorted(p["step_seconds"] for p in said["plans"])
@@ -278,6 +281,9 @@ def test_what_does_not_fit_is_refused_with_what_would():
 @pytest.mark.parametrize("words, message", [
     (["--gpu=tpu"], "--gpu=tpu is not known; there are h100"),
     (["--gpus=many"], "are numbers"),
+    (["--gpuss=8"], "^unknown option --gpuss=8; did you mean --gpus?"),
+    (["--micro_batch=8"], "^unknown setting 'micro_batch' .* did you mean 'micro_batch_size'"),
+    (["--json=nowhere/plan.json"], "no folder nowhere"),
     (["--gpus=12", "--nodes=5"], "must be a multiple of --nodes=5"),
     (["--gpus=32"], "multiple of the 32 GPUs: take --global_batch_size=32"),
     (["--gpus=8", "--dp_replicate=3"], "valid: 1 x 8"),

@@ -57,6 +57,7 @@ def test_a_run_learns_and_writes_what_it_should(config, tmp_path, optimizer, cap
     last = run_train(
         config,
         f"--optimizer={optimizer}",
+        "--micro_batch_size=8",
         "--max_steps=60",
         "--eval_interval=20",
         "--save_interval=20",
@@ -102,6 +103,7 @@ def test_accumulation_and_micro_batches_do_not_change_the_run(config, tmp_path):
         run_train(
             config,
             f"--micro_batch_size={size}",
+            "--max_steps=10",
             f"--out_dir={tmp_path / str(size)}",
             "--aux_loss_alpha=0.01",
             "--qk_clip_tau=0.05",
@@ -153,7 +155,7 @@ def test_a_validation_set_below_one_batch_is_still_evaluated(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_runs_learn(config, tmp_path, dtype):
-    run_train(config, f"--dtype={dtype}", "--max_steps=40")
+    run_train(config, f"--dtype={dtype}", "--max_steps=40", "--micro_batch_size=8")
     found = losses(tmp_path / "run")
     assert found[-1][1] < 0.8 * found[0][1]
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in final_tensors(tmp_path / "run").values())
@@ -301,6 +303,8 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, words, message
 def test_help_needs_nothing(capsys):
     assert train.main(["--help"]) is None
     assert "--muon_lr=0.002" in capsys.readouterr().out
+    train.main([str(ROOT / "configs/debug.py"), "--help"])
+    assert "* --muon_lr=0.01  (float; default 0.002)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- W&B

@@ -26,7 +26,7 @@ def route_both(logits, bias, batch, options, generator):
     return results
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_route_equals_its_twin(data):
     draw = lambda low, high: data.draw(st.integers(low, high))

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ import pytest
 
 import generate
 from talk import web
-from tests.helpers import run_train, small_run
+from tests.helpers import ROOT, run_train, small_run
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,12 @@ def test_the_page_and_what_it_asks_for(server, run):
         (run[1], 2), (f"{run[1]}/checkpoints/step_00000001", 1)]
     assert told["defaults"]["max_new_tokens"] == 12 and told["defaults"]["seed"] == 4
     assert server.server_address[0] == "127.0.0.1"
+    (told,) = re.findall("-d '(.*)'", (ROOT / "docs/generate-and-export.md").read_text(encoding="utf-8"))
+    assert len(answer(server, **json.loads(told))[0]) > 3
+    for path in ("/", "/models", "/nothing"):  # HEAD says what GET would, without the body
+        got, headed = ask(server, None, "GET", path), ask(server, None, "HEAD", path)
+        assert headed.status == got.status == (404 if path == "/nothing" else 200)
+        assert headed.headers["Content-Length"] == str(len(got.read())) and headed.read() == b""
 
 
 def test_a_text_comes_in_pieces_and_is_that_of_the_command_line(server, run):
