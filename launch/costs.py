@@ -215,8 +215,7 @@ class Costs:
             held = {name: number * self._padded(name, layout) for name, number in self.alike.items()
                     if kind(name, ep) == unit}
             elements = sum(held.values())
-            again = sum(n for name, n in held.items() if f".layers.{c.num_hidden_layers}." in name)  # for nothing
-            gathered = wide * (elements if unit == "ends" or c.pp > 1 else 2 * elements + again)
+            gathered = wide * (elements if unit == "ends" or c.pp > 1 else 2 * elements)
             found.append(Exchange("weights", "all_gather", ranks, stride, times * gathered * (ranks - 1)))
             found.append(Exchange("gradients", "reduce_scatter", ranks, stride,
                                   times * self.reduced * elements * (ranks - 1)))
