@@ -9,6 +9,9 @@ Expect: not measured. Sizes are checked: 1.026T in all, 32.9B active, both embed
 32.6B.
 
 Pre-training is at 4,096 tokens without YaRN; the published config.json adds YaRN (factor 32) for 128k afterwards.
+Planned by docs/scaling.py, stages x replicas x shards, GiB a GPU, a step:
+    512 x h200: 1 x 1 x 512, ep 4, micro-batch 8, full recomputed: 108.3 GiB, 135 s
+    2048 x h200: 16 x 1 x 128, ep 8, micro-batch 1, selective recomputed: 115.7 GiB, 22.7 s
 """
 
 data = "data/fineweb-k2"

@@ -7,6 +7,11 @@ Hardware: one 80 GB GPU or more.
 Time: not measured yet. 20,000 steps are 21B tokens; at 1.84 GFLOPs a token 3.9e19 FLOPs.
 Memory: 1.04B parameters x 12 bytes (fp32 weight, gradient, momentum) = 11.7 GiB, and activations.
 Expect: not measured yet.
+Planned by docs/scaling.py, stages x replicas x shards, GiB a GPU, a step:
+    1 x h100: 1 x 1 x 1, micro-batch 32: 53.6 GiB, 4.97 s
+    8 x h100: 1 x 1 x 8, micro-batch 32: 39.7 GiB, 0.671 s
+    64 x h100: 1 x 1 x 64, micro-batch 8: 11.5 GiB, 0.106 s
+    512 x h100: 1 x 4 x 128, ep 2, micro-batch 1, full recomputed: 2.3 GiB, 0.0813 s
 """
 
 from configs.small import *  # noqa: F403  (everything that is not set here is as in small)

@@ -6,6 +6,11 @@ Hardware: at least 8 x 80 GB GPUs, sharded.
 Time: not measured. The published run is 5.7T tokens.
 Memory: 16.0B parameters x 12 bytes (fp32 weight, gradient, momentum) = 178 GiB over all ranks, and activations.
 Expect: not measured. Sizes are checked: 15.96B in all, 2.91B active, both embeddings included; published as 16B / 3B.
+Planned by docs/scaling.py, stages x replicas x shards, GiB a GPU, a step:
+    8 x h100: 1 x 1 x 8, micro-batch 2: 69.4 GiB, 96.5 s
+    64 x h100: 1 x 1 x 64, micro-batch 4, selective recomputed: 61.7 GiB, 11.9 s
+    512 x h100: 1 x 2 x 256, micro-batch 4, selective recomputed: 60.6 GiB, 1.49 s
+    2048 x h100: 1 x 32 x 64, ep 2, micro-batch 1: 29.0 GiB, 0.428 s
 """
 
 data = "data/fineweb-k2"

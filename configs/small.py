@@ -7,6 +7,11 @@ Hardware: one 80 GB GPU.
 Time: 10,000 steps are 5.2B tokens, 4.2e18 FLOPs: 3.4 hours at the 423,000 tokens/s that bench.step gave on an H100.
 Memory: 17.4 GiB there: 530M parameters x 12 bytes (fp32 weight, gradient, momentum) = 5.9 GiB, and activations.
 Expect: not measured yet.
+Planned by docs/scaling.py, stages x replicas x shards, GiB a GPU, a step:
+    1 x h100: 1 x 1 x 1, micro-batch 64: 30.0 GiB, 1.17 s
+    8 x h100: 1 x 1 x 8, micro-batch 64: 22.4 GiB, 0.167 s
+    64 x h100: 1 x 1 x 64, ep 8, micro-batch 8: 5.7 GiB, 0.0609 s
+    512 x h100: 1 x 2 x 256, ep 4, micro-batch 1: 2.1 GiB, 0.0607 s
 """
 
 data = "data/fineweb"

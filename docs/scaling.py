@@ -1,7 +1,8 @@
-"""The table and the picture of docs/scaling.md, as launch/plan.py predicts today:  python -m docs.scaling [FOLDER]
+"""The table and the picture of docs/scaling.md and the layouts at the head of the configs, as launch/plan.py predicts
+today:  python -m docs.scaling [FOLDER]
 
 Every row is a config on so many GPUs: at its own global batch, and at one that grows with the GPUs. FOLDER is the
-repository's own unless named. tests/test_plan.py predicts some rows anew. Takes two minutes.
+repository's own unless named. tests/test_plan.py predicts some rows anew, and holds the heads against the table.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = {"small": ("h100", 1, 8, 64, 512, 2048), "medium": ("h100", 1, 8, 64, 512, 2048),
         "moonlight": ("h100", 8, 64, 512, 2048), "k2": ("h200", 512, 2048)}
 PER_GPU = {"small": 64, "moonlight": 16, "k2": 8}  # sequences of a step on each, where the global batch grows
+PLANNED = "Planned by docs/scaling.py, stages x replicas x shards, GiB a GPU, a step:\n"  # at the head of a config
 BEGIN, END = "<!-- planned -->\n", "<!-- end -->"
 HEAD = ("| config, GPUs | sequences a step | layout | GiB | step | tokens/s a GPU | MFU | the longest part |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- |\n")
@@ -40,12 +42,18 @@ def row(name, n, per_gpu=None):
     except UserError:
         return [*label, "not with this global batch", *["-"] * 5]
     c, layout = best.costs.config, best.layout
-    parts = [f"{layout.dp_replicate} x {layout.dp_shard}", f"ep {layout.ep}" * (layout.ep > 1),
+    parts = [best.mesh(), f"ep {layout.ep}" * (layout.ep > 1),
              f"micro-batch {best.micro_batch_size}", f"{c.activation_checkpointing} recomputed"
              * (c.activation_checkpointing != "none")]
     return [*label, ", ".join(filter(None, parts)), f"{sum(best.memory.values()) / GIB:.1f}", f"{best.step:.3g} s",
             f"{best.tokens / best.step / n:,.0f}", f"{best.mfu:.1%}",
             max(best.seconds, key=best.seconds.get)]
+
+
+def head(name, rows):
+    """The lines at the head of a config, of its rows at its own global batch that fit."""
+    own = [r for r in rows if r[0].startswith(f"{name}, ")][:len(ROWS[name]) - 1]
+    return "".join(f"    {r[0].split(', ')[1]}: {r[2]}: {r[3]} GiB, {r[4]}\n" for r in own if r[3] != "-")
 
 
 def draw(rows):
@@ -74,6 +82,11 @@ def main(argv):
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     table = HEAD + "".join(f"| {' | '.join(r)} |\n" for r in rows)
     page = re.sub(f"{BEGIN}.*?{END}", lambda _: BEGIN + table + END, page, flags=re.S)
+    for name in ROWS:
+        (folder / "configs").mkdir(parents=True, exist_ok=True)
+        text = (ROOT / f"configs/{name}.py").read_text(encoding="utf-8")
+        text = re.sub(f"({PLANNED})(?:    .*\n)*", lambda found, name=name: found[1] + head(name, rows), text)
+        (folder / f"configs/{name}.py").write_text(text, encoding="utf-8")
     for name in ("docs", "assets"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "docs/scaling.md").write_text(page, encoding="utf-8")

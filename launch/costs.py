@@ -1,13 +1,15 @@
 """What a training step of a config costs on a layout of many GPUs, by arithmetic: memory of a rank, bytes between ranks
 by kind, seconds by part.
 
-Memory is run/memory.py's sum and FLOPs are counting.py's; what travels is counted here, as ranks/ and owners.py
-send it. rehearse.py counts the same on the real model. Rates are of one H100 that ran configs/small.py
-(bench/results/2026-11-27-h100.md); links and other GPUs were never measured here, and GPUS says whence they are.
+Memory is peak.py's sum (of one rank run/memory.py's) and FLOPs are counting.py's; what travels is counted here, as
+ranks/ and owners.py send it. rehearse.py counts the same on the real model. Rates are of one H100 that ran
+configs/small.py (bench/results/2026-11-27-h100.md); links and other GPUs were never measured here, and GPUS says whence
+they are.
 
 Shapes: N tokens of a forward, K choices a token, D model width, P ranks of a group, E experts. Next: plan.py.
 """
 
+import collections
 import copy
 import dataclasses
 import math
@@ -15,11 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
-from counting import flops_by_part
+from counting import flops_by_layer, flops_by_part, part_of
 from kernels import backend
+from launch import peak
 from model import K2
 from owners import BUCKET_ELEMENTS, ROOM
 from ranks.parallel import Layout, check_layout
+from ranks.pipeline import spans
 from routes import routes_of
 from run import memory
 from run.metrics import PEAK_FLOPS
@@ -66,6 +70,7 @@ BLOCK_WAIT, BLOCK_PYTHON = 1.55e-3, 6.6e-3  # of a block and micro-batch without
 BUSIEST = 1.1  # the busiest rank's rows over the mean, with experts on other ranks: assumed
 CONTEXT, PIECES = 1.5 * GIB, 1.085  # of CUDA and its libraries; reserved over allocated: 18.9 over 17.4 GiB
 NCCL = 1.0 * GIB  # its buffers, assumed
+HOST_COPY, CHECKSUM, DISK = 10e9, 1e9, 2e9  # bytes/s of a rank into host memory, of CRC32, of a node's writing: assumed
 
 
 # ----------------------------------------------------------------------------- who holds what
@@ -88,19 +93,27 @@ def rows_on(name, shape, layout, rank):
 
 
 class Costs:
-    """A config on a kind of GPU. The methods take what may be chosen: a layout of n ranks, sequences of a forward."""
+    """A config on a kind of GPU. The methods take what may be chosen: a layout of n ranks (of a stage, if there are
+    several), sequences of a forward."""
 
-    def __init__(self, config, gpu=GPUS["h100"], per_node=8, device="cuda"):
+    def __init__(self, config, gpu=GPUS["h100"], per_node=8, device="cuda", disk=DISK):
         self.config, self.gpu, self.per_node, self.device = config, gpu, per_node, torch.device(device)
+        self.disk = disk
         with torch.device("meta"):
             self.model = K2(config)
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        self.alike = alike(self.shapes, config.num_hidden_layers)
         self.routes = routes_of(config, self.model)
         self.dtype = getattr(torch, config.dtype)
         self.wire = config.wire_bytes()
         self.flops = flops_by_part(config, config.sequence_length, self.model)
-        self.moe_layers = sum(".gate." in name for name in self.shapes)
+        self.kinds = [config.is_moe_layer(index) for index in range(len(self.model.layers))]  # whether with experts
         self.parameters = sum(shape.numel() for shape in self.shapes.values())
+        self.place, self.has_head = 0, True
+        self.reduced = getattr(torch, config.reduce_dtype).itemsize  # bytes of a gradient that travels
+        self.layer_flops, self.cuts = flops_by_layer(config, config.sequence_length), {}
+        by_layer = elements_by(lambda name: int(name.split(".")[2]) if ".layers." in name else -1, self.shapes)
+        self.layer_elements = [by_layer[index] for index in range(len(self.kinds))]
 
     def of(self, **settings):
         """The same with other settings of the run; those of the model stay."""
@@ -108,14 +121,47 @@ class Costs:
         other.config = dataclasses.replace(self.config, **settings)
         return other
 
+    def stages(self):
+        """stage() of those that may decide: the first, the last and the one with the most parameters."""
+        size = lambda place: sum(self.layer_elements[index] for index in self._layers(place))
+        pp = self.config.pp
+        return [self.stage(place) for place in sorted({0, pp - 1, max(range(pp), key=size)})]
+
+    def _layers(self, place):
+        """The layers on the ranks at a place of the pipeline."""
+        c = self.config
+        if (key := (c.pp, c.stages_a_rank())) not in self.cuts:
+            self.cuts[key] = spans(self.layer_flops, c.pp * c.stages_a_rank())
+        return [index for span in self.cuts[key][place::c.pp] for index in span]
+
+    def stage(self, place):
+        """Costs of what the ranks at one place of the pipeline have, its blocks and its ends. Without one of all."""
+        if self.config.pp == 1:
+            return self
+        layers = self._layers(place)
+        key = "stage", place, *layers
+        if key not in self.cuts:
+            here = lambda name: int(name.split(".")[2]) in layers if ".layers." in name else \
+                place == (0 if "embed_tokens" in name else self.config.pp - 1)
+            shapes = {name: shape for name, shape in self.shapes.items() if here(name)}
+            whole, mine = elements_by(part_of, self.shapes), elements_by(part_of, shapes)
+            share = {part: mine[part] / n for part, n in whole.items()} | {"attention": len(layers) / len(self.kinds)}
+            self.cuts[key] = (shapes, alike(shapes, self.config.num_hidden_layers),
+                              {part: flops * share[part] for part, flops in self.flops.items()})
+        other = copy.copy(self)
+        other.shapes, other.alike, other.flops = self.cuts[key]
+        other.place, other.has_head = place, place == self.config.pp - 1
+        other.kinds = [self.kinds[index] for index in layers]
+        return other
+
     # ------------------------------------------------------------------------- memory
 
     def local(self, layout, rank=0):
-        """{name: elements on a rank}; rank 0 has the most."""
-        def count(name, shape):
-            low, high = rows_on(name, shape, layout, rank)
-            return (high - low) * shape[1:].numel()
-        return {name: count(name, shape) for name, shape in self.shapes.items()}
+        """{name: elements on a rank of it and of those that are alike}; rank 0 has the most."""
+        def count(name, number):
+            low, high = rows_on(name, self.shapes[name], layout, rank)
+            return number * (high - low) * self.shapes[name][1:].numel()
+        return {name: count(name, number) for name, number in self.alike.items()}
 
     def held(self, layout, rank):
         """[(low, high)]: the rows of every matrix of Muon on a rank, as owners.make_plan takes them."""
@@ -125,15 +171,27 @@ class Costs:
 
     def memory(self, layout, n, size, forwards):
         """{what: bytes} of rank 0 at the peak of a step."""
-        local = self.local(layout)
         with backend.running(self.device.type == "cuda"):
-            sizes = {name: (shape.numel(), local[name]) for name, shape in self.shapes.items()}
-            parts = memory.parts(self.config, sizes, self.routes, layout, self.device, size, forwards)
-        parts["parameters"] = 4 * sum(local.values())
-        if n > 1 and self.device.type == "cuda":
+            if layout.dense is None:
+                sizes = {name: (shape.numel(), shape.numel()) for name, shape in self.shapes.items()}
+                parts = memory.parts(self.config, sizes, self.routes, layout, self.device, size, forwards)
+                parts["parameters"] = 4 * self.parameters
+            else:
+                parts = peak.parts(self, layout, size, forwards)
+        if layout.dense is not None and self.device.type == "cuda":
             rows = 2 * size * self.config.sequence_length * self.sent_rows(layout.ep) * self.config.hidden_size
             parts["communication"] = int(NCCL + self.dtype.itemsize * rows + 8 * self.wire * BUCKET_ELEMENTS)
         return {what: n for what, n in parts.items() if n}
+
+    def save(self, memory, n):
+        """What an asynchronous save takes: {"copied", "written": bytes of a rank, "waiting", "writing": seconds}. All
+        ranks copy what they hold, the step waits for that; of replicas one writes. memory: of a
+        rank; n: ranks in all."""
+        copied = sum(memory.get(what, 0) for what in ("parameters", "optimizer", "average"))
+        muon = sum(shape.numel() for name, shape in self.shapes.items() if self.routes[name].optimizer == "muon")
+        written = 4 * (3 * self.parameters - muon + self.parameters * bool(self.config.ema)) / n
+        return {"copied": copied, "written": written, "waiting": copied / HOST_COPY,
+                "writing": written * (min(n, self.per_node) / self.disk + 1 / CHECKSUM)}
 
     def fits(self, needed):
         """Whether the peak of so many bytes fits beside CUDA's own and what the allocator cannot use."""
@@ -152,25 +210,31 @@ class Costs:
         c, S, R, ep = self.config, layout.dp_shard, layout.dp_replicate, layout.ep
         recomputes = c.activation_checkpointing != "none"
         wide, found = self.dtype.itemsize, []
+        times = forwards if c.pp == 1 else 1  # stages keep what they gathered, and add up gradients, till the last one
         for unit, ranks, stride in (("ends", S, 1), ("block", S, 1), ("experts", S // ep, ep)):
-            held = {name: self._padded(name, layout) for name in self.shapes if kind(name, ep) == unit}
+            held = {name: number * self._padded(name, layout) for name, number in self.alike.items()
+                    if kind(name, ep) == unit}
             elements = sum(held.values())
-            again = sum(n for name, n in held.items() if f".layers.{c.num_hidden_layers}." in name)  # for nothing
-            gathered = wide * (elements if unit == "ends" else 2 * elements + again)
-            found.append(Exchange("weights", "all_gather", ranks, stride, forwards * gathered * (ranks - 1)))
-            found.append(Exchange("gradients", "reduce_scatter", ranks, stride, forwards * 4 * elements * (ranks - 1)))
-            found.append(Exchange("gradients", "all_reduce", R, S, 2 * 4 * elements * (R - 1) / R))
+            gathered = wide * (elements if unit == "ends" or c.pp > 1 else 2 * elements)
+            found.append(Exchange("weights", "all_gather", ranks, stride, times * gathered * (ranks - 1)))
+            found.append(Exchange("gradients", "reduce_scatter", ranks, stride,
+                                  times * self.reduced * elements * (ranks - 1)))
+            found.append(Exchange("gradients", "all_reduce", R, S, 2 * self.reduced * elements * (R - 1) / R))
         tokens, D, K = size * c.sequence_length, c.hidden_size, c.num_experts_per_tok
-        sent = forwards * self.moe_layers * tokens * self.sent_rows(ep)  # rows of one trip of every layer
+        sent = forwards * sum(self.kinds) * tokens * self.sent_rows(ep)  # rows of one trip of every layer
         trips = 3 if recomputes else 2  # with the backward's; a row comes home too
-        sizes = forwards * self.moe_layers * (trips - 1) * 16 * (ep - 1)
+        sizes = forwards * sum(self.kinds) * (trips - 1) * 16 * (ep - 1)
         found.append(Exchange("expert rows", "all_to_all", ep, 1, sent * trips * (2 * D * wide + 2 * K * 4) + sizes))
+        if c.pp > 1:  # every stage but the last sends on what it made, all but the first send its gradient back
+            borders = 2 * (c.pp * c.stages_a_rank() - 1) / c.pp
+            found.append(Exchange("stages", "send", 2, n, forwards * borders * tokens * D * wide))
         found.append(Exchange("Muon", "all_to_all", n, 1, self.wire * self.muon_elements(layout, n)))
-        matrices = sum(shape.numel() // (self.routes[name].rows * shape[-1]) for name, shape in self.shapes.items()
-                       if self.routes[name].optimizer == "muon")
-        small = 4 * (6 + 2 * c.mtp_depth) + 4 * len(self.model.layers) * c.num_attention_heads + 4 * matrices
+        matrices = sum(number * self.shapes[name].numel() // (self.routes[name].rows * self.shapes[name][-1])
+                       for name, number in self.alike.items() if self.routes[name].optimizer == "muon")
+        small = 4 * (6 + 2 * c.mtp_depth) + 4 * (c.num_hidden_layers + c.mtp_depth) * c.num_attention_heads
         small += 8 * sum(total.numel() for total in self.model.routing.buffers() if total.dim())
-        found.append(Exchange("statistics", "all_reduce", n, 1, 2 * small * (n - 1) / n))
+        for numbers, ranks, stride in ((small, n * c.pp, 1), (4 * matrices, n, 1), (8, c.pp, n)):
+            found.append(Exchange("statistics", "all_reduce", ranks, stride, 2 * numbers * (ranks - 1) / ranks))
         return [exchange for exchange in found if exchange.sent]
 
     def _padded(self, name, layout):
@@ -182,9 +246,10 @@ class Costs:
         """Elements that a rank sends for Newton-Schulz on average: to a matrix's owner, and from it to all that hold
         rows of it. See owners.make_plan, whose balance by work is left out here but for experts that few ranks hold."""
         S, R, total = layout.dp_shard, layout.dp_replicate, 0.0
-        for name, shape in self.shapes.items():
+        for name, number in self.alike.items():
             if self.routes[name].optimizer != "muon":
                 continue
+            shape = self.shapes[name]
             elsewhere = 1 + R - 2 / S  # an owner chosen among all gets what it lacks, and the holders get it back
             if ".experts." in name and layout.ep > 1:
                 elsewhere = R - 1  # the owner is one that holds it
@@ -193,7 +258,7 @@ class Costs:
                 count, piece, holders = shape[0] * per_index // rows, held * per_index, -(-shape[0] // held)
                 whole = sum(m * rows // piece == ((m + 1) * rows - 1) // piece for m in range(count)) / count
                 elsewhere *= 1 - whole * min(1.0, ROOM * holders / n)  # those stay
-            total += shape.numel() * elsewhere
+            total += number * shape.numel() * elsewhere
         return total / n
 
     # ------------------------------------------------------------------------- seconds
@@ -226,23 +291,26 @@ class Costs:
         for part, flops in self.flops.items():
             rate = {"attention": ATTENTION * T / (T + HALF_LENGTH), "routed experts": EXPERTS}.get(part, MATMUL)
             seconds[part] = N * flops / (rate * gpu.matmul) * (1 if part == "head" else again)
-        if self.moe_layers:
-            held = sum(shape.numel() for name, shape in self.shapes.items() if ".experts." in name) / layout.ep
-            moved = N * K * self.moe_layers * (16 * D + 18 * F) * again + held * (12 if layout.dense is None else 26)
+        if any(self.kinds):
+            held = sum(number * self.shapes[name].numel() for name, number in self.alike.items() if ".experts." in name)
+            held /= layout.ep
+            moved = N * K * sum(self.kinds) * (16 * D + 18 * F) * again + held * (12 if layout.dense is None else 26)
             seconds["routed experts"] = max(seconds["routed experts"], moved / (EXPERT_BYTES * gpu.copy))
             seconds["routed experts"] *= BUSIEST if layout.ep > 1 else 1
         passes = STREAMS * (1 if c.activation_checkpointing == "none" else 4 / 3)
-        seconds["pointwise"] = N * (len(self.model.layers) * passes * 2 * D) / gpu.copy
-        seconds["loss"] = N * c.vocab_size * LOGIT * (1 + c.mtp_depth) / gpu.copy
+        seconds["pointwise"] = N * (len(self.kinds) * passes * 2 * D) / gpu.copy
+        seconds["loss"] = N * c.vocab_size * LOGIT * (1 + c.mtp_depth) * self.has_head / gpu.copy
         return seconds
 
     def update(self, layout, n):
         """Seconds of the optimizer on the device: Newton-Schulz, spread evenly over ranks, and bytes of its rows."""
         flops = size = 0.0
-        for name, shape in self.shapes.items():
+        for name, number in self.alike.items():
             if rows := self.routes[name].rows:
+                shape = self.shapes[name]
                 short, long = sorted((rows, shape[-1]))
-                work = self.config.ns_steps * (3 * short**2 * long + short**3) * shape.numel() / (rows * shape[-1])
+                matrices = number * shape.numel() / (rows * shape[-1])
+                work = self.config.ns_steps * (3 * short**2 * long + short**3) * matrices
                 flops += work / (NS * short / (short + HALF_SIDE))
         for name, elements in self.local(layout).items():
             size += elements * (MUON_BYTES if self.routes[name].optimizer == "muon" else ADAMW_BYTES)
@@ -250,7 +318,7 @@ class Costs:
 
     def step(self, layout, n, size, forwards):
         """{part: seconds} of a step, and what nobody waits for left out; their sum is the step."""
-        exchanges = self.traffic(layout, n, size, forwards)
+        c, exchanges = self.config, self.traffic(layout, n, size, forwards)
         rate = {"NVLink": self.gpu.nvlink, "network": self.gpu.network}
         busy = {(kind, link): sent / rate[link] for (kind, link), sent in self.links(exchanges).items()}
         parts = {part: forwards * spent for part, spent in self.arithmetic(layout, size).items()}
@@ -258,12 +326,14 @@ class Costs:
         # The shared expert computes while rows travel; nothing else does.
         parts["expert rows"] = max(0.0, rows - parts.get("shared experts", 0.0))
         if layout.dense is not None:
-            parts["waiting for Python"] = forwards * len(self.model.layers) * BLOCK_WAIT
-            least = forwards * len(self.model.layers) * BLOCK_PYTHON
+            parts["waiting for Python"] = forwards * len(self.kinds) * BLOCK_WAIT
+            least = forwards * len(self.kinds) * BLOCK_PYTHON
             parts["waiting for Python"] = max(parts["waiting for Python"], least - sum(parts.values()))
+        if c.pp > 1:  # arXiv 2104.04473, section 2.2: of the time that is computed, idle on every rank
+            parts["idle in the pipeline"] = sum(parts.values()) * (c.pp - 1) / (c.stages_a_rank() * forwards)
         for link in rate:  # the gathers and reductions that computing does not hide
             spent = sum(s for (kind, on), s in busy.items() if on == link and kind in
-                        ("weights", "gradients", "expert rows"))
+                        ("weights", "gradients", "expert rows", "stages"))
             parts[f"weights and gradients on {link}"] = max(0.0, spent - sum(parts.values()))
         travel = sum(spent for (kind, _), spent in busy.items() if kind in ("Muon", "statistics"))
         update = self.update(layout, n)
@@ -290,7 +360,26 @@ def kind(name, ep):
     return "experts" if ep > 1 and ".experts." in name else "block"
 
 
+def alike(shapes, n_layers):
+    """{name: how many parameters are like it in all but the layer, itself included}; blocks that look more than one
+    token ahead apart."""
+    first, found = {}, collections.Counter()
+    for name, shape in shapes.items():
+        _, _, rest = name.partition(".layers.")
+        layer, _, rest = rest.partition(".")
+        found[first.setdefault((rest or name, shape, bool(layer) and int(layer) >= n_layers), name)] += 1
+    return found
+
+
+def elements_by(key, shapes):
+    """Counter of key(name): the elements of the parameters of which it is that."""
+    found = collections.Counter()
+    for name, shape in shapes.items():
+        found[key(name)] += shape.numel()
+    return found
+
+
 def layout_of(config, n):
     """The Layout that n ranks would have, checked as they would."""
     replicate, shard, ep = check_layout(config, n)
-    return Layout(replicate, shard, ep, dense=n > 1 or None)
+    return Layout(replicate, shard, ep, dense=n > 1 or None, pp=config.pp)

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,11 +22,12 @@ from model import build
 from muon import local_rows
 from ranks import parallel, shard
 from ranks.dispatch import ExpertParallel
+from ranks.pipeline import Pipeline
 from routes import routes_of
 from step import forward_and_backward, make_optimizer, update_all
 
 OPERATIONS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce",
-              "alltoall_base_": "all_to_all"}
+              "alltoall_base_": "all_to_all", "send": "send"}
 
 
 class Sent(TorchDispatchMode):
@@ -38,10 +40,12 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d" and (operation := OPERATIONS.get(function._schema.name.split("::")[1])):
-            tensors, group = (args[0], args[1]) if operation == "all_reduce" else (args[:2], args[2])
+            tensors, group = (args[0], args[1]) if operation in ("all_reduce", "send") else (args[:2], args[2])
             group = dist.ProcessGroup.unbox(group)
             n = group.size()
             sent = max(tensor.numel() * tensor.element_size() for tensor in tensors) * (n - 1) / n
+            if operation == "send":
+                n, sent = 2, sent * n / (n - 1)
             if operation == "all_to_all" and args[4]:  # rows for every rank
                 row = args[1].element_size() * args[1].shape[1:].numel()
                 sent = row * (sum(args[4]) - args[4][group.rank()])
@@ -59,7 +63,10 @@ def one_step(config, model, layout, tokens_BT, forwards):
     parameters = list(model.parameters())
     optimizer = make_optimizer(config, model, routes_of(config, model), layout)
     with Sent() as sent:
-        for forward in range(forwards):
+        if model.stages:
+            size, whole_BT = len(tokens_BT), torch.cat([tokens_BT] * forwards)
+            sums = Pipeline(config, model, layout, size, forwards, tokens_BT.device)(whole_BT, whole_BT, None, 1.0)
+        for forward in range(0 if model.stages else forwards):
             shard.last_micro_batch(model, forward == forwards - 1)
             sums = forward_and_backward(model, config, tokens_BT, tokens_BT, None, 1.0,
                                               torch.ones(()) if config.mtp_depth else None)
@@ -82,14 +89,17 @@ def _bytes(tensor):
 
 
 def rehearse(config, n, rank, costs, layout):
-    """one_step of one forward as rank `rank` of n, in this process alone. costs, of costs.py, says what other ranks
-    hold, and is checked for this one."""
+    """one_step of one forward, or of one for every stage, as rank `rank` of n, in this process alone. costs, of
+    costs.py, says what other ranks hold, of the same stage if there are some, and is checked for this one."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=n)
     try:
         with contextlib.ExitStack() as stack:
             for target, name, value in (
                     (ExpertParallel, "sizes", lambda self, out_P2: _even(self, out_P2, config, costs)),
                     (muon, "_from_all_ranks", lambda value, group=None: _all_held(value, costs, layout, rank)),
+                    # Whether the stages know their shapes beforehand, over which they vote: they do.
+                    (PipelineStage, "_warmup_forward_vote", lambda self, has_backward, received_acc: None),
+                    (PipelineStage, "_warmup_backward_result", lambda self, received_result: mock.Mock(item=lambda: 1)),
                     # Fewer operations than on a CPU, as on a GPU.
                     (attention, "QUERY_CHUNK", 2**40), (cross_entropy, "CHUNK_ELEMENTS", {"cpu": 2**60}),
                     (experts, "_operator_is_best", lambda *_: True)):
@@ -106,7 +116,7 @@ def rehearse(config, n, rank, costs, layout):
             if config.tie_word_embeddings:  # as in build
                 model.lm_head.weight = model.model.embed_tokens.weight
             tokens_BT = torch.zeros(parallel.split_batch(config)[0], config.sequence_length, dtype=torch.int64)
-            return one_step(config, model, real, tokens_BT, 1)
+            return one_step(config, model, real, tokens_BT, config.pp)
     finally:
         dist.destroy_process_group()
 
@@ -124,5 +134,5 @@ def _all_held(value, costs, layout, rank):
     if isinstance(value, str):
         return [value]
     everyone = [costs.held(layout, rank) for rank in range(layout.dp_shard)] * layout.dp_replicate
-    assert everyone[rank] == value, "launch/costs.py no longer knows how parameters are sharded"
+    assert everyone[rank % len(everyone)] == value, "launch/costs.py no longer knows how parameters are sharded"
     return everyone

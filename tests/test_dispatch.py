@@ -1,8 +1,12 @@
 """Expert dispatch over ranks against the same layer on one device, with gradients; odd loads; who sends what."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from kernels import backend, routing
 from kernels import experts as expert_kernels
@@ -153,6 +157,30 @@ def test_the_shared_expert_runs_while_rows_are_under_way(pool):
         assert backward[:2] == ["start", "wait"]  # the gradient of what came home
         assert sorted(backward[2:]) == ["shared backward", "start", "start", "wait", "wait"]
         assert backward.index("shared backward") < len(backward) - 1 - backward[::-1].index("wait")
+
+
+def rows_left(recompute):
+    """(How often rows came from other ranks, how many of these are still there after the backward)."""
+    moe, x = layer()
+    spread(moe, 2, dist.get_rank())
+    arrived, receive = [], moe.dispatch.receive
+
+    def noted(handle):
+        rows, *rest = receive(handle)
+        arrived.append(weakref.ref(rows.untyped_storage()))
+        return rows, *rest
+
+    moe.dispatch.receive = noted
+    compute = lambda x: checkpoint(lambda x: moe(x)[0], x, use_reentrant=False) if recompute else moe(x)[0]
+    compute(x[:1].requires_grad_()).sum().backward()
+    gc.collect()
+    return len(arrived), sum(storage() is not None for storage in arrived)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_rows_are_left_after_the_backward(pool, recompute):
+    """A recomputation sends and receives, and no backward follows it."""
+    assert pool.run(2, rows_left, recompute) == [(1 + recompute, 0)] * 2
 
 
 def test_absent_choices_are_left_out():

@@ -1,11 +1,15 @@
 """The planner: against an H100's measurements, against the program on gloo and on fake ranks, and by hand."""
 
 import dataclasses
+import gc
+import itertools
 import json
+import statistics
 import weakref
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,7 +17,7 @@ import settings
 from bench.arms import dense_twin, gpt_twin
 from docs import scaling
 from errors import UserError
-from launch import costs, plan, rehearse
+from launch import costs, peak, plan, rehearse
 from launch.costs import GIB, Costs, layout_of
 from model import build
 from muon import local_rows
@@ -70,6 +74,34 @@ def test_the_ranks_hold_every_parameter_once_a_replica(name, mesh):
     held = [sum(counted.local(layout, rank).values()) for rank in range(layout.dp_shard)]
     assert sum(held) == counted.parameters and max(held) == held[0]
     assert counted.local(layout, layout.dp_shard + 1 if layout.dp_replicate > 1 else 1) == counted.local(layout, 1)
+
+
+@pytest.mark.parametrize("name, mesh, words", [
+    ("k2", (8, 16, 16), ["--pp=16", "--pp_schedule=interleaved"]), ("debug", (1, 2, 2), ["--pp=2"])])
+def test_the_stages_hold_every_parameter_once_a_replica(name, mesh, words):
+    counted, layout = Costs(load(name, *words)), parallel.Layout(*mesh, True, pp=16 if name == "k2" else 2)
+    places = [counted.stage(place) for place in range(layout.pp)]
+    held = [sum(place.local(layout, rank).values()) for place in places for rank in range(layout.dp_shard)]
+    assert sum(held) == counted.parameters
+    assert sum(sum(place.kinds) for place in places) == sum(counted.kinds)
+    for part, flops in counted.flops.items():
+        assert sum(place.flops[part] for place in places) == pytest.approx(flops), part
+
+
+def test_waiting_and_activations_of_a_pipeline_are_those_of_the_formulas():
+    """Narayanan et al., arXiv 2104.04473: idle over busy is (pp - 1) / (stages a rank x micro-batches); the first of 4
+    stages has 4 micro-batches on their way, with two stages on each rank 5.5 of its blocks' 11 halves."""
+    for schedule, stages in (("1f1b", 1), ("interleaved", 2)):
+        counted = Costs(load("medium", "--pp=4", f"--pp_schedule={schedule}")).stage(1)
+        seconds = counted.step(parallel.Layout(1, 8, 1, True, pp=4), 8, 4, 16)
+        parts = {part: spent for part, spent in seconds.items() if part in counted.flops or part in
+                 ("pointwise", "loss", "expert rows", "waiting for Python")}
+        assert seconds["idle in the pipeline"] == pytest.approx(sum(parts.values()) * 3 / (stages * 16))
+    of = lambda schedule: load("medium", "--pp=4", f"--pp_schedule={schedule}")
+    assert [peak.in_flight(of("1f1b"), place, 16) for place in range(4)] == [4, 3, 2, 1]
+    assert peak.in_flight(of("1f1b"), 0, 2) == 2 and peak.in_flight(of("interleaved"), 0, 16) == 5.5
+    (sent,) = [e.sent for e in counted.traffic(parallel.Layout(1, 8, 1, True, pp=4), 8, 4, 16) if e.kind == "stages"]
+    assert sent == 2 * 7 / 4 * 16 * 4 * 2048 * 1024 * 2  # both ways over 7 borders, in bf16, by 4 ranks
 
 
 @pytest.mark.parametrize("mesh, words", [
@@ -146,8 +178,17 @@ def test_the_peak_of_tensors_on_a_cpu_is_the_planned_one(monkeypatch, words):
     assert sum(planned.values()) == pytest.approx(live.peak, rel=0.05)
 
 
+def allocated(function):
+    """(the most bytes that PyTorch's CPU allocator gave out at once, what the function returned)."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = function()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))), result
+
+
 def counted_by_gloo(layouts):
-    """What rehearse.one_step counts on this rank, of every layout."""
+    """What rehearse.one_step counts on this rank, of every layout, and the most memory that it took."""
     found = []
     for words in layouts:
         config = load("debug", *SMALL, *words)
@@ -157,12 +198,15 @@ def counted_by_gloo(layouts):
         size, forwards = parallel.split_batch(config)
         generator = torch.Generator().manual_seed(parallel.rank())
         tokens = torch.randint(0, config.vocab_size, (size, config.sequence_length), generator=generator)
-        found.append(rehearse.one_step(config, model, layout, tokens, forwards))
+        here = sum(local_rows(t)[0].nbytes for t in [*model.parameters(), *model.buffers()])
+        peak, counted = allocated(lambda: rehearse.one_step(config, model, layout, tokens, forwards))  # noqa: B023
+        found.append(counted | {"peak": here + peak})
     return found
 
 
 @pytest.mark.parametrize("n", LAYOUTS)
-def test_what_is_planned_is_what_gloo_ranks_hold_and_send(pool, n):
+def test_what_is_planned_is_what_gloo_ranks_hold_and_send(pool, n, monkeypatch):
+    monkeypatch.setattr(memory, "PYTORCH", 0)  # of libraries: no tensors
     everyone = pool.run(n, counted_by_gloo, LAYOUTS[n])
     for words, ranks in zip(LAYOUTS[n], zip(*everyone)):
         config = load("debug", *SMALL, *words)
@@ -172,6 +216,8 @@ def test_what_is_planned_is_what_gloo_ranks_hold_and_send(pool, n):
             assert found["parameters"] == found["gradients"] == 4 * sum(counted.local(layout, rank).values()), words
         parts = counted.memory(layout, n, size, 8 // n // size)
         assert ranks[0]["optimizer"] == parts["optimizer"]
+        most = statistics.mean(found["peak"] for found in ranks)  # gloo's threads let go of a block sooner or later
+        assert sum(parts.values()) == pytest.approx(most, rel=0.05), (words, parts)
         planned = {}
         for e in counted.traffic(layout, n, size, 8 // n // size):
             planned[e.operation, e.ranks] = planned.get((e.operation, e.ranks), 0) + e.sent
@@ -186,18 +232,22 @@ def test_what_is_planned_is_what_gloo_ranks_hold_and_send(pool, n):
     ("k2", 2048, 0, ["--num_hidden_layers=3", "--ep=64", "--dp_replicate=8"]),
     ("k2", 2048, 2047, ["--num_hidden_layers=2", "--ep=16", "--dp_replicate=4"]),
     ("debug", 64, 63, ["--global_batch_size=64", "--ep=8", "--mtp_depth=1", "--tie_word_embeddings"]),
+    ("debug", 16, 9, ["--global_batch_size=64", "--ep=4", "--pp=2", "--micro_batch_size=4"]),
+    ("debug", 8, 5, ["--global_batch_size=64", "--pp=2", "--pp_schedule=interleaved", "--dp_replicate=2",
+                     "--micro_batch_size=8"]),
 ])
 def test_fake_ranks_hold_and_send_what_is_planned(name, n, rank, words):
     """The real model under the real parallel code, as one rank of many."""
     config = load(name, *words)
-    counted, layout = Costs(config), layout_of(config, n)
+    ranks, layout = n // config.pp, layout_of(config, n)
+    counted = Costs(config).stage(rank // ranks)
     found = rehearse.rehearse(config, n, rank, counted, layout)
     assert found["parameters"] == found["gradients"] == 4 * sum(counted.local(layout, rank).values())
-    planned, size = {}, min(config.micro_batch_size, config.global_batch_size // n)
-    for e in counted.traffic(layout, n, size, 1):
+    planned, size = {}, min(config.micro_batch_size, config.global_batch_size // ranks // config.pp)
+    for e in counted.traffic(layout, ranks, size, config.pp):
         planned[e.operation, e.ranks] = planned.get((e.operation, e.ranks), 0) + e.sent
     assert planned.keys() == found["sent"].keys()
-    for key in planned.keys() - {("all_to_all", n)}:  # Newton-Schulz: not every rank sends the mean
+    for key in planned.keys() - {("all_to_all", ranks)}:  # Newton-Schulz: not every rank sends the mean
         assert planned[key] == pytest.approx(found["sent"][key], rel=1e-3 if key[0] == "all_to_all" else 1e-12), key
 
 
@@ -250,6 +300,14 @@ def test_more_recomputation_needs_less_memory_and_more_time():
     assert sorted(made, key=lambda p: -sum(p.memory.values())) == sorted(made, key=lambda p: p.step) == made
 
 
-@pytest.mark.parametrize("name, n", [("small", 1), ("small", 2048)])
+def test_the_heads_of_the_configs_are_the_table():
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.split(scaling.BEGIN)[1].split(scaling.END)[0].splitlines()]
+    for name in scaling.ROWS:
+        text = (ROOT / f"configs/{name}.py").read_text(encoding="utf-8")
+        assert text.partition(scaling.PLANNED)[2].partition('"""')[0] == scaling.head(name, rows) != "", name
+
+
+@pytest.mark.parametrize("name, n", [("small", 1), ("small", 2048), ("medium", 64), ("moonlight", 512), ("k2", 2048)])
 def test_the_page_has_what_is_predicted_today(name, n):
     assert f"| {' | '.join(scaling.row(name, n))} |" in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")

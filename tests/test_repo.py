@@ -31,7 +31,8 @@ ORDER = [
     ["evaluate", "export", "step"],
     ["run.report"],
     ["train"],
-    ["launch.costs", "launch.rehearse"],
+    ["launch.peak", "launch.rehearse"],
+    ["launch.costs"],
     ["launch.plan"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -54,7 +55,7 @@ ONLY_IN = {
 PATH = ["train.py", "step.py", "model.py", "mla.py", "moe.py", "muon.py", "owners.py", "ranks/parallel.py",
         "ranks/shard.py", "ranks/dispatch.py"]
 # Lines that a folder may have: whoever raises a number says for what.
-MOST = {"root": 4090, "ranks": 770, "run": 2510, "data": 2970, "talk": 640, "launch": 800, "kernels": 3720}
+MOST = {"root": 4090, "ranks": 770, "run": 2510, "data": 2970, "talk": 640, "launch": 910, "kernels": 3720}
 FOLDERS = ("", "kernels/", "data/", "ranks/", "run/", "talk/", "launch/")
 SOURCES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py"))]
 
