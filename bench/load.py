@@ -21,10 +21,12 @@ from data.loader import TrainStream, prefetch
 from errors import UserError
 from generate import load
 from kernels import quantile, routing
+from run import memory
 
 BEFORE = (1, 4, 16)  # steps from which biases are solved
 TIMES = (1, 4)  # batches of the run's size in a step
-ROUNDS = 5  # of solving: cutoffs move with the biases
+ROUNDS = 4  # of solving: cutoffs move with the biases
+LOOKS = 8  # steps that are looked at, at least
 
 
 def logits_of(model, n, batches, starts):
@@ -68,6 +70,7 @@ def main(argv):
         raise UserError("name one run folder, and a multiple of 4 batches, as in  python -m bench.load out/debug "
                         "--batches=32")
     run = Path(names[0])
+    memory.keep_freed(torch.device("cpu"))
     model, encoder = load(run, "cpu")
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
     config = Config(**{name: value for name, value in settings.items() if name in FIELDS})
@@ -86,9 +89,10 @@ def main(argv):
     for times in TIMES:
         steps = logits.unflatten(1, (-1, times)).flatten(2, 3)  # (layers, steps, N, E)
         first = max(m for m in BEFORE if m < steps.shape[1])
+        asked = range(first, steps.shape[1], max(1, (steps.shape[1] - first) // LOOKS))
         for m in (0, *(m for m in BEFORE if m <= first)):
             loads = [max(busiest(layer[at], solve(layer[at - m:at].flatten(0, 1), bias_E, K) if m else bias_E, K)
-                         for layer, bias_E in zip(steps, biases_LE)) for at in range(first, steps.shape[1])]
+                         for layer, bias_E in zip(steps, biases_LE)) for at in asked]
             about = f"of {m} step{'s' * (m > 1)} before" if m else "the run's own"
             found.append({"tokens": steps.shape[2], "steps_before": m, "mean": sum(loads) / len(loads),
                           "largest": max(loads)})
