@@ -8,7 +8,6 @@ in the next step, mean and largest. The router of a training moves too, so there
 made of several batches.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ import torch
 import bench
 import errors
 import moe
-from config import FIELDS, Config
+from config import Config
 from data.loader import TrainStream, prefetch
+from data.shards import read_json
 from errors import UserError
 from generate import load
 from kernels import quantile, routing
@@ -72,8 +72,7 @@ def main(argv):
     run = Path(names[0])
     memory.keep_freed(torch.device("cpu"))
     model, encoder = load(run, "cpu")
-    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    config = Config(**{name: value for name, value in settings.items() if name in FIELDS})
+    config = Config(**read_json(run / "config.json")["settings"])
     if not config.n_routed_experts or config.n_group > 1:
         raise UserError(f"{run} has no routed experts, or groups of them, which are not solved here")
     stream = TrainStream(config.data, config.sequence_length, config.seed + 1, False, encoder=encoder,
