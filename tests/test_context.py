@@ -19,7 +19,7 @@ class Pretended(nn.Module):
 
     def __init__(self, logits):
         super().__init__()
-        self.lm_head, self.logits = nn.Linear(1, 1), logits
+        self.device, self.logits = torch.device("cpu"), logits
         self.config = types.SimpleNamespace(vocab_size=257)
 
     def forward(self, ids_BT):
