@@ -53,7 +53,7 @@ def variants(path, length):
     yarn = {"type": "yarn", "factor": length / context, "original_max_position_embeddings": context}
     for name, scaling in ((f"{path}, as it is", model.config.rope_scaling), (f"{path}, YaRN untrained", yarn)):
         config = dataclasses.replace(model.config, max_position_embeddings=length, rope_scaling=scaling)
-        stretched = build(config, model.lm_head.weight.device)
+        stretched = build(config, model.device)
         stretched.load_state_dict(model.state_dict())
         yield name, stretched.eval(), settings, encoder
 
@@ -63,7 +63,7 @@ def by_position(model, rows, edges):
     """Mean loss of the tokens at positions edge..next edge."""
     total_T = 0
     for row in rows:
-        inputs, targets = row[None, :-1].to(model.lm_head.weight.device), row[1:]
+        inputs, targets = row[None, :-1].to(model.device), row[1:]
         log_TV = model(inputs)[0].log_softmax(-1).cpu()
         total_T = total_T - log_TV.gather(1, targets[:, None])[:, 0].double()
     return [float(part.mean()) / len(rows) for part in torch.tensor_split(total_T, edges)]

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch.distributed.pipelining import PipelineStage
@@ -96,7 +97,7 @@ def main(argv):
                       "cut": 1 - (1 - even) * (1 - uneven)})
         print(f"{schedule:>12} {m:>14} {1000 * seconds:>10.0f} {idle:>7.1%} {even:>7.1%} {found[-1]['cut']:>7.1%}")
     if parallel.rank() == 0:
-        bench.save(f"pipeline-{path.stem}-{parallel.ranks()}", {"config": path.stem, "pp": config.pp, "arms": found})
+        bench.save(f"pipeline-{Path(path).stem}-{parallel.ranks()}", {"config": path, "pp": config.pp, "arms": found})
 
 
 def bubble(pp, m, stages_a_rank):
