@@ -91,7 +91,7 @@ def main(argv):
     for (schedule, m), measured in results.items():
         seconds = statistics.median(seconds for seconds, _ in measured)
         idle = statistics.median(1 - statistics.mean(busy) / seconds for seconds, busy in measured)
-        even = bubble(config.pp, m, 1 if schedule == "1f1b" else 2)
+        even = bubble(config.pp, m, dataclasses.replace(config, pp_schedule=schedule).stages_a_rank())
         uneven = statistics.median(1 - statistics.mean(busy) / max(busy) for _, busy in measured)
         found.append({"schedule": schedule, "micro_batches": m, "seconds": seconds, "idle": idle, "even": even,
                       "cut": 1 - (1 - even) * (1 - uneven)})

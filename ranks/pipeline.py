@@ -162,11 +162,11 @@ class Pipeline:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
         self.config, self.stages, self.device = config, model.stages, device
-        owners = [*range(layout.pp)] * config.stages_a_rank()
         tokens = torch.empty(micro_batch_size, config.sequence_length, dtype=torch.int64, device="meta")
         x_BTD = torch.empty(*tokens.shape, config.hidden_size, dtype=model.compute_dtype, device="meta",
                             requires_grad=True)
-        stages = [PipelineStage(stage, stage.index, len(owners), device, input_args=x_BTD if stage.index else tokens,
+        n_stages = layout.pp * config.stages_a_rank()
+        stages = [PipelineStage(stage, stage.index, n_stages, device, input_args=x_BTD if stage.index else tokens,
                                 output_args=tokens.new_empty(1, dtype=torch.float32) if stage.last else x_BTD,
                                 group=layout.across) for stage in self.stages]
         schedule, of = (Schedule1F1B, stages[0]) if len(stages) == 1 else (ScheduleInterleaved1F1B, stages)

@@ -12,7 +12,6 @@ import torch
 
 import export
 import settings
-import train
 from errors import UserError
 from model import build
 from muon import Muon
@@ -20,6 +19,7 @@ from ranks import parallel, shard
 from run import checkpoint
 from run.ema import Average
 from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records, run_stopped
+from tests.helpers import run_train as run
 from tests.test_loader import END, write
 
 STEPS = int(os.environ.get("STEPS", 10))
@@ -42,10 +42,6 @@ LAYOUTS = {  # name: (ranks, settings)
     "fsdp 4, ep 2, selective recompute": (4, ["--ep=2", "--activation_checkpointing=selective"]),
     "fsdp 4, ep 2, full recompute": (4, ["--ep=2", "--activation_checkpointing=full"]),
 }
-
-
-def run(*words):
-    return train.main([str(word) for word in words])
 
 
 def run_in_group(*words):

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import export
-import train
 from config import Config
 from counting import flops_by_layer, flops_per_token
 from errors import UserError
 from ranks.pipeline import Pipeline, Share, spans
 from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records
+from tests.helpers import run_train as run
 from tests.test_loader import END, write
 
 STEPS = int(os.environ.get("STEPS", 10))
@@ -29,10 +29,6 @@ LAYOUTS = {  # name: (ranks, settings)
     "pp 2, interleaved": (2, ["--pp=2", "--pp_schedule=interleaved"]),
     "pp 2, fsdp 2, interleaved": (4, ["--pp=2", "--pp_schedule=interleaved"]),
 }
-
-
-def run(*words):
-    return train.main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
