@@ -89,8 +89,9 @@ class Config(ModelConfig):
     dp_shard: int | None = setting(None, "ranks that share one copy; None: all that are left", "parallelism")
     ep: int = setting(1, "ranks that share the experts of a layer; divides dp_shard", "parallelism")
     pp: int = setting(1, "stages of consecutive layers, each on ranks of its own (pipeline parallelism)", "parallelism")
-    pp_schedule: Literal["1f1b", "interleaved"] = setting(
-        "1f1b", "1f1b: a stage a rank; interleaved: two, half the waiting for twice the traffic", "parallelism")
+    pp_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = setting(
+        "1f1b", "1f1b: a stage a rank; interleaved: two, half the waiting for twice the traffic; zero_bubble: "
+        "gradients of weights wait, a third of the waiting for more memory, not compiled", "parallelism")
     reduce_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "in which FSDP2 adds up gradients over ranks; bfloat16: half the traffic, rounded", "parallelism")
     # ---- watching
@@ -162,7 +163,11 @@ class Config(ModelConfig):
 
     def stages_a_rank(self):
         """Stages of a pipeline on each of its ranks."""
-        return 1 if self.pp_schedule == "1f1b" else 2
+        return 2 if self.pp_schedule == "interleaved" else 1
+
+    def splits_backward(self):
+        """Whether gradients of weights wait for a pipeline's rank to be idle."""
+        return self.pp > 1 and self.pp_schedule == "zero_bubble"
 
     def check(self):
         """Raise a UserError for the first impossible value or combination."""
@@ -217,6 +222,8 @@ class Config(ModelConfig):
                 (self.pp * self.stages_a_rank() <= self.num_hidden_layers or self.pp == 1,
                  f"pp={self.pp} with pp_schedule={self.pp_schedule!r} makes {self.pp * self.stages_a_rank()} stages, "
                  f"and there are {self.num_hidden_layers} layers"),
+                (not (self.compile and self.splits_backward()),
+                 "compile=True cannot follow pp_schedule='zero_bubble': leave one of the two out"),
                 (self.profiled() is not None, f"profile_steps={self.profile_steps!r}: expected two steps, the first "
                  "before the second, as in 10:13 for the steps 10, 11 and 12"),
                 (not (self.dry_run and self.profile_steps), "a dry run profiles no steps: leave one of the two out")):

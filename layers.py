@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import later
+
 
 class _RoundedLinear(torch.autograd.Function):
     """x times fp32 weights that are rounded to x's 16 bits and stacked. Their gradients do not pass through 16 bits
@@ -37,6 +39,8 @@ class _RoundedLinear(torch.autograd.Function):
 def linear(x, weights, copy_OI=None):
     """x times the weights (O, I) of a list, stacked, in x's dtype. copy_OI: the same, rounded to that dtype."""
     if x.dtype == weights[0].dtype:  # fp32, or sharded parameters, gathered in 16 bits
+        if later.on() and len(weights) == 1 and x.requires_grad:
+            return later.SplitLinear.apply(x, weights)
         return F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0])
     return _RoundedLinear.apply(x, copy_OI, *weights)
 

@@ -197,7 +197,7 @@ def make_optimizer(config, model, routes, layout):
 
 def wants_compile(config, device):
     """Whether the blocks of a run are compiled."""
-    return config.compile or (config.compile is None and device.type == "cuda")
+    return config.compile or (config.compile is None and device.type == "cuda" and not config.splits_backward())
 
 
 def forward_and_backward(model, config, inputs, targets, first_BT, loss_scale, mtp_weight=None):

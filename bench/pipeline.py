@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=2 -m bench.pipeline configs/debug.py --pp=2 --device=cpu [--key=value ...]
 
-Busy is what a rank spends in the forwards and backwards of its stages; the rest of the step it waits. Arms: both
+Busy is what a rank spends in the forwards and backwards of its stages; the rest of the step it waits. Arms: all
 schedules, each with 8 and 32 micro-batches of --micro_batch_size, in turns. "even": the formula, whose stages cost the
 same; "cut": what the most expensive rank alone would leave the others to wait, with the stages as they are.
 """
@@ -22,9 +22,9 @@ from errors import UserError
 from model import build, pick_device
 from muon import local_rows
 from ranks import parallel, shard
-from ranks.pipeline import Pipeline
+from ranks.pipeline import BUBBLE, Pipeline
 
-ROUNDS, MICRO_BATCHES = 7, (8, 32)
+ROUNDS, MICRO_BATCHES, SCHEDULES = 7, (8, 32), ("1f1b", "interleaved", "zero_bubble")
 
 
 class Clock:
@@ -32,7 +32,7 @@ class Clock:
 
     def __init__(self):
         self.busy = 0.0
-        for name in ("forward_one_chunk", "backward_one_chunk"):
+        for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
             setattr(PipelineStage, name, self._timed(getattr(PipelineStage, name)))
 
     def _timed(self, function):
@@ -53,7 +53,7 @@ def main(argv):
         raise UserError("bench.pipeline measures stages: add --pp=2, under torchrun with as many ranks or a multiple")
     device, clock = pick_device(config.device), Clock()
     arms, weights, sizes = {}, torch.ones((), device=device), {}
-    for schedule in ("1f1b", "interleaved"):
+    for schedule in SCHEDULES:
         of = dataclasses.replace(config, pp_schedule=schedule).check()
         layout = parallel.make_layout(of, device)
         dtype = getattr(torch, of.dtype)
@@ -91,7 +91,7 @@ def main(argv):
     for (schedule, m), measured in results.items():
         seconds = statistics.median(seconds for seconds, _ in measured)
         idle = statistics.median(1 - statistics.mean(busy) / seconds for seconds, busy in measured)
-        even = bubble(config.pp, m, dataclasses.replace(config, pp_schedule=schedule).stages_a_rank())
+        even = bubble(config.pp, m, schedule)
         uneven = statistics.median(1 - statistics.mean(busy) / max(busy) for _, busy in measured)
         found.append({"schedule": schedule, "micro_batches": m, "seconds": seconds, "idle": idle, "even": even,
                       "cut": 1 - (1 - even) * (1 - uneven)})
@@ -100,10 +100,9 @@ def main(argv):
         bench.save(f"pipeline-{Path(path).stem}-{parallel.ranks()}", {"config": path, "pp": config.pp, "arms": found})
 
 
-def bubble(pp, m, stages_a_rank):
-    """The idle share of a step of m micro-batches through stages of equal cost (Narayanan et al., arXiv 2104.04473,
-    section 2.2: as a share of the busy time it is (pp - 1) / (stages_a_rank m))."""
-    return (pp - 1) / (stages_a_rank * m + pp - 1)
+def bubble(pp, m, schedule):
+    """The idle share of a step of m micro-batches through stages of equal cost (see BUBBLE)."""
+    return (pp - 1) / (BUBBLE[schedule] * m + pp - 1)
 
 
 if __name__ == "__main__":

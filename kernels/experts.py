@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import backend, loop_experts
+from kernels import backend, later, loop_experts
 
 
 class PermuteRows(torch.autograd.Function):
@@ -123,6 +123,9 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, 
         if copies is None:
             copies = [None if m.dtype == x_ND.dtype else m.detach().to(x_ND.dtype) for m in matrices]
         first, second = (*addends, None, None)[:2]
+        if later.on() and torch.is_grad_enabled():
+            return _SplitExperts.apply(x_ND, weights_NK, (order, inverse, counts_E), matrices, copies or (None, None),
+                                       first, second)
         return _experts(x_ND, weights_NK, order, inverse, counts_E, *matrices, *copies, first, second, *(into or ()))[0]
     if into is not None and torch.is_grad_enabled():
         raise RuntimeError("Triton's kernels ran when K2.keep_gradients() was called, and they are off now: "
@@ -223,3 +226,29 @@ def _backward(ctx, grad_ND, _):
 
 
 _experts.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+class _SplitExperts(torch.autograd.Function):
+    """The operator, whose matrices get their gradients later (kernels/later.py): a tuple, or autograd would want them
+    here."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weights_NK, sorted_, matrices, copies, first, second):
+        computed_with = [m.detach() for m in _computed_with(*matrices, *copies)]
+        y_ND, z_S2F = _experts(x_ND, weights_NK, *sorted_, *computed_with, None, None, first, second)
+        ctx.save_for_backward(x_ND, weights_NK, *sorted_, *computed_with, z_S2F)
+        ctx.matrices, ctx.shapes = matrices, [None if addend is None else addend.shape for addend in (first, second)]
+        return y_ND
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        saved, matrices = ctx.saved_tensors, ctx.matrices
+        grad_x, grad_weights, backward_weights = _kernels(grad_ND).backward_input(grad_ND.contiguous(), *saved)
+
+        def gradients():
+            grads = [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in matrices]
+            backward_weights(*grads, torch.zeros((), device=grad_ND.device))
+            return grads
+        later.put_off(matrices, gradients)
+        grad_addends = [None if shape is None else grad_ND.view(shape) for shape in ctx.shapes]
+        return grad_x, grad_weights, None, None, None, *grad_addends

@@ -37,26 +37,49 @@ def backward(grad_ND, x_ND, weights_NK, order_S, inverse, counts_E, gate_up_E2FD
              down_grad, begun):
     """Gradients of x and weights; those of the two matrices go into gate_up_grad and down_grad, which are added to
     where begun is not 0."""
-    width, kept, (token_S, weights_S1) = down_EDF.shape[2], int(begun != 0), _sorted(weights_NK, order_S)
+    kept, grads = int(begun != 0), (gate_up_grad.unbind(), down_grad.unbind())
+    return _backward(grad_ND, x_ND, weights_NK, order_S, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F,
+                     lambda *group: _add_weights(x_ND, *grads, kept, *group))
+
+
+def backward_input(grad_ND, x_ND, weights_NK, order_S, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F):
+    """The same in two: gradients of x and weights, and a function of (gate_up_grad, down_grad, begun) for the rest."""
+    groups = []
+    found = _backward(grad_ND, x_ND, weights_NK, order_S, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F,
+                      lambda *group: groups.append(group))
+
+    def backward_weights(gate_up_grad, down_grad, begun):
+        for group in groups:
+            _add_weights(x_ND, gate_up_grad.unbind(), down_grad.unbind(), int(begun != 0), *group)
+    return *found, backward_weights
+
+
+def _backward(grad_ND, x_ND, weights_NK, order_S, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F, add_weights):
+    """Gradients of x and weights. add_weights gets of every group of experts what else _add_weights wants."""
+    width, (token_S, weights_S1) = down_EDF.shape[2], _sorted(weights_NK, order_S)
     grad_x_SD, grad_weights_S = _rows(x_ND, order_S), x_ND.new_empty(len(order_S))
-    matrices = [stack.unbind() for stack in (gate_up_E2FD, down_EDF, gate_up_grad, down_grad)]
+    matrices = gate_up_E2FD.unbind(), down_EDF.unbind()
     for counts, experts, rows in _groups(counts_E):
-        x_nD, grad_nD = (x.index_select(0, token_S[rows]) for x in (x_ND, grad_ND))
-        gate_up, down, gate_up_grads, down_grads = (parts[experts] for parts in matrices)
+        grad_nD, (gate_up, down) = grad_ND.index_select(0, token_S[rows]), (parts[experts] for parts in matrices)
         gate_nF, up_nF = z_S2F[rows].split(width, dim=1)
         silu_nF, grad_nF = F.silu(gate_nF), torch.empty_like(up_nF)
         _multiply(grad_nD, down, grad_nF, counts)
         hidden_nF = silu_nF * up_nF
         torch.sum(grad_nF * hidden_nF, 1, out=grad_weights_S[rows])
-        _add_products(grad_nD, hidden_nF.mul_(weights_S1[rows]), down_grads, counts, kept)
         grad_z_n2F = torch.empty_like(z_S2F[rows])
         grad_gate_nF, grad_up_nF = grad_z_n2F.split(width, dim=1)
         torch.mul(grad_nF.mul_(weights_S1[rows]), silu_nF, out=grad_up_nF)
         torch.ops.aten.silu_backward.grad_input(grad_nF.mul_(up_nF), gate_nF, grad_input=grad_gate_nF)
-        _add_products(grad_z_n2F, x_nD, gate_up_grads, counts, kept)
         _multiply(grad_z_n2F, gate_up, grad_x_SD[rows], counts)
+        add_weights(counts, experts, token_S[rows], grad_nD, hidden_nF.mul_(weights_S1[rows]), grad_z_n2F)
     grad_weights = weights_NK.new_zeros(weights_NK.numel()).index_copy_(0, order_S, grad_weights_S.to(weights_NK.dtype))
     return _sum_choices(grad_x_SD, inverse.view_as(weights_NK)), grad_weights.view_as(weights_NK)
+
+
+def _add_weights(x_ND, gate_up_grads, down_grads, kept, counts, experts, token_n, grad_nD, hidden_nF, grad_z_n2F):
+    """Of a group of experts, the gradients of their matrices: added to what they hold if it is kept."""
+    _add_products(grad_nD, hidden_nF, down_grads[experts], counts, kept)
+    _add_products(grad_z_n2F, x_ND.index_select(0, token_n), gate_up_grads[experts], counts, kept)
 
 
 def _sorted(weights_NK, order_S):

@@ -324,6 +324,17 @@ def backward(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, 
     return grad_x, grad_weights
 
 
+def backward_input(grad_ND, x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, z_S2F):
+    """The same in two: gradients of x and weights, and a function of (gate_up_grad, down_grad, begun) for the rest."""
+    dz_S2F, weighted_SF, grad_weights, token_S = down_backward(grad_ND, down_EDF, order, counts_E, weights_NK, z_S2F)
+    grad_x = combine(down("dx", dz_S2F, gate_up_E2FD, counts_E), inverse.view_as(weights_NK))
+
+    def backward_weights(gate_up_grad, down_grad, begun):
+        weight_gradient("d_down", grad_ND, weighted_SF, token_S, counts_E, down_grad, begun)
+        weight_gradient("d_gate_up", dz_S2F, x_ND, token_S, counts_E, gate_up_grad, begun)
+    return grad_x, grad_weights, backward_weights
+
+
 # ----------------------------------------------------------------------------- which library product is faster
 
 def kernel_arms(N, top_k, E, D, F, dtype, device):

@@ -23,7 +23,7 @@ from launch import peak
 from model import K2
 from owners import BUCKET_ELEMENTS, ROOM
 from ranks.parallel import Layout, check_layout
-from ranks.pipeline import spans
+from ranks.pipeline import BUBBLE, spans
 from routes import routes_of
 from run import memory
 from run.metrics import PEAK_FLOPS
@@ -330,7 +330,7 @@ class Costs:
             least = forwards * len(self.kinds) * BLOCK_PYTHON
             parts["waiting for Python"] = max(parts["waiting for Python"], least - sum(parts.values()))
         if c.pp > 1:  # arXiv 2104.04473, section 2.2: of the time that is computed, idle on every rank
-            parts["idle in the pipeline"] = sum(parts.values()) * (c.pp - 1) / (c.stages_a_rank() * forwards)
+            parts["idle in the pipeline"] = sum(parts.values()) * (c.pp - 1) / (BUBBLE[c.pp_schedule] * forwards)
         for link in rate:  # the gathers and reductions that computing does not hide
             spent = sum(s for (kind, on), s in busy.items() if on == link and kind in
                         ("weights", "gradients", "expert rows", "stages"))

@@ -38,7 +38,8 @@ def parts(costs, layout, size, forwards):
         kept = int(kept * in_flight(c, costs.place, forwards))
         always["stages' inputs"] = forwards * comes * ((costs.place > 0) + (costs.place < c.pp - 1))
     left = 4 * total * (forwards > 1)  # gradients of earlier micro-batches
-    gathers, grads, ahead = 2 * max(blocks), s * max(blocks), 0  # a block's weights, and the next one's on their way
+    # A block's weights, and the next one's on their way, but from no other rank.
+    gathers, grads, ahead = (1 + (layout.dp_shard > 1)) * max(blocks), s * max(blocks), 0
     if layout.pp > 1:  # gathered once, and gradients added up in fp32 where they are, until the last micro-batch
         whole = sum(blocks)
         left, gathers, grads, ahead = 0, whole, 4 * (whole + ends), whole
@@ -94,7 +95,7 @@ def _working_on_a_cpu(c, operator, s, size, N, M, S):
     D, F, T = c.hidden_size, c.moe_intermediate_size, c.sequence_length
     if operator:  # loop_experts.backward: gradients of all rows, and some experts' rows and hidden numbers, M results
         n = min(S, GROUP + S // max(c.n_routed_experts, 1))
-        experts = 4 * (S * D + n * (2 * D + 5 * F) + M * D)
+        experts = 4 * (S * D + max(n * (2 * D + 5 * F), M * D))
     else:  # SumRows.backward: three products in fp32
         experts = S * D * (s + 12)
     attention = 3 * 4 * size * c.num_attention_heads * min(QUERY_CHUNK, T) * T  # of a chunk's scores
@@ -103,6 +104,8 @@ def _working_on_a_cpu(c, operator, s, size, N, M, S):
 
 def in_flight(c, place, forwards):
     """Micro-batches whose activations a rank holds at once: those that went in before the first came back."""
+    if c.pp_schedule == "zero_bubble":  # where fewer are on their way, what the weights' gradients want waits for more
+        return min(forwards, c.pp)
     after, rounds = c.pp - 1 - place, c.stages_a_rank()
     if rounds == 1:  # arXiv 2104.04473, section 2.2: every stage behind this one has one more
         return min(forwards, after + 1)

@@ -230,7 +230,8 @@ def table(found, title, tokens):
               sorted(best.seconds.items(), key=lambda item: -item[1]) if spent > 1e-3 * best.step]
     about, config, save = best.about(tokens), best.costs.config, best.save
     lines += [f"  {'in all':32}{best.step:10.4f}   {about['tokens_per_second']:,.0f} tokens/s, MFU {best.mfu:.1%}",
-              f"bottleneck: {about['bottleneck']}", "", f"a save, every {config.save_interval:,} steps: "
+              f"bottleneck: {about['bottleneck']}" + "; but blocks are not compiled" * config.splits_backward(), "",
+              f"a save, every {config.save_interval:,} steps: "
               f"{config.save_interval * best.step / 60:,.1f} minutes",
               f"  {'copied into host memory':32}{save['copied'] / 1e9:7.2f} GB a rank, {save['waiting']:.1f} s wait",
               f"  {'written beside the training':32}{save['written'] / 1e9:7.2f} GB a rank, {save['writing']:.1f} s at "

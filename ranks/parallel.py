@@ -331,7 +331,7 @@ def forward_sizes(config, most):
     a pipeline so many that every stage has one, as its schedule wants them."""
     share = config.global_batch_size // data_share(config.pp)[1]
     counts = [(n, share // n) for n in range(1, most + 1) if share % n == 0]
-    return [n for n, m in counts if m >= config.pp and (config.stages_a_rank() == 1 or m % (m // config.pp) == 0)]
+    return [n for n, m in counts if m >= config.pp and (config.pp_schedule == "1f1b" or m % (m // config.pp) == 0)]
 
 
 def split_batch(config):

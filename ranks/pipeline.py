@@ -9,9 +9,12 @@ Validation and texts go through the stages one after the other, and all ranks ge
     interleaved: two on each, in turns           0 1 2 3       half as much, for twice the traffic
                                                  4 5 6 7
 
-1F1B: Harlap et al., arXiv 1806.03377; interleaved: Narayanan et al., arXiv 2104.04473, section 2.2. Schedules that
-split the backward (zero bubble) are not offered: the operators of the experts and of the head compute the gradients of
-their input and of their weights in one pass, which such a schedule would run twice.
+    zero_bubble: as 1f1b, but the gradients of weights wait (kernels/later.py) until a rank has nothing else to do: with
+    forward, input's and weights' gradient of equal cost (pp - 1) / (3 m + pp - 1), for as many activations on every
+    rank as 1f1b has on the first. The head's weights do not wait: they get their gradient in the forward.
+
+1F1B: Harlap et al., arXiv 1806.03377; interleaved: Narayanan et al., arXiv 2104.04473, section 2.2; zero bubble: Qi et
+al., arXiv 2401.10241, section 2.3 (ZB-H1).
 
 Shapes: B sequences, T tokens, D model width, V vocabulary.
 """
@@ -22,9 +25,14 @@ import functools
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from counting import flops_by_layer
+from kernels import later
 from kernels.cross_entropy import IGNORE
+
+# Of m micro-batches' time a rank of pp is idle for (pp - 1) / (this m), if its stages cost what those of others do.
+BUBBLE = {"1f1b": 1, "interleaved": 2, "zero_bubble": 3}
 
 
 def spans(costs, n):
@@ -159,17 +167,21 @@ class Pipeline:
 
     def __init__(self, config, model, layout, micro_batch_size, n_micro_batches, device):
         # Here, since it takes most of a second, and few want it.
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+        from torch.distributed import pipelining
 
         self.config, self.stages, self.device = config, model.stages, device
+        self.split = config.pp_schedule == "zero_bubble"
         tokens = torch.empty(micro_batch_size, config.sequence_length, dtype=torch.int64, device="meta")
         x_BTD = torch.empty(*tokens.shape, config.hidden_size, dtype=model.compute_dtype, device="meta",
                             requires_grad=True)
         n_stages = layout.pp * config.stages_a_rank()
-        stages = [PipelineStage(stage, stage.index, n_stages, device, input_args=x_BTD if stage.index else tokens,
-                                output_args=tokens.new_empty(1, dtype=torch.float32) if stage.last else x_BTD,
-                                group=layout.across) for stage in self.stages]
-        schedule, of = (Schedule1F1B, stages[0]) if len(stages) == 1 else (ScheduleInterleaved1F1B, stages)
+        stages = [pipelining.PipelineStage(
+            stage, stage.index, n_stages, device, input_args=x_BTD if stage.index else tokens,
+            output_args=tokens.new_empty(1, dtype=torch.float32) if stage.last else x_BTD, group=layout.across,
+            dw_builder=functools.partial(weights_later, stage) if self.split else None) for stage in self.stages]
+        schedule, of = {"1f1b": (pipelining.Schedule1F1B, stages[0]),
+                        "interleaved": (pipelining.ScheduleInterleaved1F1B, stages),
+                        "zero_bubble": (pipelining.ScheduleInterleavedZeroBubble, stages)}[config.pp_schedule]
         self.schedule = schedule(of, n_micro_batches, loss_fn=lambda loss, targets_BT: loss.sum(), scale_grads=False)
 
     def __call__(self, inputs_BT, targets_BT, first_BT, loss_scale):
@@ -180,9 +192,27 @@ class Pipeline:
         for stage in self.stages:
             stage.weights, stage.sums = (by_token, 1 / c.global_batch_size, c.aux_loss_alpha, loss_scale), sums
         starts = {} if first_BT is None else {"first_BT": first_BT}
+        if self.split:
+            later.start()
         try:
             self.schedule.step(*[inputs_BT] * (self.stages[0].index == 0), target=targets_BT, return_outputs=False,
                                targets_BT=targets_BT, **starts)
         except RuntimeError as error:  # in which the library wraps what a stage met: memory, a compiler, a lost rank
             raise (error.__cause__ or error) from None
+        finally:
+            later.stop()
         return sums
+
+
+def weights_later(stage):
+    """What is left to do of a stage's backward: a function that adds to the gradients of its weights, in the dtype of
+    reductions, as FSDP2 does after a backward."""
+    run = later.take()
+
+    def weights():
+        run()
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                for group in fully_shard.state(module)._fsdp_param_groups:
+                    group.post_backward()
+    return weights

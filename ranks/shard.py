@@ -4,6 +4,8 @@ FSDP2 shards every block, the experts go to the ranks of their expert-parallel g
 exchange of rows (dispatch.py); with stages a rank keeps only its own blocks (pipeline.py). Next: those two.
 """
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,6 +20,9 @@ from ranks.dispatch import ExpertParallel
 # experts, mark other profiler ranges in the recomputation than in the forward.
 SAC_IGNORED_OPS.update((torch.ops.profiler._record_function_enter_new.default,
                         torch.ops.profiler._record_function_exit._RecordFunction))
+
+# A block may return a view, which FSDP2 could lose by an operation in place; what blocks return is only read.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def distribute(model, layout, dtype):

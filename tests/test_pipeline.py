@@ -27,6 +27,9 @@ LAYOUTS = {  # name: (ranks, settings)
     "pp 2, fsdp 2": (4, ["--pp=2"]),
     "pp 2, ddp 2": (4, ["--pp=2", "--strategy=ddp"]),
     "pp 2, interleaved": (2, ["--pp=2", "--pp_schedule=interleaved"]),
+    "pp 4, zero bubble": (4, ["--pp=4", "--pp_schedule=zero_bubble"]),
+    "pp 2, ep 2, zero bubble": (4, ["--pp=2", "--pp_schedule=zero_bubble", "--ep=2",
+                                    "--activation_checkpointing=selective"]),
     "pp 2, fsdp 2, interleaved": (4, ["--pp=2", "--pp_schedule=interleaved"]),
 }
 
@@ -159,7 +162,7 @@ def test_what_a_stage_meets_is_not_hidden_by_the_library():
             raise RuntimeError("[Stage 0] failed to run forward") from error
     pipeline = object.__new__(Pipeline)
     pipeline.config, pipeline.device, pipeline.stages = Config(), torch.device("cpu"), [mock.Mock(index=0)]
-    pipeline.schedule = mock.Mock(step=step)
+    pipeline.schedule, pipeline.split = mock.Mock(step=step), False
     with pytest.raises(torch.OutOfMemoryError):
         pipeline(torch.zeros(2, 4), torch.zeros(2, 4), None, torch.ones(()))
 
@@ -175,6 +178,7 @@ def refused(words, message):
     (["--pp=2", "--global_batch_size=15", "--micro_batch_size=3", "--pp_schedule=interleaved"], "none that go round"),
     (["--pp=2", "--reduce_dtype=bfloat16"], "would lose the small ones"),
     (["--pp=2", "--pp_schedule=interleaved", "--num_hidden_layers=3"], "makes 4 stages, and there are 3 layers"),
+    (["--pp=2", "--pp_schedule=zero_bubble", "--compile"], "compile=True cannot follow"),
     (["--pp=2", "--mtp_depth=1"], "need embedding and head on one rank"),
     (["--pp=2", "--dp_shard=2"], "does not make 1 ranks of a stage"),
 ])

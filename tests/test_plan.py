@@ -90,8 +90,9 @@ def test_the_stages_hold_every_parameter_once_a_replica(name, mesh, words):
 
 def test_waiting_and_activations_of_a_pipeline_are_those_of_the_formulas():
     """Narayanan et al., arXiv 2104.04473: idle over busy is (pp - 1) / (stages a rank x micro-batches); the first of 4
-    stages has 4 micro-batches on their way, with two stages on each rank 5.5 of its blocks' 11 halves."""
-    for schedule, stages in (("1f1b", 1), ("interleaved", 2)):
+    stages has 4 micro-batches on their way, with two stages on each rank 5.5 of its blocks' 11 halves. Qi et al., arXiv
+    2401.10241: a third of it with ZB-H1, and every stage has as many micro-batches on their way as the first."""
+    for schedule, stages in (("zero_bubble", 3), ("1f1b", 1), ("interleaved", 2)):
         counted = Costs(load("medium", "--pp=4", f"--pp_schedule={schedule}")).stage(1)
         seconds = counted.step(parallel.Layout(1, 8, 1, True, pp=4), 8, 4, 16)
         parts = {part: spent for part, spent in seconds.items() if part in counted.flops or part in
@@ -99,6 +100,7 @@ def test_waiting_and_activations_of_a_pipeline_are_those_of_the_formulas():
         assert seconds["idle in the pipeline"] == pytest.approx(sum(parts.values()) * 3 / (stages * 16))
     of = lambda schedule: load("medium", "--pp=4", f"--pp_schedule={schedule}")
     assert [peak.in_flight(of("1f1b"), place, 16) for place in range(4)] == [4, 3, 2, 1]
+    assert [peak.in_flight(of("zero_bubble"), place, 16) for place in range(4)] == [4, 4, 4, 4]
     assert peak.in_flight(of("1f1b"), 0, 2) == 2 and peak.in_flight(of("interleaved"), 0, 16) == 5.5
     (sent,) = [e.sent for e in counted.traffic(parallel.Layout(1, 8, 1, True, pp=4), 8, 4, 16) if e.kind == "stages"]
     assert sent == 2 * 7 / 4 * 16 * 4 * 2048 * 1024 * 2  # both ways over 7 borders, in bf16, by 4 ranks
