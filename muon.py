@@ -137,7 +137,8 @@ class Muon(torch.optim.Optimizer):
             for matrix in range(low // stack.rows, -(-high // stack.rows) if high > low else 0):
                 rows = min(high, (matrix + 1) * stack.rows) - max(low, matrix * stack.rows)
                 pieces.append((start + matrix, rows, others.count((low, high))))
-        self.matrix_P, self.rows_P, self.copies_P = torch.tensor(pieces, device=device).view(-1, 3).unbind(1)
+        pieces = torch.tensor(pieces, dtype=torch.int64, device=device).view(-1, 3)
+        self.matrix_P, self.rows_P, self.copies_P = pieces.unbind(1)
         sizes = [size for stack in self.stacks for size in [stack.size] * stack.count]
         self.sizes_M = torch.tensor(sizes, dtype=torch.float32, device=device)
 

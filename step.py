@@ -22,7 +22,7 @@ from muon import SCHEDULE, Muon, local_rows, qk_clip_, schedule_factor
 from ranks import parallel, shard
 from ranks.pipeline import Pipeline
 from routes import routes_of
-from run import checkpoint, memory
+from run import checkpoint, memory, peak
 from run.ema import Average
 
 
@@ -64,7 +64,7 @@ class Training:
             layer.recompute = config.activation_checkpointing
         self.routes = routes_of(config, model)
         memory.require(config, model, self.routes, layout, device)
-        if memory.keeps_copies(config, layout, device):
+        if peak.keeps_copies(config, layout, device):
             model.make_copies()
         self.optimizer = make_optimizer(config, model, self.routes, layout)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]

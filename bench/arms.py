@@ -22,7 +22,7 @@ from model import build
 from muon import Muon
 from ranks import parallel, shard
 from routes import routes_of
-from run import checkpoint, memory
+from run import checkpoint, peak
 from step import clip_and_balance, forward_and_backward
 
 RATE = 1e-5  # learning rate of all arms: the same tokens come again and again, and routing should stay what it is
@@ -145,7 +145,7 @@ class Nanok2(Arm):
         self.model = build(config, device)
         self.model.compute_dtype = getattr(torch, config.dtype)
         _fill(self.model, config.initializer_range)
-        if triton and memory.keeps_copies(config, parallel.Layout(), device):  # ours, as train.py makes it
+        if triton and peak.keeps_copies(config, parallel.Layout(), device):  # ours, as train.py makes it
             self.model.make_copies()
         routes = routes_of(config, self.model)
         with replaced(owners, "BATCH_ELEMENTS", 1 if loops else owners.BATCH_ELEMENTS):  # 1: matrix by matrix

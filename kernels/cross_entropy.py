@@ -42,6 +42,8 @@ def linear_cross_entropy(hidden_ND, weight_VD, targets_N, z_loss=0.0, scale=1.0)
 
     scale: what the caller will multiply the sum by before the backward, where it is known. Triton's gradients are made
     with that factor, and need no other pass then; with any other they are multiplied by what is missing."""
+    if not torch.is_grad_enabled():  # which the function does not see: it would make gradients that nobody wants
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_loss, scale)
 
 

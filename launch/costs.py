@@ -1,7 +1,7 @@
 """What a training step of a config costs on a layout of many GPUs, by arithmetic: memory of a rank, bytes between ranks
 by kind, seconds by part.
 
-Memory is peak.py's sum (of one rank run/memory.py's) and FLOPs are counting.py's; what travels is counted here, as
+Memory is run/peak.py's sum and FLOPs are counting.py's; what travels is counted here, as
 ranks/ and owners.py send it. rehearse.py counts the same on the real model. Rates are of one H100 that ran
 configs/small.py (bench/results/2026-11-27-h100.md); links and other GPUs were never measured here, and GPUS says whence
 they are.
@@ -12,20 +12,18 @@ Shapes: N tokens of a forward, K choices a token, D model width, P ranks of a gr
 import collections
 import copy
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
 
 from counting import flops_by_layer, flops_by_part, part_of
 from kernels import backend
-from launch import peak
 from model import K2
-from owners import BUCKET_ELEMENTS, ROOM
+from owners import ROOM
 from ranks.parallel import Layout, check_layout
 from ranks.pipeline import BUBBLE, spans
 from routes import routes_of
-from run import memory
+from run import peak
 from run.metrics import PEAK_FLOPS
 
 GIB = 2**30
@@ -69,7 +67,6 @@ MUON_BYTES, ADAMW_BYTES = 48, 62  # an updated parameter, clipping included: sma
 BLOCK_WAIT, BLOCK_PYTHON = 1.55e-3, 6.6e-3  # of a block and micro-batch without CUDA graphs: the GPU waits, Python runs
 BUSIEST = 1.1  # the busiest rank's rows over the mean, with experts on other ranks: assumed
 CONTEXT, PIECES = 1.5 * GIB, 1.085  # of CUDA and its libraries; reserved over allocated: 18.9 over 17.4 GiB
-NCCL = 1.0 * GIB  # its buffers, assumed
 HOST_COPY, CHECKSUM, DISK = 10e9, 1e9, 2e9  # bytes/s of a rank into host memory, of CRC32, of a node's writing: assumed
 
 
@@ -171,16 +168,9 @@ class Costs:
 
     def memory(self, layout, n, size, forwards):
         """{what: bytes} of rank 0 at the peak of a step."""
+        held = peak.Held(self.shapes, self.local(layout), self.routes, self.kinds, self.place, self.has_head)
         with backend.running(self.device.type == "cuda"):
-            if layout.dense is None:
-                sizes = {name: (shape.numel(), shape.numel()) for name, shape in self.shapes.items()}
-                parts = memory.parts(self.config, sizes, self.routes, layout, self.device, size, forwards)
-                parts["parameters"] = 4 * self.parameters
-            else:
-                parts = peak.parts(self, layout, size, forwards)
-        if layout.dense is not None and self.device.type == "cuda":
-            rows = 2 * size * self.config.sequence_length * self.sent_rows(layout.ep) * self.config.hidden_size
-            parts["communication"] = int(NCCL + self.dtype.itemsize * rows + 8 * self.wire * BUCKET_ELEMENTS)
+            parts = peak.parts(self.config, held, layout, self.device, size, forwards)
         return {what: n for what, n in parts.items() if n}
 
     def save(self, memory, n):
@@ -200,10 +190,7 @@ class Costs:
     # ------------------------------------------------------------------------- bytes
 
     def sent_rows(self, ep):
-        """To how many other ranks a token goes, if every choice is as likely: a rank that has any of its K experts gets
-        it once. (P - 1) (1 - C(E - E / P, K) / C(E, K))."""
-        E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
-        return (ep - 1) * (1 - math.comb(E - E // ep, K) / math.comb(E, K)) if ep > 1 else 0.0
+        return peak.sent_rows(self.config, ep)
 
     def traffic(self, layout, n, size, forwards):
         """[Exchange] of a step of `forwards` forwards of `size` sequences."""

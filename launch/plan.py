@@ -21,7 +21,7 @@ import settings
 from data.shards import write_json
 from errors import UserError, require_place
 from launch.costs import DISK, GIB, GPUS, PIECES, Costs, layout_of
-from ranks.parallel import check_layout
+from ranks.parallel import check_layout, forward_sizes, split_batch
 
 CHOSEN = ("pp", "pp_schedule", "dp_replicate", "dp_shard", "ep", "micro_batch_size", "activation_checkpointing")
 RECOMPUTE = ("none", "selective", "full")
@@ -52,8 +52,8 @@ class Plan:
         self.seconds, self.exchanges = slowest.step(*self.arguments), slowest.traffic(*self.arguments)
         self.step = total(self.seconds)
         rounded = copy.copy(slowest)
-        rounded.reduced = 2  # as bf16 would be
-        self.faster = self.step - total(rounded.step(*self.arguments))
+        rounded.reduced = 2  # as bf16 would be, which stages refuse
+        self.faster = None if config.pp > 1 else self.step - total(rounded.step(*self.arguments))
         self.tokens = config.global_batch_size * config.sequence_length
         self.mfu = total(self.costs.flops) * self.tokens / self.step / self.n / self.costs.gpu.peak
         self.save = self.costs.save(self.memory, self.n)
@@ -90,8 +90,11 @@ def plans(config, n, gpu, per_node, kept=(), disk=DISK):
         raise UserError(f"global_batch_size={config.global_batch_size} must be a multiple of the {readers} GPUs: take "
                         f"--global_batch_size={max(1, round(config.global_batch_size / readers)) * readers}, or fewer "
                         "GPUs")
-    if {"strategy", "pp", "dp_replicate", "dp_shard"} & set(kept):
+    layouts = _layouts(config, n, per_node, kept)
+    if {"strategy", "pp", "dp_replicate", "dp_shard"} & set(kept) or not layouts:
         check_layout(config, n)
+    if not any(_sizes(config, n, changes, kept) for changes in layouts):
+        split_batch(config, readers)  # says why
     found = _fitting(config, n, gpu, per_node, kept, disk)
     return sorted((plan.predict() for plan in found), key=lambda plan: plan.step)
 
@@ -101,7 +104,7 @@ def _fitting(config, n, gpu, per_node, kept, disk=DISK):
     costs = Costs(config, gpu, per_node, disk=disk)
     for changes in _layouts(config, n, per_node, kept):
         kinds = [config.activation_checkpointing] if "activation_checkpointing" in kept else RECOMPUTE
-        sizes = _sizes(config, n // changes["pp"], changes["pp"], kept)
+        sizes = _sizes(config, n, changes, kept)
         made = lambda size, recompute, changes=changes: \
             Plan(costs.of(micro_batch_size=size, activation_checkpointing=recompute, **changes), n)
         if sizes and made(sizes[-1], kinds[-1]).fits:  # the least that it can need
@@ -114,7 +117,7 @@ def _layouts(config, n, per_node, kept):
     fill nodes, and rows of experts do not leave them."""
     given = lambda name, values: [getattr(config, name)] if name in kept else values  # or what is named
     E, shards = config.n_routed_experts or 1, config.dp_shard if "dp_shard" in kept else None
-    one = config.mtp_depth or config.tie_word_embeddings  # has both ends on one rank
+    one = config.mtp_depth or config.tie_word_embeddings or config.reduce_dtype != "float32"  # as Config.check has it
     found = []
     for pp in given("pp", [pp for pp in (1, 2, 4, 8, 16) if pp == 1 or not one and n // pp >= per_node]):
         for schedule in given("pp_schedule", ["1f1b", "interleaved"] if pp > 1 else ["1f1b"]):
@@ -129,13 +132,15 @@ def _layouts(config, n, per_node, kept):
     return found
 
 
-def _sizes(config, readers, pp, kept):
-    """Sequences of a forward, the most first."""
+def _sizes(config, n, changes, kept):
+    """Sequences of a forward of a layout of n ranks, the most first."""
+    config, readers = dataclasses.replace(config, **changes), n // changes["pp"]
     share = config.global_batch_size // readers
-    wanted = [config.micro_batch_size] if "micro_batch_size" in kept else \
-        [size for size in (64, 32, 16, 8, 4, 2, 1) if size == 1 or size * config.sequence_length <= 2**17]
-    return [size for size in wanted if share % min(size, share) == 0 and share // min(size, share) % pp == 0 and
-            (size <= share or "micro_batch_size" in kept)]
+    possible = forward_sizes(config, share, readers)
+    if "micro_batch_size" in kept:
+        return [config.micro_batch_size] if min(config.micro_batch_size, share) in possible else []
+    most = max(1, 2**17 // config.sequence_length)
+    return [size for size in (64, 32, 16, 8, 4, 2, 1) if size in possible and size <= most]
 
 
 def _divisors(n):
@@ -224,7 +229,8 @@ def table(found, title, tokens):
         for what in dict.fromkeys(kind for kind, _ in links):
             sizes = [links.get((what, link), 0) / 1e9 for link in ("NVLink", "network")]
             lines.append(f"  {what:24}{sizes[0]:12.3f}{sizes[1]:12.3f}")
-        lines.append(f"  --reduce_dtype=bfloat16 would save {best.faster:.3f} s of a step")
+        if best.faster is not None:
+            lines.append(f"  --reduce_dtype=bfloat16 would save {best.faster:.3f} s of a step")
     lines += ["", "seconds of a step"]
     lines += [f"  {part:32}{spent:10.4f}{spent / best.step:8.1%}" for part, spent in
               sorted(best.seconds.items(), key=lambda item: -item[1]) if spent > 1e-3 * best.step]

@@ -97,13 +97,13 @@ def rehearse(config, n, rank, costs, layout):
             for target, name, value in (
                     (ExpertParallel, "sizes", lambda self, out_P2: _even(self, out_P2, config, costs)),
                     (muon, "_from_all_ranks", lambda value, group=None: _all_held(value, costs, layout, rank)),
-                    # Whether the stages know their shapes beforehand, over which they vote: they do.
+                    # Whether the stages know their shapes, over which they vote (not in torch 2.11): they do.
                     (PipelineStage, "_warmup_forward_vote", lambda self, has_backward, received_acc: None),
                     (PipelineStage, "_warmup_backward_result", lambda self, received_result: mock.Mock(item=lambda: 1)),
                     # Fewer operations than on a CPU, as on a GPU.
                     (attention, "QUERY_CHUNK", 2**40), (cross_entropy, "CHUNK_ELEMENTS", {"cpu": 2**60}),
                     (experts, "_operator_is_best", lambda *_: True)):
-                stack.enter_context(mock.patch.object(target, name, value))
+                stack.enter_context(mock.patch.object(target, name, value, create=True))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             cpu, dtype = torch.device("cpu"), getattr(torch, config.dtype)

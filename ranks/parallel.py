@@ -326,23 +326,24 @@ def data_share(pp=1):
     return rank() % n, n
 
 
-def forward_sizes(config, most):
-    """The sequences, up to `most`, that a forward of this rank can have: parts of its share of the global batch, and of
-    a pipeline so many that every stage has one, as its schedule wants them."""
-    share = config.global_batch_size // data_share(config.pp)[1]
+def forward_sizes(config, most, readers=None):
+    """The sequences, up to `most`, that a forward of a rank can have: parts of its share of the global batch, and of
+    a pipeline so many that every stage has one, as its schedule wants them. readers: data_share's number of ranks."""
+    share = config.global_batch_size // (readers or data_share(config.pp)[1])
     counts = [(n, share // n) for n in range(1, most + 1) if share % n == 0]
     return [n for n, m in counts if m >= config.pp and (config.pp_schedule == "1f1b" or m % (m // config.pp) == 0)]
 
 
-def split_batch(config):
-    """(sequences of this rank per forward, forwards per step): micro_batch_size, or less if the rank's share of the
-    global batch is smaller."""
-    share = config.global_batch_size // data_share(config.pp)[1]
+def split_batch(config, readers=None):
+    """(sequences of a rank per forward, forwards per step): micro_batch_size, or less if the rank's share of the
+    global batch is smaller. readers: data_share's number of ranks, None: of those that are there."""
+    readers = readers or data_share(config.pp)[1]
+    share = config.global_batch_size // readers
     micro = min(config.micro_batch_size, share)
     if share % micro:
         raise UserError(f"micro_batch_size={config.micro_batch_size} must divide global_batch_size / "
                         f"{'ranks' if config.pp == 1 else 'ranks of a stage'} = {share}")
-    if micro not in (valid := forward_sizes(config, micro)):
+    if micro not in (valid := forward_sizes(config, micro, readers)):
         lever = f"--micro_batch_size={valid[-1]}" if valid else "a larger --global_batch_size"
         raise UserError(f"pp={config.pp}, pp_schedule={config.pp_schedule!r}: {share} sequences by {micro} make "
                         f"{share // micro} micro-batches a step, too few, or none that go round: set {lever}")

@@ -64,6 +64,24 @@ def muon_steps(mesh_shape, steps=3, device="cpu", **options):
     return [t.detach().clone() for t in whole + momenta], optimizer.traffic, expected, optimizer.plan.loads()
 
 
+def one_step(rows):
+    """The weight after a step of Muon on all ranks, of whose rows the last ones may have none."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight, gradient = torch.randn(2, rows, 6, generator=torch.Generator().manual_seed(0))
+    p = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+    p.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+    Muon([("matrix", p)], lr=0.1, routes={"matrix": Route("muon", rows)}).step()
+    return p.detach().full_tensor(), len(local_rows(p)[0])
+
+
+def test_a_rank_without_rows_of_any_matrix(pool):
+    """As with 320 shards of configs/k2.py: FSDP2 leaves the last ranks none."""
+    (one, _), *_ = pool.run(2, one_step, 4)
+    answers = pool.run(3, one_step, 4)
+    assert [rows for _, rows in answers] == [2, 2, 0]
+    assert all(torch.allclose(whole, one, rtol=0, atol=1e-6) for whole, _ in answers)
+
+
 @pytest.mark.parametrize("ns_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("mesh", [(2,), (3,), (4,), (4, 1), (2, 2)], ids=str)
 def test_owners_equal_the_all_gather_twin_bitwise(pool, mesh, ns_dtype):

@@ -15,7 +15,7 @@ from mla import MLA, RotateTail, apply_rope
 from model import build
 from muon import Muon, qk_clip_
 from ranks import parallel
-from run import checkpoint, memory
+from run import checkpoint, peak
 from tests.helpers import TINY, tiny_config, tiny_model, tokens
 
 BF16 = torch.bfloat16
@@ -185,14 +185,14 @@ def test_copies_are_kept_where_they_can_be():
     config = lambda **changes: settings.Config(**TINY | changes)
     alone, many = parallel.Layout(), parallel.Layout(dense="a mesh")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert memory.keeps_copies(config(), alone, cuda) and not memory.keeps_copies(config(), many, cuda)
-    assert not memory.keeps_copies(config(), alone, cpu)
-    assert memory.keeps_copies(config(weight_copies=True), alone, cpu)
-    assert not memory.keeps_copies(config(activation_checkpointing="full"), alone, cuda)
+    assert peak.keeps_copies(config(), alone, cuda) and not peak.keeps_copies(config(), many, cuda)
+    assert not peak.keeps_copies(config(), alone, cpu)
+    assert peak.keeps_copies(config(weight_copies=True), alone, cpu)
+    assert not peak.keeps_copies(config(activation_checkpointing="full"), alone, cuda)
     for changes, layout in ((dict(dtype="float32"), alone), (dict(), many)):
-        assert not memory.keeps_copies(config(**changes), layout, cuda)
+        assert not peak.keeps_copies(config(**changes), layout, cuda)
         with pytest.raises(UserError, match="leave weight_copies=None"):
-            memory.keeps_copies(config(weight_copies=True, **changes), layout, cuda)
+            peak.keeps_copies(config(weight_copies=True, **changes), layout, cuda)
 
 
 def test_a_model_of_shapes_alone_has_copies_too():

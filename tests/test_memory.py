@@ -11,7 +11,7 @@ from model import build
 from muon import Muon
 from ranks import parallel, shard
 from routes import route_parameters
-from run import memory
+from run import memory, peak
 from tests.helpers import TINY, run_train, tokens
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_activations_are_what_autograd_saves(kind, dtype, length):
     model = build(config, CPU).init_weights(0)
     model.compute_dtype = dtype = getattr(torch, dtype)
     one, three = (saved_bytes(model, tokens(n, length + 1)) for n in (1, 3))
-    counted, _ = memory.activations(config, dtype, CPU)
+    counted, _ = peak.activations(config, dtype, CPU)
     assert counted == pytest.approx((three - one) / 2, rel=0.07)
 
 
@@ -68,8 +68,8 @@ def test_parameters_and_states_are_counted_exactly():
         made = Muon(model.named_parameters(), routes=routes)
         state = sum(t.numel() * 4 for s in made.state.values() for t in s.values())
         parameters = sum(p.numel() * 4 for p in model.parameters())
-        kept, backward = (int(memory.PIECES * n) for n in memory.activations(config_of(), torch.float32, CPU))
-        rest = kept + max(backward, 8 * 2**21) + 4 * model.lm_head.weight.numel() + memory.PYTORCH
+        kept, backward = (int(peak.PIECES * n) for n in peak.activations(config_of(), torch.float32, CPU))
+        rest = kept + max(backward, 8 * 2**21) + 4 * model.lm_head.weight.numel() + peak.PYTORCH
         assert with_state == 2 * parameters + state + rest
 
 
@@ -84,7 +84,7 @@ def test_levers_lower_the_estimate():
 @pytest.mark.parametrize("free, message", [(0.3, "refused"), (1.0, "warned"), (20, "")])
 def test_what_does_not_fit_is_refused_before_the_first_step(config, tmp_path, monkeypatch, capsys, free, message):
     words = [config, "--micro_batch_size=8", "--num_hidden_layers=6", "--max_steps=1", "--decay_steps=0"]
-    monkeypatch.setattr(memory, "PYTORCH", 0)
+    monkeypatch.setattr(peak, "PYTORCH", 0)
     need = needed(settings.load(words)[0], 8, 1)[0]
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * need))
     if message == "refused":

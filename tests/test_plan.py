@@ -17,13 +17,14 @@ import settings
 from bench.arms import dense_twin, gpt_twin
 from docs import scaling
 from errors import UserError
-from launch import costs, peak, plan, rehearse
+from launch import costs, plan, rehearse
 from launch.costs import GIB, Costs, layout_of
 from model import build
 from muon import local_rows
 from owners import Stack, make_plan
 from ranks import parallel, shard
-from run import memory
+from routes import routes_of
+from run import memory, peak
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
@@ -174,8 +175,8 @@ def test_the_peak_of_tensors_on_a_cpu_is_the_planned_one(monkeypatch, words):
     forwards = config.global_batch_size // config.micro_batch_size
     with Live([*model.parameters(), *model.buffers()]) as live:
         rehearse.one_step(config, model, parallel.Layout(), tokens, forwards)
-    monkeypatch.setattr(memory, "PIECES", 1.0)  # of the allocator, and libraries: no tensors
-    monkeypatch.setattr(memory, "PYTORCH", 0)
+    monkeypatch.setattr(peak, "PIECES", 1.0)  # of the allocator, and libraries: no tensors
+    monkeypatch.setattr(peak, "PYTORCH", 0)
     planned = Costs(config, device="cpu").memory(layout_of(config, 1), 1, config.micro_batch_size, forwards)
     assert sum(planned.values()) == pytest.approx(live.peak, rel=0.05)
 
@@ -201,14 +202,32 @@ def counted_by_gloo(layouts):
         generator = torch.Generator().manual_seed(parallel.rank())
         tokens = torch.randint(0, config.vocab_size, (size, config.sequence_length), generator=generator)
         here = sum(local_rows(t)[0].nbytes for t in [*model.parameters(), *model.buffers()])
-        peak, counted = allocated(lambda: rehearse.one_step(config, model, layout, tokens, forwards))  # noqa: B023
-        found.append(counted | {"peak": here + peak})
+        most, counted = allocated(lambda: rehearse.one_step(config, model, layout, tokens, forwards))  # noqa: B023
+        found.append(counted | {"peak": here + most, "needed": needed_by(config, model, layout)})
     return found
+
+
+def needed_by(config, model, layout):
+    """What train.py asks before a run."""
+    return memory.needed(config, model, routes_of(config, model), layout, CPU, *parallel.split_batch(config))
+
+
+def needed_by_a_stage(words):
+    config = load(*words)
+    layout = parallel.make_layout(config, CPU)
+    return needed_by(config, build(config, CPU, lambda model: shard.distribute(model, layout, torch.float32)), layout)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble"])
+def test_a_run_in_stages_asks_for_the_memory_that_is_planned(pool, schedule):
+    words = ["debug", "--pp=2", f"--pp_schedule={schedule}", "--micro_batch_size=2", "--ema=0.9"]
+    counted = Costs(load(*words), device="cpu")
+    planned = [sum(counted.stage(place).memory(layout_of(counted.config, 2), 1, 2, 8).values()) for place in range(2)]
+    assert pool.run(2, needed_by_a_stage, words) == planned and planned[0] != planned[1]
 
 
 @pytest.mark.parametrize("n", LAYOUTS)
 def test_what_is_planned_is_what_gloo_ranks_hold_and_send(pool, n, monkeypatch):
-    monkeypatch.setattr(memory, "PYTORCH", 0)  # of libraries: no tensors
     everyone = pool.run(n, counted_by_gloo, LAYOUTS[n])
     for words, ranks in zip(LAYOUTS[n], zip(*everyone)):
         config = load("debug", *SMALL, *words)
@@ -216,8 +235,13 @@ def test_what_is_planned_is_what_gloo_ranks_hold_and_send(pool, n, monkeypatch):
         size = min(config.micro_batch_size, 8 // n)
         for rank, found in enumerate(ranks):
             assert found["parameters"] == found["gradients"] == 4 * sum(counted.local(layout, rank).values()), words
-        parts = counted.memory(layout, n, size, 8 // n // size)
+        full = counted.memory(layout, n, size, 8 // n // size)
+        with monkeypatch.context() as patch:  # of libraries and the allocator: no tensors
+            patch.setattr(peak, "PYTORCH", 0)
+            patch.setattr(peak, "PIECES", 1.0)
+            parts = counted.memory(layout, n, size, 8 // n // size)
         assert ranks[0]["optimizer"] == parts["optimizer"]
+        assert ranks[0]["needed"] == sum(full.values()), words
         most = statistics.mean(found["peak"] for found in ranks)  # gloo's threads let go of a block sooner or later
         assert sum(parts.values()) == pytest.approx(most, rel=0.05), (words, parts)
         planned = {}
@@ -289,6 +313,9 @@ def test_what_does_not_fit_is_refused_with_what_would():
     (["--gpus=12", "--nodes=5"], "must be a multiple of --nodes=5"),
     (["--gpus=32"], "multiple of the 32 GPUs: take --global_batch_size=32"),
     (["--gpus=8", "--dp_replicate=3"], "valid: 1 x 8"),
+    (["--gpus=8", "--ep=3"], "ep=3 must divide dp_shard=8"),
+    (["--gpus=1", "--micro_batch_size=7"], "micro_batch_size=7 must divide global_batch_size / ranks = 16"),
+    (["--gpus=2", "--pp=2", "--micro_batch_size=16"], "set --micro_batch_size=8"),
 ])
 def test_mistakes_are_named(words, message):
     with pytest.raises(UserError, match=message):

@@ -24,7 +24,7 @@ ORDER = [
     ["mla", "moe", "mtp", "decoding", "ranks.dispatch", "data.loader", "data.stream", "data.prepare"],
     ["model"],
     ["muon", "config", "counting", "hf_weights"],
-    ["settings", "ranks.parallel", "ranks.pipeline"],
+    ["settings", "ranks.parallel", "ranks.pipeline", "run.peak"],
     ["hf", "ranks.shard", "run.checkpoint", "run.metrics", "run.guard", "run.memory"],
     ["talk.text", "run.ema", "run.folder", "run.profile"],
     ["talk.chat", "talk.web", "talk.notebook", "run.dry_run"],
@@ -32,7 +32,7 @@ ORDER = [
     ["evaluate", "export", "step"],
     ["run.report"],
     ["train"],
-    ["launch.peak", "launch.rehearse"],
+    ["launch.rehearse"],
     ["launch.costs"],
     ["launch.plan"],
 ]
@@ -56,7 +56,7 @@ ONLY_IN = {
 PATH = ["train.py", "step.py", "model.py", "mla.py", "moe.py", "muon.py", "owners.py", "ranks/parallel.py",
         "ranks/shard.py", "ranks/dispatch.py"]
 # Lines that a folder may have: whoever raises a number says for what.
-MOST = {"root": 4100, "ranks": 810, "run": 2510, "data": 2970, "talk": 640, "launch": 910, "kernels": 3840}
+MOST = {"root": 4100, "ranks": 810, "run": 2660, "data": 2970, "talk": 640, "launch": 810, "kernels": 3840}
 FOLDERS = ("", "kernels/", "data/", "ranks/", "run/", "talk/", "launch/")
 SOURCES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py"))]
 
