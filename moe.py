@@ -163,30 +163,13 @@ def keep_gradients(modules, dtype):
     return kept, begun
 
 
-class LocalDispatch:
-    """The dispatch seam with every expert on this device: nothing moves. Expert parallelism replaces `moe.dispatch` by
-    an object of the same three methods that exchanges rows between ranks (ranks/dispatch.py)."""
-
-    def send(self, x_ND, weights_NK, experts_NK):
-        """Start the rows on their way; returns a handle for the other two."""
-        return x_ND, weights_NK, experts_NK
-
-    def receive(self, handle):
-        """The rows, weights and choices to compute here."""
-        return handle
-
-    def collect(self, y_ND, handle):
-        """What the experts made of this device's tokens."""
-        return y_ND
-
-
 class MoE(nn.Module):
     """Routed experts plus an always-on shared expert: y = sum_k w_k expert_k(x) + shared(x)."""
 
     def __init__(self, router, experts, shared_experts=None):
         super().__init__()
         self.gate, self.experts, self.shared_experts = router, experts, shared_experts
-        self.dispatch = LocalDispatch()
+        self.dispatch = None  # an ExpertParallel, where other ranks have some of the experts
 
     def forward(self, x_BTD, residual_BTD=None, real_BT=None):
         """Returns y_BTD, plus the residual if given, and the router's Routed; real_BT: see Router.forward.
@@ -200,10 +183,10 @@ class MoE(nn.Module):
 
     def compute(self, x_ND, weights_NK, experts_NK, residual_BTD):
         """The experts' part, between the router's choice and the result."""
-        handle = self.dispatch.send(x_ND, weights_NK, experts_NK)
+        handle = self.dispatch and self.dispatch.send(x_ND, weights_NK, experts_NK)
         shared_ND = self.shared_experts(x_ND) if self.shared_experts is not None else None  # while rows are in flight
         addends = [addend for addend in (shared_ND, residual_BTD) if addend is not None]
-        if isinstance(self.dispatch, LocalDispatch):
-            return self.experts(*self.dispatch.receive(handle), addends=addends)
+        if self.dispatch is None:
+            return self.experts(x_ND, weights_NK, experts_NK, addends=addends)
         y_ND = self.dispatch.collect(self.experts(*self.dispatch.receive(handle)), handle)
         return expert_kernels.add_all(y_ND, addends)

@@ -14,24 +14,6 @@ from torch import Tensor
 from kernels import backend, later, loop_experts
 
 
-class PermuteRows(torch.autograd.Function):
-    """x_ND -> rows x[order // K]. The backward is a gather through `inverse` and a sum over K, so that no atomics are
-    needed and the gradient is deterministic (plain indexing would scatter-add). index_select is five times as fast as
-    x[...] on a CPU."""
-
-    @staticmethod
-    def forward(ctx, x_ND, order, inverse, top_k):
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return x_ND.index_select(0, order // top_k)
-
-    @staticmethod
-    def backward(ctx, grad_SD):
-        (inverse,) = ctx.saved_tensors
-        grad_ND = grad_SD.index_select(0, inverse).unflatten(0, (-1, ctx.top_k)).sum(1)
-        return grad_ND, None, None, None
-
-
 def sum_rows(rows_SD, from_NJ, weights_NJ=None):
     """y_ND = sum over j of weights_NJ * rows_SD[from_NJ] in fp32, always in the same order; a place at or beyond the
     end of the rows adds nothing. Returned in the rows' dtype."""
@@ -132,15 +114,9 @@ def experts(x_ND, weights_NK, order, inverse, counts_E, gate_up_E2FD, down_EDF, 
                            "their twins would lose the experts' gradients")
     gate_up_E2FD, down_EDF = (m.to(x_ND.dtype) for m in matrices)
     mlp = mlp_grouped if _grouped_is_best(x_ND, gate_up_E2FD) else mlp_loop
-    if len(order) < len(inverse):  # a padded (N, K, D) would be mostly empty
-        token_S, from_NK = order // top_k, inverse.view_as(weights_NK)
-        outputs_SD = mlp(TakeRows.apply(x_ND, token_S, from_NK), counts_E, gate_up_E2FD, down_EDF)
-        return add_all(SumRows.apply(outputs_SD, token_S, from_NK, weights_NK, order), addends)
-    rows_SD = PermuteRows.apply(x_ND, order, inverse, top_k)
-    outputs_SD = mlp(rows_SD, counts_E, gate_up_E2FD, down_EDF)
-    outputs_NKD = PermuteRows.apply(outputs_SD, inverse, order, 1).unflatten(0, (-1, top_k))
-    y_ND = torch.bmm(weights_NK.unsqueeze(1), outputs_NKD.to(weights_NK.dtype)).squeeze(1).to(x_ND.dtype)
-    return add_all(y_ND, addends)
+    token_S, from_NK = order // top_k, inverse.view_as(weights_NK)
+    outputs_SD = mlp(TakeRows.apply(x_ND, token_S, from_NK), counts_E, gate_up_E2FD, down_EDF)
+    return add_all(SumRows.apply(outputs_SD, token_S, from_NK, weights_NK, order), addends)
 
 
 def add_all(y_ND, addends):

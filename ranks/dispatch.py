@@ -1,7 +1,7 @@
 """Expert dispatch over ranks: token rows travel to the ranks of their experts and come back as weighted sums.
 
-It takes the place of moe.LocalDispatch when shard.py spreads the experts of a layer over a group. A token is sent
-once to each rank that has any of its experts, however many, and each rank adds up what its experts make of it.
+It is the `dispatch` of an MoE of which shard.py has spread the experts over a group. A token is sent once to each rank
+that has any of its experts, however many, and each rank adds up what its experts make of it.
 
 Shapes: N tokens of this rank, K choices a token, D model width, P ranks of the group, E experts, L = E / P of them on a
 rank, S rows sent, M rows received.   Next: ../moe.py, parallel.py.
@@ -14,7 +14,7 @@ from kernels.experts import SumRows, TakeRows
 
 
 class ExpertParallel:
-    """The dispatch seam over an expert group: rows go to the ranks of their experts and come back as weighted sums.
+    """Three steps, between which others compute: send, receive and collect.
 
     A token is sent once to each rank that has any of its experts, however many, with the choices and weights that
     concern that rank; of K = 8 choices over 8 ranks that is 5.25 rows instead of 8. One host sync a layer: the sizes.

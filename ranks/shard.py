@@ -80,7 +80,7 @@ def compile_blocks(model):
     model.model.norm.forward = torch.compile(model.model.norm.forward, dynamic=False)
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
-        if isinstance(layer.mlp, MoE) and isinstance(layer.mlp.dispatch, ExpertParallel):
+        if isinstance(layer.mlp, MoE) and layer.mlp.dispatch is not None:
             layer.mlp.compute = torch.compiler.disable(layer.mlp.compute)
             if layer.mlp.shared_experts is not None:
                 layer.mlp.shared_experts.forward = torch.compile(layer.mlp.shared_experts.forward, dynamic=False)

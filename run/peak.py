@@ -165,8 +165,8 @@ def _activations_of_many(c, held, layout, device, size):
     N, s = size * c.sequence_length, dtype.itemsize
     M, S = (N * (1 + sent_rows(c, layout.ep)) if layout.ep > 1 else 0), N * c.num_experts_per_tok
     operator = _operator(device, s)
-    # What came from other ranks is kept by the operator; the twins keep rows of every choice instead, not widened.
-    came = M * (8 * c.num_experts_per_tok + (s * D if operator else 0)) - (4 - s) * D * S * (M > 0 and not operator)
+    # What came from other ranks is kept by the operator; the twins keep rows of every choice instead.
+    came = M * (8 * c.num_experts_per_tok + (s * D if operator else 0))
     blocks = [size * block_bytes(c, dtype, device, moe) + moe * came for moe in held.kinds]
     ends = N * (4 + 2 * s) * D * (1 + 3 * c.mtp_depth) * held.has_head  # as in activations
     share = {"none": 1.0, "selective": 0.6}.get(c.activation_checkpointing)
@@ -258,7 +258,7 @@ def block_bytes(config, dtype, device, moe):
     token += 2 * norm(D)
     mlp = lambda width: (3 if fused else 4) * s * width  # gate, its silu, up, their product
     if moe:
-        rows = (2 * F if operator else 4 * F + D) * s + (0 if operator else 4 * D) + 40
+        rows = (2 * F if operator else 4 * F + 2 * D) * s + 40
         token += K * rows + 4 * c.n_routed_experts + mlp(F * c.n_shared_experts)
         token += 4 * D if s < 4 and not fused else 0  # the router's input in fp32
     else:

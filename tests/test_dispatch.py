@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import backend, routing
 from kernels import experts as expert_kernels
-from moe import LocalDispatch
 from ranks.dispatch import ExpertParallel
 from tests.helpers import tiny_model
 
@@ -203,9 +202,3 @@ def test_absent_choices_are_left_out():
     torch.testing.assert_close(parts[0] + parts[1], whole, rtol=0, atol=1e-6)
     for a, b in zip(torch.autograd.grad(parts[0] + parts[1], leaves, grad), expected):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-
-
-def test_local_dispatch_moves_nothing():
-    rows = (torch.ones(2, 3), torch.ones(2, 1), torch.zeros(2, 1))
-    local = LocalDispatch()
-    assert local.receive(local.send(*rows)) == rows and local.collect(rows[0], rows) is rows[0]

@@ -242,7 +242,7 @@ def test_what_is_planned_is_what_gloo_ranks_hold_and_send(pool, n, monkeypatch):
             parts = counted.memory(layout, n, size, 8 // n // size)
         assert ranks[0]["optimizer"] == parts["optimizer"]
         assert ranks[0]["needed"] == sum(full.values()), words
-        most = statistics.mean(found["peak"] for found in ranks)  # gloo's threads let go of a block sooner or later
+        most = statistics.median_low(found["peak"] for found in ranks)  # gloo's threads may let go of a block late
         assert sum(parts.values()) == pytest.approx(most, rel=0.05), (words, parts)
         planned = {}
         for e in counted.traffic(layout, n, size, 8 // n // size):
