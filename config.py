@@ -85,7 +85,8 @@ class Config(ModelConfig):
     # ---- parallelism
     strategy: Literal["fsdp", "ddp"] = setting(
         "fsdp", "fsdp: ranks share parameters, gradients and optimizer state; ddp: each has all of them", "parallelism")
-    dp_replicate: int = setting(1, "copies of the sharded model; above 1: HSDP", "parallelism")
+    dp_replicate: int | None = setting(
+        None, "copies of the sharded model, above 1: HSDP; None: one on each node that can hold one", "parallelism")
     dp_shard: int | None = setting(None, "ranks that share one copy; None: all that are left", "parallelism")
     ep: int = setting(1, "ranks that share the experts of a layer; divides dp_shard", "parallelism")
     pp: int = setting(1, "stages of consecutive layers, each on ranks of its own (pipeline parallelism)", "parallelism")

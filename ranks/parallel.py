@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import errors
+from counting import count_parameters
 from errors import UserError
 from kernels import backend, selfcheck
 from muon import local_rows
@@ -270,7 +271,8 @@ def make_layout(config, device):
                         and local_rank() >= torch.cuda.device_count()):
         raise UserError(f"more ranks on this machine than {device.type} devices: start fewer (--nproc_per_node), or "
                         "train on the CPU with --device=cpu")
-    layout = Layout(*check_layout(config, ranks()), pp=config.pp, reduce_dtype=config.reduce_dtype)
+    copies = min(from_all(_copies(config, device)))
+    layout = Layout(*check_layout(config, ranks(), copies), pp=config.pp, reduce_dtype=config.reduce_dtype)
 
     def mesh(**sizes):
         return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -292,24 +294,38 @@ def make_layout(config, device):
     return layout
 
 
-def check_layout(config, n):
-    """(dp_replicate, dp_shard, ep) of a stage on n ranks, or a UserError that says what would be valid."""
+def _copies(config, device):
+    """How many copies of a stage there are unless told: one on each of its nodes, so that only sums of gradients travel
+    between nodes; 1 where parameters, their gradients and momenta would take more than half of a node's memory."""
+    n, here = ranks() // config.pp, int(os.environ.get("LOCAL_WORLD_SIZE", ranks()))
+    if n <= here or n % here or here % config.ep:
+        return 1
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+    return n // here if 16 * count_parameters(config)[0] / config.pp / here < room / 2 else 1
+
+
+def check_layout(config, n, copies=1):
+    """(dp_replicate, dp_shard, ep) of a stage on n ranks, or a UserError that says what would be valid. copies: unless
+    told."""
     if n % config.pp:
         raise UserError(f"pp={config.pp} stages must divide the {n} ranks")
     n //= config.pp
     of_stage = f" of a stage (pp={config.pp})" * (config.pp > 1)
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     if config.strategy == "ddp":
-        if config.dp_replicate not in (1, n) or config.dp_shard not in (None, 1) or config.ep > 1:
+        if config.dp_replicate not in (None, 1, n) or config.dp_shard not in (None, 1) or config.ep > 1:
             raise UserError(f"strategy='ddp' replicates everything on {n} ranks: leave dp_replicate, dp_shard and ep "
                             "alone, or use strategy='fsdp'")
         replicate, shard = n, 1
     else:
-        replicate = config.dp_replicate
-        shard = config.dp_shard if config.dp_shard is not None else max(n // replicate, 1)
+        replicate, shard = config.dp_replicate, config.dp_shard
+        if replicate is None:
+            replicate = copies if shard is None else max(n // shard, 1)
+        shard = max(n // replicate, 1) if shard is None else shard
         if replicate * shard != n:
-            raise UserError(f"dp_replicate={replicate} x dp_shard={config.dp_shard} does not make {n} ranks{of_stage}; "
-                            "valid: " + ", ".join(f"{d} x {n // d}" for d in divisors))
+            raise UserError(f"dp_replicate={config.dp_replicate} x dp_shard={config.dp_shard} does not make {n} "
+                            f"ranks{of_stage}; valid: " + ", ".join(f"{d} x {n // d}" for d in divisors))
     E = config.n_routed_experts
     valid = [d for d in range(1, shard + 1) if shard % d == 0 and E and E % d == 0] or [1]
     if config.ep not in valid:

@@ -44,6 +44,7 @@ def require(config, model, routes, layout, device):
     said = (f"about {needs[size] / 2**30:,.1f} GiB of memory are needed{f' on rank {rank}' * (len(everyone) > 1)} with "
             f"micro_batch_size={size}, {free / 2**30:,.1f} GiB are free: "
             + (f"--micro_batch_size={smaller} would fit" if smaller else "take a smaller model or more ranks")
+            + f", --dp_replicate=1 needs less than {layout.dp_replicate} copies" * (layout.dp_replicate > 1)
             + ", --activation_checkpointing=full needs less" * (config.activation_checkpointing != "full")
             + ", and so does a shorter --sequence_length")
     # A GPU refuses memory without harm, and the guard then halves the micro-batch: only what never fits is refused.
