@@ -49,6 +49,7 @@ def start():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connections between those that talk, not between all
     store, number, count = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"start_{starts()}", store)  # addresses of an earlier start of these processes are stale
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT,
@@ -274,21 +275,23 @@ def make_layout(config, device):
     copies = min(from_all(_copies(config, device)))
     layout = Layout(*check_layout(config, ranks(), copies), pp=config.pp, reduce_dtype=config.reduce_dtype)
 
-    def mesh(**sizes):
-        return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-
-    def of_stage(**sizes):  # all stages make theirs together
-        return mesh(pp=layout.pp, **sizes)[tuple(sizes)] if layout.pp > 1 else mesh(**sizes)
-    if layout.pp > 1:
-        both = mesh(pp=layout.pp, stage=ranks() // layout.pp)
-        layout.across, layout.stage = both["pp"].get_group(), both["stage"].get_group()
+    def mesh(**sizes):  # all stages make theirs together; every dimension costs all ranks a process group for each row
+        sizes = {"pp": layout.pp, "dp_replicate": layout.dp_replicate} | sizes
+        sizes = {name: n for name, n in sizes.items() if n > 1 or name not in ("pp", "dp_replicate")}
+        made = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return made, made[tuple(name for name in sizes if name != "pp")]
     if dist.is_initialized():
-        layout.dense = of_stage(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard)
+        whole, layout.dense = mesh(dp_shard=layout.dp_shard)
+    if layout.pp > 1:
+        layout.across, layout.stage = whole["pp"].get_group(), layout.dense.get_group("dp_shard")
+    if layout.pp > 1 and layout.dp_replicate > 1:
+        layout.stage = init_device_mesh(device.type, (layout.pp, ranks() // layout.pp),
+                                        mesh_dim_names=("pp", "stage"))["stage"].get_group()
     if layout.ep > 1:
         here, efsdp = config.n_routed_experts // layout.ep, layout.dp_shard // layout.ep
         if here % efsdp:
             print(f"warning: {here} experts of a layer over {efsdp} ranks: the last hold fewer than the others")
-        layout.expert = of_stage(dp_replicate=layout.dp_replicate, efsdp=efsdp, ep=layout.ep)
+        _, layout.expert = mesh(efsdp=efsdp, ep=layout.ep)
         # If ep takes all ranks, its mesh group is the default group, where rows would queue behind FSDP's prefetches.
         layout.rows = layout.expert["ep"].get_group() if layout.ep < ranks() else dist.new_group(timeout=TIMEOUT)
     return layout

@@ -35,9 +35,8 @@ def distribute(model, layout, dtype):
         return
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=getattr(torch, layout.reduce_dtype),
                                   cast_forward_inputs=False)
-    mesh = layout.dense if layout.dp_replicate > 1 else layout.dense["dp_shard"]
     # Stages keep what they have gathered until the last micro-batch: else every one of them would gather it again.
-    options = {"mesh": mesh, "mp_policy": policy} | ({"reshard_after_forward": False} if layout.pp > 1 else {})
+    options = {"mesh": layout.dense, "mp_policy": policy} | ({"reshard_after_forward": False} if layout.pp > 1 else {})
     for root in pipeline.cut(model, layout) if layout.pp > 1 else [model]:
         for layer in root.layers:
             if layout.ep > 1 and isinstance(layer.mlp, MoE):

@@ -53,7 +53,7 @@ class Pool:
 
 
 def _serve(rank, pipe):
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_GLOO_LAZY_INIT": "1"}  # as parallel.start
     import torch
     import torch.distributed as dist
 

@@ -5,6 +5,9 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import settings
 from ranks import parallel
@@ -29,3 +32,20 @@ def layout_on(here, room, **changes):
 def test_unless_told_there_is_a_copy_on_each_node_that_can_hold_one(pool, here, room, changes, expected):
     """configs/debug.py has 3.5M parameters: 28 MB a rank of two, in half of 2 GB, or of 32 MB."""
     assert pool.run(4, layout_on, here, room, **changes) == [expected] * 4
+
+
+@pytest.mark.parametrize("words, most", [
+    (["--pp=16", "--ep=8", "--dp_replicate=1"], 128 + 16 + 128 + 128 + 256),  # pp, dp_shard; pp, efsdp, ep
+    (["--ep=8", "--dp_replicate=4"], 2 * 512 + 4 + 32 + 256),
+], ids=str)
+def test_2048_ranks_make_only_the_groups_that_they_use(monkeypatch, words, most):
+    """Each costs a rank a round over the store of all, whether it is in it or not."""
+    made, new_group = [], distributed_c10d._new_group_with_tag
+    monkeypatch.setattr(distributed_c10d, "_new_group_with_tag", lambda *a, **o: made.append(a) or new_group(*a, **o))
+    config = settings.load([str(ROOT / "configs/k2.py"), *words])[0]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2048)
+    try:
+        parallel.make_layout(config, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    assert 100 < len(made) <= most
