@@ -102,7 +102,7 @@ def check(args):
             raise UserError(f"--{option} has no meaning for {source}, only for {', '.join(places)}")
     for one, other in (("val_split", "val_fraction"), ("no_quotes", "multiline"), ("tokenizer", "vocab_size")):
         if one in given and other in given:
-            raise UserError(f"--{one} and --{other} exclude each other")
+            raise UserError(f"--{one} and --{other} exclude each other: leave one out")
     if source in sources.KNOWN and not args.val_fraction:
         args.val_split = args.val_split or sources.KNOWN[source][2]
     args.pattern = args.pattern or sources.PATTERNS.get(source, "*")
@@ -276,7 +276,7 @@ def fetch_shards(args, out):
             hf_hub_download(SHARDS_REPO, name, repo_type="dataset", local_dir=out)
         except ImportError as error:
             raise UserError("downloading shards needs a package:  pip install huggingface_hub") from error
-        except (OSError, *sources.network_errors()) as error:
+        except (OSError, sources.network_errors()) as error:
             raise UserError(f"cannot download {name} of the dataset {SHARDS_REPO} ({errors.said(error)}): fetch "
                             f"{names[0]} .. {names[-2]} and {names[-1]} elsewhere and put them into {out}/") from error
     tokens = sum(open_split(out, split).tokens for split in ("train", "val"))

@@ -121,16 +121,13 @@ def require_ours(folder):
     if os.path.lexists(folder) and not folder.is_dir() or os.path.ismount(folder) or Path.cwd().is_relative_to(folder):
         raise UserError(f"{folder} is a file, a mount point or where you are, which cannot be replaced: choose another "
                         "--out")
-    inside = [path for place in (folder, folder / "tokenizer") if place.is_dir() for path in place.iterdir()]
-    names = [path.relative_to(folder).as_posix() for path in inside]
-    odd = min((name for name in names if not OURS.fullmatch(name)), default=None)
-    try:
-        ours = not names or not odd and "splits" in read_json(folder / "meta.json")
-    except UserError:
-        ours = False
-    if not ours:
-        odd = odd or "its meta.json is missing or of another kind"
-        raise UserError(f"{folder} holds something else than prepared data ({odd}): delete it yourself or choose "
+    names = [path.relative_to(folder).as_posix() for place in (folder, folder / "tokenizer") if place.is_dir()
+             for path in place.iterdir()]
+    odd, meta = sorted(name for name in names if not OURS.fullmatch(name)), folder / "meta.json"
+    if names and not (meta.is_file() and b'"splits"' in meta.read_bytes()):
+        odd.append("its meta.json is missing or of another kind")
+    if odd:
+        raise UserError(f"{folder} holds something else than prepared data ({odd[0]}): delete it yourself or choose "
                         "another --out")
 
 
@@ -181,9 +178,12 @@ def write_json(value, name):
     if name == "-":
         print(json.dumps(value))
         return
-    temporary = Path(name).with_name(f".{Path(name).name}")
+    place = Path(os.path.realpath(name))
+    device = os.path.exists(name) and not place.is_file()  # or a pipe, which a file must not replace
+    temporary = Path(name) if device else place.with_name(f".{place.name}")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, name)
+    if not device:
+        os.replace(temporary, place)
     print(f"wrote {name}")
 
 

@@ -60,12 +60,9 @@ def open_hf(repo, split="train", name=None, text_column=None, streaming=True, ch
 
 
 def network_errors():
-    """What of huggingface_hub is no OSError, for an `except`: the package is not imported before it can have failed."""
-    try:
-        from huggingface_hub.errors import HTTPError  # the base of the errors of the client that this version has
-    except ImportError:
-        return ()
-    return (HTTPError,)
+    """Of huggingface_hub's client, whichever its version has, and no OSErrors: for `except`, once it was imported."""
+    from huggingface_hub.errors import HTTPError
+    return HTTPError
 
 
 def _load(where, *args, **options):
@@ -79,7 +76,7 @@ def _load(where, *args, **options):
         dataset = datasets.load_dataset(*args, **options)
         features = dataset.features or dict.fromkeys(next(iter(dataset), ()))
         return dataset, [key for key, kind in features.items() if not hasattr(kind, "decode_example")]
-    except (OSError, *network_errors()) as error:
+    except (OSError, network_errors()) as error:
         advice = "" if Path(where).exists() else "; without a network, download it and give the folder or file"
         raise UserError(f"cannot load the dataset {where}: {str(error) or said(error)}{advice}") from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
@@ -105,7 +102,7 @@ def _numbered(dataset, column, where, row):
             for value in batch[column]:
                 row += 1
                 yield row, {column: value}
-    except (OSError, ValueError, *network_errors()) as error:
+    except (OSError, ValueError, network_errors()) as error:
         raise UserError(f"{where}, after row {row}: {str(error) or said(error)}") from error
 
 

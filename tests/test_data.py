@@ -337,6 +337,12 @@ def test_overwrite_spares_what_is_no_prepared_data(tmp_path, texts):
                 prepare.main([*words, "--vocab_size=300", *more])
         path.unlink()
     (tmp_path / "d/a").rmdir()
+    meta = (tmp_path / "d/meta.json").read_text()
+    for other in ("{}", None):
+        (tmp_path / "d/meta.json").write_text(other) if other else (tmp_path / "d/meta.json").unlink()
+        with pytest.raises(UserError, match="something else .*its meta.json is missing or of another kind.: delete it"):
+            prepare.main([*words, "--vocab_size=300", "--overwrite"])
+    (tmp_path / "d/meta.json").write_text(meta)
     prepare.main([*words, "--vocab_size=300", "--overwrite"])
     assert json.loads((tmp_path / "d/meta.json").read_text())["vocab_size"] == 300
 

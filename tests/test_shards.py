@@ -16,7 +16,7 @@ import pytest
 import train
 from data import advice, prepare, tokenizer
 from data.loader import ValidationSet
-from data.shards import Writer, open_split, read_meta
+from data.shards import Writer, open_split, read_meta, write_json
 from data.words import CLOSING
 from errors import UserError
 from kernels.cross_entropy import IGNORE
@@ -66,6 +66,18 @@ def test_a_folder_named_by_a_link_is_made_where_the_link_points(tmp_path, monkey
     for out in ("../file", "../loop", ".", "..", "/proc"):
         with pytest.raises(UserError, match="which cannot be replaced: choose another --out"):
             prepare.main([*words[:2], f"--out={out}", "--overwrite"])
+
+
+def test_json_goes_through_links_and_into_pipes(tmp_path):
+    """What is no file, as /dev/null, is not replaced by one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("file")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("pipe", "link", "link"):
+        write_json({"a": 1}, str(tmp_path / name))
+    assert json.loads(os.read(reader, 99)) == json.loads((tmp_path / "file").read_text()) == {"a": 1}
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 3
 
 
 # ---------------------------------------------------------------------- no meta.json
