@@ -10,7 +10,7 @@ An ending that stands alone, as LAMBADA's word, is right if each of its tokens i
 
 A text is one document in windows of the model's context, moved on by half of it: every token but the first is
 predicted once, all but those of the first window from at least half a context. Without an end-of-text token the first
-token of the text is not predicted; bits per byte are over all bytes of the file.
+token of the text is not predicted; bits per byte are over all bytes of the file but its byte order mark.
 
 lm-evaluation-harness, of pip install "lm-eval[hf]", which puts no end-of-text token before a context:
 python export.py out/debug hf/ && lm_eval --model hf --model_args pretrained=hf/,dtype=float32 --tasks hellaswag
@@ -179,6 +179,8 @@ def evaluate_data(model, encoder, folder, settings, limit, batch_tokens):
     validates on. limit: in sequences."""
     data, length = folder or settings["data"], settings.get("sequence_length", model.config.max_position_embeddings)
     for name in [data] if isinstance(data, str) else data:
+        if is_stream(name):  # which is tokenised as it is read
+            require_tokenizer(encoder, model.source)
         known = None if is_stream(name) else read_meta(name).get("tokenizer_fingerprint")
         if encoder and known and known != tokenizers.fingerprint(encoder):
             raise UserError(f"{name} was made with another tokenizer than the model's: prepare its text again with the "
@@ -245,12 +247,12 @@ def main(argv=None):
     args = parse(argv)
     lines = sys.stderr if args.json == "-" else sys.stdout
     model, encoder = generate.load(args.model, args.device, args.dtype, args.checkpoint)
+    published = hf.is_hf(Path(args.model))
+    manifest = {} if published else checkpoint.read_manifest(model.source)  # at once: a training may delete it later
     if args.text or args.tasks:
         require_tokenizer(encoder, args.model)
     context = model.config.max_position_embeddings
     tasks = open_tasks(args.tasks.split(",") if args.tasks else [], args.limit, encoder, context)
-    published = hf.is_hf(Path(args.model))
-    manifest = {} if published else checkpoint.read_manifest(checkpoint.find(args.model, args.checkpoint))
     report = {"model": args.model, "checkpoint": args.checkpoint, "step": manifest.get("step"), "context": context,
               "limit": args.limit, "device": str(model.device), "dtype": args.dtype,
               "torch": torch.__version__, "python": platform.python_version()}
@@ -261,7 +263,7 @@ def main(argv=None):
             model, encoder, args.data, manifest.get("config", {}), args.limit, args.batch_tokens), lines)
     if args.text:
         try:
-            text = Path(args.text).read_bytes().decode()
+            text = Path(args.text).read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{args.text} is no UTF-8 text: {error}") from error
         found = evaluate_text(model, encoder, text, args.batch_tokens)

@@ -123,11 +123,12 @@ def main(argv=None):
 def read_prompts(name):
     """The lines of a file, or of standard input, that are not blank."""
     try:
-        text = sys.stdin.read() if name == "-" else existing(
-            name, "--prompts takes a file of prompts, one a line, or - for standard input").read_text(encoding="utf-8")
+        text = (sys.stdin.buffer.read() if name == "-" else existing(
+            name, "--prompts takes a file of prompts, one a line, or - for standard input").read_bytes()
+        ).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text: {error}") from error
-    if not (prompts := [line for line in text.splitlines() if line.strip()]):
+    if not (prompts := [line.removesuffix("\r") for line in text.split("\n") if line.strip()]):
         raise UserError(f"{name} has no prompt, only blank lines")
     return prompts
 

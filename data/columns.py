@@ -15,12 +15,9 @@ SAMPLE = 100  # rows that a guess is made from
 TEXT_LIKE = frozenset("text texts content contents body document article story passage paragraph sentence raw_text "
                       "raw_content full_text fulltext main_text markdown prose essay poem lyrics transcript utterance "
                       "review comment post tweet abstract code".split())
-LOOKS = (("dates", r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ].*)?"), ("numbers", r"[-+$€£]?\d[\d.,\s]*(e[-+]?\d+)?%?"),
-         ("addresses", r"(\w{1,10}://|www\.)\S+|\S+@\S+\.\w+"), ("hashes", r"[0-9a-fA-F]{8}[0-9a-fA-F-]{8,}"),
-         ("ids", r"(?=\S*[\d_/:.-])[!-~]{1,80}"))
 NO_TEXT = dict.fromkeys(("list", "object", "bytes"), ", which is no text")
 # A word; of scripts without spaces two letters count as one.
-WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]{2}|\S{60}|(?<!\S)[^\w\s]*([^\W\d_]\S*)")
+WORD = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u9fff]{2}|[^\W\d_]{60}|(?<!\S)[^\w\s]*([^\W\d_]\S*)")
 DATES = frozenset("mon tue wed thu fri sat sun jan feb mar apr may jun jul aug sep oct nov dec utc gmt".split())
 
 
@@ -43,13 +40,12 @@ def choose(names, sample, wanted, where, chat=False):
         problem = f"no column {wanted!r}."
     elif pick is None:
         problem = f"which column {'holds the chats' if chat else 'is the text'}?"
-    elif look:
-        problem = f"is column {pick!r} the text? It holds what looks like {look}."
-    elif not likely:
-        problem = f"is column {pick!r} the text? It is the only one that holds strings, but is not called so."
-    else:
+    elif likely and not look:
         return pick
-    if any(len(name.split()) > 4 or re.fullmatch(LOOKS[1][1], name) for name in names):
+    else:
+        problem = f"is column {pick!r} the text? It " + (
+            f"holds what looks like {look}." if look else "is the only one of strings, but is not called so.")
+    if any(len(name.split()) > 4 or re.fullmatch(r"[-+\d.,]+", name) for name in names):
         problem += " The first line of a csv is taken for the names: is a line with them missing here?"
     remedy = "" if chat or "chat" not in kinds.values() else ", or prepare with --chat to make texts of the chats"
     raise UserError(f"{where}: {problem} The columns are {listed}: set --text_column=NAME, or ?column=NAME in "
@@ -65,15 +61,12 @@ def kind(value):
 
 
 def looks_like(values):
-    """What more than half of some texts look like, if that is no prose: "ids", "dates", ...; else None."""
+    """What more than half of some texts look like, if that is no prose; else None."""
     texts = [value.strip()[:200] for value in values if isinstance(value, str)]
-    for what, pattern in LOOKS:
-        if sum(bool(re.fullmatch(pattern, text, re.I)) for text in texts) > len(texts) / 2:
-            return what
     if len(texts) >= 20 and len(set(texts)) <= len(texts) / 4:
         return "labels"
     prose = [sum(word[:3].lower() not in DATES for word in WORD.findall(text)) >= 3 for text in texts]
-    return "short words or dates" if sum(prose) < len(texts) / 2 else None
+    return "ids, numbers, dates or short words" if sum(prose) < len(texts) / 2 else None
 
 
 def _is_message(value):

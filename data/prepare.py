@@ -26,13 +26,16 @@ from tqdm import tqdm
 import errors
 from data import sources, tokenizer
 from data.files import SHARE, Account, check_separator, check_share, list_files, repair, unescape
-from data.shards import Writer, open_split, read_meta
+from data.shards import Writer, open_split, read_meta, require_ours
 from errors import UserError
 
 FILES = ("text", "jsonl", "parquet", "csv", "hf")  # sources that want names of files, or of a repository
+TEXTS = (*sources.INSTALLED, "stdin", *FILES, *sources.KNOWN)
 OPTIONS = {  # what belongs to some sources only
     "pattern": FILES[:4], "split_on": ("text", "stdin"), "text_column": (*FILES[1:], *sources.KNOWN),
     "encoding": ("text", "stdin", "jsonl", "csv"), "delimiter": ("csv",), "no_quotes": ("csv",),
+    "multiline": ("csv",), "tokenizer": TEXTS, "limit": TEXTS,
+    **dict.fromkeys(("val_fraction", "vocab_size", "shard_tokens", "overwrite"), (*TEXTS, "random")),
     "chat": ("jsonl", "parquet", "hf"), "name": ("hf", *sources.KNOWN), "split": ("hf", *sources.KNOWN),
     "val_split": ("hf", *sources.KNOWN), "no_streaming": ("hf", *sources.KNOWN), "tokens": ("random",),
     "shards": ("fineweb-gpt2-shards",)}
@@ -46,14 +49,12 @@ HELD = 2**24  # characters that may wait until it is known that both splits get 
 def parse(argv):
     parser = errors.ArgumentParser(prog="python -m data.prepare", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("source", help="where the text comes from",
-        choices=[*sources.INSTALLED, "text", "stdin", "jsonl", "parquet", "csv", *sources.KNOWN, "hf", "random",
-                 "fineweb-gpt2-shards"])
+    add("source", help="where the text comes from", choices=[*TEXTS, "random", "fineweb-gpt2-shards"])
     add("files", nargs="*", help="files, folders to search for files, or globs; for hf: a repository, folder or file")
     add("--out", help="folder of the shards (default data/SOURCE)")
     add("--tokenizer", help="as bytes, gpt2, a folder, 'FOLDER?end_of_text=TOKEN' (default: train a BPE)")
-    add("--vocab_size", "--train_tokenizer", type=int, default=4096,
-        help="size of the trained BPE, end of text included; for random: of the vocabulary")
+    add("--vocab_size", "--train_tokenizer", type=int,
+        help="size of the trained BPE, end of text included; for random: of the vocabulary (default 4096)")
     add("--pattern", help="which files of a folder, as in *.py (default: all, or those of the source's kind)")
     add("--split_on", help=r"a separator between documents inside a file; \n (any line end), \t, \x1e are understood")
     add("--text_column", help="the column of the text (default: text, or one that is called and looks like it)")
@@ -61,13 +62,14 @@ def parse(argv):
     add("--encoding", help="of files without a byte order mark, as cp1252 (default utf-8)")
     add("--delimiter", help=r"between the cells of csv, as ';' or '\t' (default: found in the file)")
     add("--no_quotes", action="store_true", default=None, help="quotes in csv are characters as any other")
+    add("--multiline", action="store_true", default=None, help="quotes in csv are right, even around what seem rows")
     add("--name", help="configuration of the dataset, as sample-10BT of fineweb")
     add("--split", help="split of the dataset to train on (default train)")
     add("--val_split", help="split of the dataset to validate on (default: a share of the documents)")
     add("--no_streaming", action="store_true", help="download the dataset as a whole first, into datasets' cache")
     add("--limit", type=int, help="documents to take, at most, of each split that is read")
     add("--val_fraction", type=float, help="share of the documents held out (default 0.02)")
-    add("--shard_tokens", type=int, default=100_000_000, help="tokens of one shard")
+    add("--shard_tokens", type=int, help="tokens of one shard (default 100 million)")
     add("--workers", type=int, default=os.cpu_count(), help="threads that encode; any number gives the same result")
     add("--tokens", type=int, help="for random: how many (default 10 million)")
     add("--shards", type=int, help="for fineweb-gpt2-shards: how many (default 10, all: 103)")
@@ -98,12 +100,14 @@ def check(args):
     for option, places in OPTIONS.items():
         if given.get(option) and source not in places:
             raise UserError(f"--{option} has no meaning for {source}, only for {', '.join(places)}")
-    if args.val_split and args.val_fraction:
-        raise UserError("--val_split and --val_fraction exclude each other")
+    for one, other in (("val_split", "val_fraction"), ("no_quotes", "multiline"), ("tokenizer", "vocab_size")):
+        if one in given and other in given:
+            raise UserError(f"--{one} and --{other} exclude each other: leave one out")
     if source in sources.KNOWN and not args.val_fraction:
         args.val_split = args.val_split or sources.KNOWN[source][2]
     args.pattern = args.pattern or sources.PATTERNS.get(source, "*")
-    args.val_fraction = given.get("val_fraction", 0.02)
+    for option, default in (("val_fraction", 0.02), ("vocab_size", 4096), ("shard_tokens", 100_000_000)):
+        setattr(args, option, given.get(option, default))
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction={args.val_fraction} must lie between 0 and 1")
     if args.shard_tokens >= 2**31:
@@ -123,7 +127,7 @@ def documents(args, files, account):
     repo, name, _ = sources.KNOWN.get(args.source, (next(iter(args.files), None), None, None))
     opened = lambda split: sources.documents(
         args.source, files, args.split_on, repo, split, args.name or name, args.text_column, not args.no_streaming,
-        args.encoding, args.delimiter, args.chat, account, args.no_quotes)
+        args.encoding, args.delimiter, args.chat, account, args.no_quotes, args.multiline)
     found, total, unit = opened(args.split or "train")
     if not args.val_split:
         return by_hash(take(found), args.val_fraction, account, line_ends), total, unit
@@ -181,9 +185,10 @@ def by_hash(texts, fraction, account, line_ends):
 
 
 def cut(text, share):
-    """That share of a text and the rest, cut behind a line or a word."""
+    """That share of a text and the rest, cut behind a line or a word if one ends soon, and well before the end."""
     at = int(len(text) * share)
-    at = next((end + 1 for mark in "\n " if (end := text.find(mark, at, -1)) >= 0), at)
+    last = at + min(1000, (len(text) - at) // 2)
+    at = next((end + 1 for mark in "\n " if (end := text.find(mark, at, last)) >= 0), at)
     return text[:at], text[at:]
 
 
@@ -271,13 +276,28 @@ def fetch_shards(args, out):
             hf_hub_download(SHARDS_REPO, name, repo_type="dataset", local_dir=out)
         except ImportError as error:
             raise UserError("downloading shards needs a package:  pip install huggingface_hub") from error
-        except OSError as error:
-            raise UserError(f"cannot download {name} of the dataset {SHARDS_REPO} ({error}): fetch {names[0]} .. "
-                            f"{names[-2]} and {names[-1]} on another machine and put them into {out}/") from error
+        except (OSError, sources.network_errors()) as error:
+            raise UserError(f"cannot download {name} of the dataset {SHARDS_REPO} ({errors.said(error)}): fetch "
+                            f"{names[0]} .. {names[-2]} and {names[-1]} elsewhere and put them into {out}/") from error
     tokens = sum(open_split(out, split).tokens for split in ("train", "val"))
     print(f"{out} is complete with {tokens:,} tokens: {len(missing)} of {len(names)} shards downloaded; train with "
           "--tokenizer=gpt2")
     return out
+
+
+def is_ready(args, out, files, how):
+    """Whether a folder was made in that way; UserError if what it was made of is another by now."""
+    meta, spec = read_meta(out), args.tokenizer or ""
+    before = meta.get("prepared_by") or {}
+    if {key: value for key, value in before.items() if value is not None} != how:
+        return False
+    made = (out / "meta.json").stat().st_mtime_ns
+    newer = [file for file in files if args.source not in sources.INSTALLED and file.stat().st_mtime_ns > made]
+    if any(map(os.path.exists, (spec, spec.rpartition("?")[0]))):  # what a name means never changes
+        newer += [spec] * (tokenizer.fingerprint(tokenizer.load(spec)) != meta.get("tokenizer_fingerprint"))
+    if newer:
+        raise UserError(f"{out} was made of another {newer[0]} than there is now: add --overwrite to make it anew")
+    return True
 
 
 def main(argv=None):
@@ -293,19 +313,14 @@ def main(argv=None):
     how = {key: value for key, value in vars(args).items()
            if key not in ("out", "overwrite", "workers", "no_streaming") and value is not None}
     how |= {"found": len(files), "bytes": sum(file.stat().st_size for file in files)}
-    prepared = (out / "meta.json").is_file()
-    if out.exists() and not args.overwrite:
-        before = prepared and read_meta(out).get("prepared_by") or {}
-        if args.source != "stdin" and {key: value for key, value in before.items() if value is not None} == how:
-            made = (out / "meta.json").stat().st_mtime_ns
-            if newer := [file for file in files if not installed and file.stat().st_mtime_ns > made]:
-                raise UserError(f"{out} is older than {newer[0]}: add --overwrite to make it anew of what that is now")
-            print(f"{out} is ready (made earlier in the same way)")
-            return out
+    known = (out / "meta.json").is_file() and args.source != "stdin"
+    if known and not args.overwrite and is_ready(args, out, files, how):
+        print(f"{out} is ready (made earlier in the same way)")
+        return out
+    require_ours(out)
+    if out.exists() and any(out.iterdir()) and not args.overwrite:
         raise UserError(f"{out} exists and was made in another way: choose another --out, or --overwrite it")
-    if out.exists() and any(out.iterdir()) and not prepared:
-        raise UserError(f"{out} holds something else than prepared data: delete it yourself or choose another --out")
-    if any(out.absolute() in file.absolute().parents for file in files):
+    if any(Path(os.path.realpath(out)) in Path(os.path.realpath(file)).parents for file in files):
         raise UserError(f"{out} lies among the files to be read: choose another --out")
     for file in files if args.source == "text" else ():
         if file.suffix in (".jsonl", ".csv", ".tsv"):

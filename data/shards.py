@@ -8,6 +8,7 @@ Next: loader.py.
 """
 
 import filecmp
+import glob
 import json
 import os
 import re
@@ -27,6 +28,7 @@ SPLITS = ("train", "val")
 # What a word of a file's name says of it, where no meta.json does; a test shard is for neither split.
 WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
          "eval": "val", "evaluation": "val", "test": "test", "testing": "test"}
+OURS = re.compile(r"meta\.json|(train|val)_\d{6,}\.bin|tokenizer(/(encoding\.json|ranks\.tiktoken|tokenizer\.model))?")
 
 
 class Writer:
@@ -35,16 +37,23 @@ class Writer:
     error."""
 
     def __init__(self, folder, vocab_size, shard_tokens=100_000_000):
-        self.folder, self.vocab_size, self.shard_tokens = Path(folder), vocab_size, shard_tokens
-        self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
+        self.folder = Path(os.path.realpath(folder))  # what a link stands for, that it may go on doing so
+        self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
+        self.hidden = f".{self.folder.name}.{os.uname().nodename}."  # another host's processes are not known here
+        self.temporary = self.folder.with_name(f"{self.hidden}{os.getpid()}.partial")
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self.splits = {split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in SPLITS}
         self.pending = {split: [] for split in SPLITS}  # documents not yet written
         self.pending_tokens = dict.fromkeys(SPLITS, 0)
 
     def __enter__(self):
-        for left in self.folder.parent.glob(f".{self.folder.name}.*.partial"):
-            if (pid := left.name.split(".")[-2]).isdecimal() and not _is_running(int(pid)):
+        for left in self.folder.parent.glob(f"{glob.escape(self.hidden)}*"):
+            named = re.fullmatch(r"(\d+)\.(partial|old)", left.name.removeprefix(self.hidden))
+            if not named or int(named[1]) != os.getpid() and _is_running(int(named[1])):
+                continue  # of another; our own number had a process of this container's life before
+            if named[2] == "old" and not self.folder.exists():  # killed between the two renames of `finish`
+                os.rename(left, self.folder)
+            else:
                 shutil.rmtree(left, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         return self
@@ -99,10 +108,27 @@ class Writer:
         save_tokenizer(self.temporary / "tokenizer")
         meta = {**about, "vocab_size": self.vocab_size, "splits": self.splits}
         (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        old = self.temporary.with_suffix(".old")
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            os.rename(self.folder, old)  # deleted last: whenever this is killed, one of the two is whole
         os.rename(self.temporary, self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def require_ours(folder):
+    """Refuse to replace what is no folder, cannot be renamed, or holds anything that Writer does not write."""
+    folder = Path(os.path.realpath(folder))
+    if os.path.lexists(folder) and not folder.is_dir() or os.path.ismount(folder) or Path.cwd().is_relative_to(folder):
+        raise UserError(f"{folder} is a file, a mount point or where you are, which cannot be replaced: choose another "
+                        "--out")
+    names = [path.relative_to(folder).as_posix() for place in (folder, folder / "tokenizer") if place.is_dir()
+             for path in place.iterdir()]
+    odd, meta = sorted(name for name in names if not OURS.fullmatch(name)), folder / "meta.json"
+    if names and not (meta.is_file() and b'"splits"' in meta.read_bytes()):
+        odd.append("its meta.json is missing or of another kind")
+    if odd:
+        raise UserError(f"{folder} holds something else than prepared data ({odd[0]}): delete it yourself or choose "
+                        "another --out")
 
 
 @dataclass
@@ -152,9 +178,12 @@ def write_json(value, name):
     if name == "-":
         print(json.dumps(value))
         return
-    temporary = Path(name).with_name(f".{Path(name).name}")
+    place = Path(os.path.realpath(name))
+    device = os.path.exists(name) and not place.is_file()  # or a pipe, which a file must not replace
+    temporary = Path(name) if device else place.with_name(f".{place.name}")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, name)
+    if not device:
+        os.replace(temporary, place)
     print(f"wrote {name}")
 
 

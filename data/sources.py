@@ -18,8 +18,8 @@ import sysconfig
 from pathlib import Path
 
 from data import columns
-from data.files import Account, each_file, git_lfs, open_text, split_text, suffix_of, unescape
-from errors import UserError
+from data.files import SHARE, Account, each_file, git_lfs, open_text, split_text, suffix_of, unescape
+from errors import UserError, said
 
 # repository, configuration, validation split (None: a share of the documents)
 KNOWN = {"tinystories": ("roneneldan/TinyStories", None, "validation"),
@@ -59,6 +59,12 @@ def open_hf(repo, split="train", name=None, text_column=None, streaming=True, ch
     return dataset, columns.choose(names, sample, text_column, repo, chat)
 
 
+def network_errors():
+    """Of huggingface_hub's client, whichever its version has, and no OSErrors: for `except`, once it was imported."""
+    from huggingface_hub.errors import HTTPError
+    return HTTPError
+
+
 def _load(where, *args, **options):
     """datasets.load_dataset with its errors explained: (dataset, its columns but for pictures and sounds)."""
     try:
@@ -70,9 +76,9 @@ def _load(where, *args, **options):
         dataset = datasets.load_dataset(*args, **options)
         features = dataset.features or dict.fromkeys(next(iter(dataset), ()))
         return dataset, [key for key, kind in features.items() if not hasattr(kind, "decode_example")]
-    except OSError as error:
+    except (OSError, network_errors()) as error:
         advice = "" if Path(where).exists() else "; without a network, download it and give the folder or file"
-        raise UserError(f"cannot load the dataset {where}: {error}{advice}") from error
+        raise UserError(f"cannot load the dataset {where}: {str(error) or said(error)}{advice}") from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         advice = "; the Hub has a copy of most such:  hf REPO@refs/convert/parquet" if "script" in str(error) else ""
         raise UserError(f"cannot read {where}: {error}{advice}") from error
@@ -96,8 +102,8 @@ def _numbered(dataset, column, where, row):
             for value in batch[column]:
                 row += 1
                 yield row, {column: value}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}, after row {row}: {error}") from error
+    except (OSError, ValueError, network_errors()) as error:
+        raise UserError(f"{where}, after row {row}: {str(error) or said(error)}") from error
 
 
 def installed_files(source, account):
@@ -189,9 +195,10 @@ def jsonl_rows(file, path):
             yield place, row
 
 
-def csv_rows(file, path, delimiter, account, no_quotes=False):
+def csv_rows(file, path, delimiter, account, no_quotes=False, multiline=False):
     """Yield (line, {column: cell}) of a table whose first line, but for Excel's sep=; line, names the columns; (line,
-    problem) where a row has more or fewer cells than that, or quotes seem to hold more than one."""
+    problem) where a row has more or fewer cells than that. An open quote swallows whole rows: more than SHARE of lines
+    that seem to be such are an error, unless multiline says that they are none."""
     csv.field_size_limit(2**31 - 1)
     quoting = csv.QUOTE_NONE if no_quotes else csv.QUOTE_MINIMAL
     start = list(itertools.islice(file, 1000))
@@ -202,17 +209,23 @@ def csv_rows(file, path, delimiter, account, no_quotes=False):
     rows = csv.reader((lines.append(line) or line for line in itertools.chain(start, file)), strict=True,
                       delimiter=delimiter, quoting=quoting)
     letters = lambda cells: [any(map(str.isalpha, cell)) for cell in cells]
-    place, names = lambda: rows.line_num - len(lines) + 1, None
+    place, names, odd, first = lambda: rows.line_num - len(lines) + 1, None, 0, None
     try:
         if told:
             next(rows)
-        for row in rows:
+        for row in itertools.chain(rows, [None]):  # the end
+            if odd > SHARE * rows.line_num and (row is None or rows.line_num >= 10 * columns.SAMPLE):
+                raise UserError(f"{path}, line {first}: in quotes there are lines that look like rows, {odd:,} of the "
+                                f"{rows.line_num:,} read: close the quotes, take them as plain characters by "
+                                "--no_quotes, or say by --multiline that they are right")
             if row and names is None:
                 names = [name if row.count(name) == 1 else f"{name} (column {i})" for i, name in enumerate(row, 1)]
             elif row:
-                for line in lines[1:]:  # of a cell with line ends, or of one whose quote is not closed
-                    if len(names) > 1 and letters(line.split(delimiter)) == letters(row):
-                        yield place(), "what looks like another row, inside quotes"
+                more = lines[1:] if len(names) > 1 and not multiline else []  # those of cells with line ends
+                if more and all(letters(line.split(delimiter)) == letters(row) for line in more):
+                    odd, first = odd + len(more), first or place()
+                    account.add("quotes", "lines in them that look like rows, kept as text", f"{path}, line {place()}",
+                                len(more))
                 yield rows.line_num, dict(zip(names, row)) if len(row) == len(names) else (
                     f"{len(row)} cells, the header names {len(names)}")
             lines.clear()
@@ -256,7 +269,7 @@ def parquet_rows(path, account, text_column, chat):
 
 
 def documents(source, files=(), split_on=None, repo=None, split="train", name=None, text_column=None, streaming=True,
-              encoding=None, delimiter=None, chat=False, account=None, no_quotes=False):
+              encoding=None, delimiter=None, chat=False, account=None, no_quotes=False, multiline=False):
     """(iterator, total, unit) of a source: the iterator yields (position, text), and position counts up to total, in
     bytes of the files or rows of a dataset; total is None where it is not known. What is left out goes into account.
     Undecodable bytes of files stand in the texts as lone surrogates, line ends of text files as they are."""
@@ -275,7 +288,7 @@ def documents(source, files=(), split_on=None, repo=None, split="train", name=No
     if source in ("text", *INSTALLED, "jsonl", "csv"):
         def table(file, path):
             rows = (jsonl_rows(file, path) if source == "jsonl" else
-                    csv_rows(file, path, delimiter, account, no_quotes))
+                    csv_rows(file, path, delimiter, account, no_quotes, multiline))
             return (text for _, text in columns.texts(rows, text_column, path, account, chat))
         tables = source in ("jsonl", "csv")
         found = each_file(files, table if tables else whole, account, encoding, strict=tables)

@@ -6,6 +6,7 @@ the whole differs from the context alone, less white space at its end; where tha
 ending's. Items of a single ending are LAMBADA's, whose ending is to be foretold, not chosen. Next: ../evaluate.py.
 """
 
+import codecs
 import gzip
 import importlib.metadata
 import json
@@ -89,7 +90,8 @@ def checked(where, context, endings, label):
 def read_jsonl(path, limit):
     """The first `limit` Items of a file."""
     items, wanted = [], ("ctx", "endings", "label")
-    lines = enumerate(existing(path, "a task is a file with an item a line").read_bytes().split(b"\n"), 1)
+    lines = enumerate(existing(path, "a task is a file with an item a line").read_bytes().removeprefix(
+        codecs.BOM_UTF8).split(b"\n"), 1)
     for number, line in islice(((number, line) for number, line in lines if line.strip()), limit):
         where = f"{path}, line {number}"
         try:

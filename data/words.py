@@ -49,9 +49,6 @@ class Words:
     def encode_ordinary(self, text):
         return [self.ids.get(word, 0) for word in self._find(text)]
 
-    def encode_ordinary_batch(self, texts, num_threads=1):
-        return [self.encode_ordinary(text) for text in texts]
-
     def decode_single_token_bytes(self, token):
         """With the space before it."""
         if not 0 <= token < self.n_vocab:
@@ -89,9 +86,6 @@ class SentencePiece:
         self._special_tokens = {self.processor.id_to_piece(i): i for i in range(self.n_vocab)
                                 if self.processor.is_control(i) or self.processor.is_unknown(i)}
         self.encode_ordinary = self.processor.encode
-
-    def encode_ordinary_batch(self, texts, num_threads=1):
-        return self.processor.encode(list(texts), num_threads=num_threads)
 
     def decode_single_token_bytes(self, token):
         """With the space before it; a control token is nothing, as in `decode`."""

@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from data import columns, prepare, sources
+from data import columns, prepare, sources, tokenizer
+from data.shards import read_meta
 from errors import UserError
 from tests.test_prepare import everything, needs_datasets, run, stored
 from tests.test_sources import PROSE, account, lines, refuse
@@ -86,11 +87,11 @@ def test_no_table_is_guessed_wrongly(tmp_path, kind):
 
 
 @pytest.mark.parametrize("values, look", [
-    ([f"2024-01-{i:02d}T10:00:00Z" for i in range(1, 20)], "dates"), (["1", "2.5e7", "1,000 ", "$3"], "numbers"),
-    ([f"https://a.org/{i}" for i in range(9)], "addresses"), (["me@a.org"], "addresses"),
-    (["d41d8cd98f00b204e9800998ecf8427e"], "hashes"), (["123e4567-e89b-12d3-a456-426614174000"], "hashes"),
-    (["a/b.txt", "c/d.txt"], "ids"), (["positive", "negative"] * 20, "labels"),
-    *(([value] * 15, "short words or dates") for value in (
+    (["positive", "negative"] * 20, "labels"),
+    *((values if isinstance(values, list) else [values] * 15, "ids, numbers, dates or short words") for values in (
+        [f"2024-01-{i:02d}T10:00:00Z" for i in range(1, 20)], ["1", "2.5e7", "1,000 ", "$3"], ["a/b.txt", "c/d.txt"],
+        [f"https://a.org/{i}" for i in range(9)], ["me@a.org"], [f"https://a.org/{'0_a-' * 90}{i}" for i in range(9)],
+        ["d41d8cd98f00b204e9800998ecf8427e" * 8], ["123e4567-e89b-12d3-a456-426614174000"],
         "Mon, 05 Jan 2024 10:04:00 GMT", "January 4, 2024", "4 Jan 2024", "Monday, 4 March 2024 at 10:04 am", "SKU",
         "positive", "2 hours ago", "Jane Doe", "lundi 5 février 2024", "正面", "положительный")),
     (["The rest of May."], None), (["Das ist ein Satz.", "x"], None), (["ภาษาไทยเขียนติดกัน"], None),
@@ -222,8 +223,25 @@ def test_cells_of_several_lines_are_no_rows(tmp_path):
     assert everything(run(tmp_path / "d", "csv", tmp_path / "a.csv")) == sorted(texts)
     with open(tmp_path / "a.csv", "a", encoding="utf-8") as file:  # one that looks odd among many is counted
         file.write('30,"words\n31,more"\n' + "".join(f"{i},words {i}\n" for i in range(32, 300)))
-    run(tmp_path / "d", "csv", tmp_path / "a.csv", "--overwrite")
-    assert account(tmp_path / "d")["rows"] == {"read": 299, "without a text, left out": 1}
+    found = run(tmp_path / "d", "csv", tmp_path / "a.csv", "--overwrite")
+    assert "words\n31,more" in everything(found) and account(tmp_path / "d")["rows"] == {"read": 299}
+    assert account(tmp_path / "d")["quotes"] == {"lines in them that look like rows, kept as text": 1}
+
+
+def test_bodies_of_several_lines_behind_a_title_are_taken_or_accepted_on_request(tmp_path):
+    """A line of prose with one comma is like a row of two texts; a swallowed row is among nothing but such."""
+    def table(*lines):
+        texts = ["\n".join((f"Body {i}", *lines)) for i in range(300)]
+        with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["title", "text"], *((f"title {i}", text) for i, text in enumerate(texts))])
+        return sorted(texts)
+    texts, words = table("of lines, with a comma", "and one", "more, and more", "", "end"), ["csv", tmp_path / "a.csv"]
+    assert everything(run(tmp_path / "d", *words)) == texts and "quotes" not in account(tmp_path / "d")
+    texts = table("and one, and more", "and, at the end")
+    refuse("a.csv, line 2: in quotes .* like rows, 600 of the 901 read: .*--no_quotes.*--multiline", tmp_path / "e",
+           *words, "--delimiter=,")
+    assert everything(run(tmp_path / "e", *words, "--multiline")) == texts and "quotes" not in account(tmp_path / "e")
+    refuse("exclude each other", tmp_path / "f", *words, "--multiline", "--no_quotes")
 
 
 def test_the_first_line_of_excel(tmp_path):
@@ -260,6 +278,19 @@ def test_files_that_changed_since_are_not_ready(tmp_path, capsys):
     assert "is ready" in capsys.readouterr().out
     lines(path, [{"text": text.upper()} for text in PROSE])
     os.utime(path, ns=((tmp_path / "d/meta.json").stat().st_mtime_ns + 10**9,) * 2)
-    with pytest.raises(UserError, match="d is older than .*a.jsonl: add --overwrite"):
+    with pytest.raises(UserError, match="d was made of another .*a.jsonl than there is now: add --over"):
         run(tmp_path / "d", "jsonl", path)
     assert "COMMA" in everything(run(tmp_path / "d", "jsonl", path, "--overwrite"))[0]
+
+
+def test_a_tokenizer_that_changed_since_is_not_ready(tmp_path, capsys):
+    path, folder = lines(tmp_path / "a.jsonl", [{"text": text} for text in PROSE]), tmp_path / "tokenizer"
+    words = ["jsonl", str(path), f"--out={tmp_path / 'd'}", f"--tokenizer={folder}?end_of_text=<|endoftext|>"]
+    for size in (260, 260, 270):
+        tokenizer.save(tokenizer.train_bpe(PROSE, size), folder)
+        if size == 270:
+            with pytest.raises(UserError, match="d was made of another .*tokenizer.* than there is now: add --over"):
+                prepare.main(words)
+            words.append("--overwrite")
+        prepare.main(words)
+    assert capsys.readouterr().out.count("is ready") == 1 and read_meta(tmp_path / "d")["vocab_size"] == 270

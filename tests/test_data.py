@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import shutil
 import zlib
 
@@ -325,17 +326,34 @@ def test_overwrite_spares_what_is_no_prepared_data(tmp_path, texts):
     with pytest.raises(UserError, match="something else"):
         prepare.main(["text", str(texts), f"--out={texts}", "--tokenizer=bytes", "--overwrite"])
     assert (texts / "3.txt").exists()
+    (tmp_path / "d").mkdir()  # an empty folder is no obstacle
     words = ["text", str(texts), f"--out={tmp_path / 'd'}", "--val_fraction=0.2"]
     prepare.main([*words, "--tokenizer=bytes"])
+    for name in ("notes.txt", "tokenizer/mine", "train_1.bin", "a/b"):
+        (path := tmp_path / "d" / name).parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(UserError, match=rf"something else .*\({name.partition('/b')[0]}\): delete it yourself"):
+                prepare.main([*words, "--vocab_size=300", *more])
+        path.unlink()
+    (tmp_path / "d/a").rmdir()
+    meta = (tmp_path / "d/meta.json").read_text()
+    for other in ("{}", None):
+        (tmp_path / "d/meta.json").write_text(other) if other else (tmp_path / "d/meta.json").unlink()
+        with pytest.raises(UserError, match="something else .*its meta.json is missing or of another kind.: delete it"):
+            prepare.main([*words, "--vocab_size=300", "--overwrite"])
+    (tmp_path / "d/meta.json").write_text(meta)
     prepare.main([*words, "--vocab_size=300", "--overwrite"])
     assert json.loads((tmp_path / "d/meta.json").read_text())["vocab_size"] == 300
 
 
 def test_debris_of_a_killed_preparation_is_swept(tmp_path):
-    dead = tmp_path / ".d.999999.partial"
-    dead.mkdir()
+    """Of this host: the number of a process says nothing of another's."""
+    here = f".d.{os.uname().nodename}"
+    for name in (f"{here}.999999", f"{here}.{os.getpid()}", f"{here}.1", ".d.not-here.9"):
+        (tmp_path / f"{name}.partial").mkdir()
     write(tmp_path / "d", 1000, [("train", [1, 2, 3]), ("val", [1, 2])])
-    assert not dead.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"d", f"{here}.1.partial", ".d.not-here.9.partial"}
 
 
 def test_a_killed_preparation_leaves_nothing_that_looks_done(tmp_path, texts, monkeypatch):

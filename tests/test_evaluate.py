@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import shutil
 import types
 
 import pytest
@@ -15,7 +16,7 @@ import export
 import generate
 from data import prepare, tasks, tokenizer
 from errors import UserError
-from run import metrics, services
+from run import checkpoint, metrics, services
 from tests.helpers import make_config, make_data, records, run_train, tiny_model
 
 WORDS = "the a cat dog sat ran on mat hill é 世界 naïve fish water blue 42 old big . ,".split()
@@ -253,6 +254,35 @@ def test_a_bad_line_is_named(place, tmp_path, line, message):
         tasks.open_tasks([str(tmp_path / "bad.jsonl")], None, encoder, CONTEXT)
     (task,) = tasks.open_tasks([str(tmp_path / "bad.jsonl")], 1, encoder, CONTEXT)  # what is not read is not refused
     assert task.items[0][1:] == tuple(GOOD.values())
+
+
+def test_a_byte_order_mark_is_no_text(place, tmp_path):
+    figures = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        for name, text in (("t.txt", b"the cat sat"), ("t.jsonl", json.dumps(GOOD).encode())):
+            (tmp_path / name).write_bytes(mark + text)
+        report = evaluate.main([str(place / "run"), f"--text={tmp_path / 't.txt'}", f"--tasks={tmp_path / 't.jsonl'}"])
+        figures.append([report["text"], report["tasks"]])
+    assert figures[0] == figures[1]
+
+
+def test_the_step_told_is_the_one_that_was_read(place, tmp_path, monkeypatch):
+    def load_and_save(*words, load=generate.load):
+        model, encoder = load(*words)
+        checkpoint.save(run / "checkpoints", 99, checkpoint.named_tensors(model), {"config": {}}, keep=9)
+        return model, encoder
+
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    monkeypatch.setattr(generate, "load", load_and_save)
+    report = evaluate.main([str(run), "--limit=2"])
+    assert report["step"] == 30 and report["data"]["loss"] and checkpoint.find(run).name == "step_00000099"
+
+
+def test_a_stream_needs_the_tokenizer_of_the_model(place, tmp_path):
+    shutil.copytree(place / "hf", tmp_path / "hf", ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat sat"}\n' * 9, "utf-8")
+    with pytest.raises(UserError, match="hf has no tokenizer that can be read: put the tokenizer folder"):
+        evaluate.main([str(tmp_path / "hf"), f"--data=hf:{tmp_path / 'a.jsonl'}"])
 
 
 def test_bad_words_and_files_are_refused(place, tmp_path):

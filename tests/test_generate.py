@@ -1,5 +1,6 @@
 """Sampling, the latent cache, sliding, and the command line of generate.py."""
 
+import io
 import json
 
 import pytest
@@ -204,6 +205,14 @@ def test_a_batch_ends_each_text_at_its_own_end(run):
     for (ids, text, _), before in zip(stopped, free):
         assert ids == before[:before.index(end) if end in before else None]
         assert text == bytes(ids).decode("utf-8", "replace")
+
+
+def test_prompts_end_where_lines_do_and_nowhere_else(tmp_path, monkeypatch):
+    prompts = ["first", "a\u2028b\x0cc\x85d\re", "\ufeff last "]
+    (path := tmp_path / "prompts").write_bytes(("\ufeff" + "\r\n".join([*prompts, " "]) + "\n").encode())
+    assert generate.read_prompts(path) == prompts
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes()), "latin-1"))
+    assert generate.read_prompts("-") == prompts
 
 
 def test_prompt_files_that_are_none(run, tmp_path):

@@ -383,6 +383,10 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, moment):
         (["stdlib", "--split-on=a"], "--split_on has no meaning for stdlib"),
         (["hf", "x", "--val-split=test", "--val-fraction=0.1"], "exclude each other"),
         (["random", "--tokens=3"], "at least 100"),
+        (["text", "x", "--tokenizer=bytes", "--vocab_size=300"], "--tokenizer and --vocab_size exclude each other"),
+        *((["random", word], "no meaning for random") for word in ("--limit=5", "--tokenizer=gpt2")),
+        *((["fineweb-gpt2-shards", f"--{word}"], f"--{word[:5]}.* has no meaning for fineweb-gpt2-shards") for word in (
+            "limit=5", "val_fraction=0.1", "tokenizer=gpt2", "shard_tokens=9", "vocab_size=300", "overwrite")),
         (["text", "x", "--workers=0"], "--workers=0 must be at least 1"),
         (["text", "x", "--val_fraction=0"], "between 0 and 1"),
 ])

@@ -4,8 +4,10 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import re
 import shlex
+import shutil
 
 import datasets
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import train
 from data import advice, prepare, tokenizer
 from data.loader import ValidationSet
-from data.shards import Writer, open_split, read_meta
+from data.shards import Writer, open_split, read_meta, write_json
 from data.words import CLOSING
 from errors import UserError
 from kernels.cross_entropy import IGNORE
@@ -27,6 +29,55 @@ def foreign(path, tokens, dtype=np.uint16):
     header = np.zeros(256, np.int32)
     header[:3] = *((20240520, 1) if dtype == np.uint16 else (20240801, 7)), len(tokens)
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype).tobytes())
+
+
+# ---------------------------------------------------------------------- putting a folder in place
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_whenever_an_overwriting_preparation_is_killed_one_of_the_two_is_whole(tmp_path, monkeypatch, call):
+    """Before each of the two renames, and before the old folder is deleted."""
+    def counted(do):
+        return lambda *words, **options: 1 / 0 if next(calls) == call else do(*words, **options)
+
+    prepare.main(["random", "--tokens=200", "--vocab_size=1000", f"--out={tmp_path / 'd'}"])
+    calls, writer = iter(range(3)), Writer(tmp_path / "d", 2000).__enter__()
+    for split in ("train", "val"):
+        writer.write(split, [1, 2], 1)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(os, "rename", counted(os.rename))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        writer.finish(lambda path: None)
+    with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "d", 3000):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["d"] and open_split(tmp_path / "d", "val").tokens
+    assert read_meta(tmp_path / "d")["vocab_size"] == (2000 if call == 2 else 1000)
+
+
+def test_a_folder_named_by_a_link_is_made_where_the_link_points(tmp_path, monkeypatch):
+    (link := tmp_path / "link").symlink_to("there")
+    words = ["random", "--tokens=200", f"--out={link}"]
+    for more in ([], ["--overwrite"], ["--overwrite", "--vocab_size=300"]):
+        prepare.main([*words, *more])
+        assert link.is_symlink() and open_split(tmp_path / "there", "train").tokens == 196
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path / "there")
+    for out in ("../file", "../loop", ".", "..", "/proc"):
+        with pytest.raises(UserError, match="which cannot be replaced: choose another --out"):
+            prepare.main([*words[:2], f"--out={out}", "--overwrite"])
+
+
+def test_json_goes_through_links_and_into_pipes(tmp_path):
+    """What is no file, as /dev/null, is not replaced by one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("file")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("pipe", "link", "link"):
+        write_json({"a": 1}, str(tmp_path / name))
+    assert json.loads(os.read(reader, 99)) == json.loads((tmp_path / "file").read_text()) == {"a": 1}
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 3
 
 
 # ---------------------------------------------------------------------- no meta.json

@@ -17,7 +17,7 @@ from data import files, prepare, sources
 from data.files import Account, list_files
 from data.shards import read_meta
 from errors import UserError
-from tests.test_prepare import everything, run, stored
+from tests.test_prepare import everything, needs_datasets, run, stored
 
 PROSE = [f"Sentence {i}, with a comma, and a tail." for i in range(30)]
 LONG = "Much more of it, all plain. " * 12
@@ -286,6 +286,43 @@ def test_few_documents_give_validation_something(tmp_path, count):
         assert found == {"train": texts[:-1], "val": texts[-1:]}
     assert account(out)["documents"] == {
         "kept": count, "at the end taken for val, since none went there by its hash": 1}
+
+
+def test_a_text_is_cut_behind_a_line_or_word_near_the_place():
+    for text, share, rest in (
+            ("x" * 900 + "\n" + "y" * 99, 0.9, "y" * 99), ("x" * 998 + "\ny", 0.9, "x" * 98 + "\ny"),
+            ("x" * 9000 + " y" * 999 + "\n" + "z" * 9000, 0.45, "y" + " y" * 998 + "\n" + "z" * 9000),
+            ("x" * 5001 + "\n" + "y" * 4998, 0.4, "x" * 1001 + "\n" + "y" * 4998)):
+        assert prepare.cut(text, share)[1] == rest
+        assert "".join(prepare.cut(text, share)) == text
+
+
+@needs_datasets
+def test_network_errors_that_are_no_oserrors_are_told(tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    def fail(*words, **options):
+        raise error
+        yield
+
+    class Rows:
+        select_columns = skip = lambda self, _: self
+        iter = fail
+
+    class Lost(HTTPError):
+        """As httpx's ConnectError and ReadTimeout."""
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **options: next(fail()))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", datasets.load_dataset)
+    for error in (Lost("connection lost"), Lost("")):
+        said = f".*{error or 'Lost'}"
+        refuse(f"cannot load the dataset a/b: {said}; without a network.*give the folder", tmp_path / "d", "hf", "a/b")
+        with pytest.raises(UserError, match=f"a/b, after row 0: {said}"):
+            list(sources.rows(Rows(), "text", "a/b"))
+        with pytest.raises(UserError, match=rf"cannot download .* \({said}.* put them into"):
+            prepare.main(["fineweb-gpt2-shards", "--shards=1", f"--out={tmp_path / 'e'}"])
 
 
 @pytest.mark.parametrize("texts, fraction, train, val", [

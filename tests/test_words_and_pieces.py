@@ -93,7 +93,6 @@ def test_sentencepiece_equals_its_library(piece_model):
         assert ids == theirs.encode_as_ids(text) and ours.decode(ids) == theirs.decode_ids(ids)
         pieces = b"".join(map(ours.decode_single_token_bytes, ids))
         assert pieces.removeprefix(b" ").decode() == ours.decode(ids)
-    assert ours.encode_ordinary_batch(["a b", "c"]) == [theirs.encode_as_ids("a b"), theirs.encode_as_ids("c")]
     assert ours.decode_single_token_bytes(2) == b"" and tokenizer.describe(ours)["special_tokens"]["</s>"] == 2
 
 
@@ -146,7 +145,7 @@ def test_saved_and_loaded_the_same(tmp_path, kind, request):
     again = tokenizer.load(tmp_path / "t")
     assert tokenizer.fingerprint(again) == tokenizer.fingerprint(made) != tokenizer.fingerprint(tokenizer.load("bytes"))
     assert tokenizer.describe(again) == tokenizer.describe(made)
-    assert made.encode_ordinary_batch(CORPUS[:2]) == [again.encode_ordinary(text) for text in CORPUS[:2]]
+    assert all(made.encode_ordinary(text) == again.encode_ordinary(text) for text in CORPUS[:2])
     if kind == "sentencepiece":  # what counts is the model, not its name
         (tmp_path / "other.model").write_bytes(made.model)
         other = tokenizer.load(str(tmp_path / "other.model"))
