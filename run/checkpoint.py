@@ -240,8 +240,8 @@ class Manifest(dict):
     """manifest.json: what it has is of the kind that a run saves, and asking for what it lacks is a UserError."""
 
     KINDS = {"files": dict, "config": dict, "stream": dict, "read": dict, "places": dict, "loss_scale": list,
-             "losses": list, "sequences": int, "tokens": int, "optimizer_steps": int, "ema_updates": int,
-             "best_loss": float}
+             "losses": list, "sequences": int, "stream_start": int, "tokens": int, "optimizer_steps": int,
+             "ema_updates": int, "best_loss": float}
 
     def __init__(self, path):
         super().__init__(read_json(path))

@@ -100,14 +100,21 @@ def compare(config, encoder, stream, manifest, source):
     if refused:
         raise UserError(f"{source} holds another model or optimizer: {'; '.join(refused)}. Continue with the settings "
                         "that it was trained with, or start anew without --resume")
-    before, identity = {"packing": "concat", **manifest.get("stream", {})}, stream.identity()
-    other = [f"{name}: {before[name]} there, {identity[name]} here"
-             for name in identity if name in before and not _same(before[name], identity[name])]
+    other = other_stream(stream, manifest)
     if other and not config.new_data:
         raise UserError(f"{source} was trained on another stream of data: {'; '.join(other)}. Continue on the data and "
-                        "settings it had; or accept with --new_data that text is repeated or left out")
+                        "settings it had; or accept with --new_data that this one begins at its beginning, with text "
+                        "that the model may know")
     unknown = [f"{name}: {stored[name]} there, unknown to this version" for name in stored if name not in now]
-    return other + [line for name, line in differing.items() if name not in model | PLAIN | identity.keys()] + unknown
+    told = differing.keys() - model - PLAIN - stream.identity().keys()
+    return other + [line for name, line in differing.items() if name in told] + unknown
+
+
+def other_stream(stream, manifest):
+    """What makes a stream of data another one than that of a checkpoint, a line each."""
+    before, identity = {"packing": "concat", **manifest.get("stream", {})}, stream.identity()
+    return [f"{name}: {before[name]} there, {identity[name]} here"
+            for name in identity if name in before and not _same(before[name], identity[name])]
 
 
 def _resolved(settings):
