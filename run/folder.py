@@ -347,8 +347,9 @@ def best_loss(run, otherwise):
 
 
 def provenance(run, config, config_file, argv):
-    """Write config.json: settings, versions, commit, the first command and all with their times and the working folder.
-    Returns the run's id, which a resumed run keeps."""
+    """Write config.json: settings, versions, commit, the first command and all with their times and the working folder,
+    beside what else it held, such as where a model was imported from. Returns the run's id, which a resumed run keeps.
+    """
     run.mkdir(parents=True, exist_ok=True)
     path = run / "config.json"
     earlier = read_json(path) if path.exists() else {}
@@ -357,11 +358,11 @@ def provenance(run, config, config_file, argv):
         if shutil.which("git") else ""
     commands = earlier.get("commands", [{"words": earlier["command"], "time": None}] if "command" in earlier else [])
     now = {"words": argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    about = {"run_id": earlier.get("run_id", secrets.token_hex(4)),
-             "config_file": config_file or earlier.get("config_file"), "command": earlier.get("command", argv),
-             "commands": [*commands, now], "directory": os.getcwd(), "commit": commit or None,
-             "torch": torch.__version__, "python": platform.python_version(),
-             "settings": dataclasses.asdict(config)}
+    about = earlier | {
+        "run_id": earlier.get("run_id", secrets.token_hex(4)), "config_file": config_file or earlier.get("config_file"),
+        "command": earlier.get("command", argv), "commands": [*commands, now], "directory": os.getcwd(),
+        "commit": commit or None, "torch": torch.__version__, "python": platform.python_version(),
+        "settings": dataclasses.asdict(config)}
     if parallel.starts():  # those that are left are for this start alone
         about["settings"]["max_rollbacks"] = earlier.get("settings", {}).get("max_rollbacks", config.max_rollbacks)
     metrics.replace_text(path, json.dumps(about, indent=1) + "\n")
