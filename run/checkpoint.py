@@ -275,11 +275,11 @@ def load(step_folder, tensors):
     if differing := sorted(names ^ wanted):
         raise UserError(f"checkpoint {step_folder} is of another model or optimizer: {len(differing)} names differ, "
                         f"such as {differing[0]}")
-    for name, tensor in tensors.items():
-        shape, dtype = tuple(stored[name].size), stored[name].properties.dtype
-        if shape != tuple(tensor.shape) or dtype != tensor.dtype:
-            raise UserError(f"checkpoint {step_folder}: {name} is {shape} {dtype}, "
-                            f"this run has {tuple(tensor.shape)} {tensor.dtype}")
+    there = {name: (tuple(stored[name].size), stored[name].properties.dtype) for name in tensors}
+    misfit = next((f"{name} is {there[name][0]} {there[name][1]}, this run has {tuple(tensor.shape)} {tensor.dtype}"
+                   for name, tensor in tensors.items() if there[name] != (tuple(tensor.shape), tensor.dtype)), "")
+    if misfit := next(filter(None, parallel.from_all(misfit)), ""):
+        raise UserError(f"checkpoint {step_folder}: {misfit}")
     try:
         with progress(f"loading {Path(step_folder).name}", size(tensors)) as bar:
             dcp.load(tensors, storage_reader=reader, planner=_Planner(bar), no_dist=parallel.ranks() == 1)

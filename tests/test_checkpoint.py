@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from errors import UserError
+from ranks import parallel
 from run import checkpoint
 
 
@@ -138,6 +139,13 @@ def test_what_does_not_fit_is_refused(run, change, message):
     change(target)
     with pytest.raises(UserError, match=message):
         checkpoint.load(checkpoint.find(run), target)
+
+
+def test_what_does_not_fit_on_another_rank_is_refused_on_this_one_too(run, monkeypatch):
+    """Of a stage of a pipeline the others have no tensor to look at."""
+    monkeypatch.setattr(parallel, "from_all", lambda value, group=None: [value, "model.b is (1,)"])
+    with pytest.raises(UserError, match=r"step_00000006: model.b is \(1,\)"):
+        checkpoint.load(run / "checkpoints/step_00000006", tensors(0))
 
 
 def test_the_model_can_be_loaded_without_the_optimizer(run):
