@@ -15,6 +15,7 @@ from counting import count_parameters
 from errors import UserError, started
 from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
+from model import build
 from ranks import parallel
 from routes import routing_table
 from run import checkpoint, folder, guard, metrics
@@ -35,7 +36,9 @@ def opening(training, flops, kernels, read):
              f"{Path(config.out_dir)}/"]
     if epochs > 4:
         lines.append(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
-    return lines + config.verbose * routing_table(training.model.named_parameters(), training.routes)
+    if config.verbose:  # of a pipeline this rank has a stage alone
+        lines += routing_table(build(config, "meta").named_parameters(), training.routes)
+    return lines
 
 
 def trouble(training, found, spikes, log):
