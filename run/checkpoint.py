@@ -284,6 +284,8 @@ def load(step_folder, tensors):
         with progress(f"loading {Path(step_folder).name}", size(tensors)) as bar:
             dcp.load(tensors, storage_reader=reader, planner=_Planner(bar), no_dist=parallel.ranks() == 1)
     except (Exception, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in parallel.LOST):
+            raise  # a rank is gone, which is no fault of the checkpoint
         raise UserError(f"checkpoint {step_folder} does not load: {_root_cause(error)}") from error
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -145,6 +146,13 @@ def test_what_does_not_fit_on_another_rank_is_refused_on_this_one_too(run, monke
     """Of a stage of a pipeline the others have no tensor to look at."""
     monkeypatch.setattr(parallel, "from_all", lambda value, group=None: [value, "model.b is (1,)"])
     with pytest.raises(UserError, match=r"step_00000006: model.b is \(1,\)"):
+        checkpoint.load(run / "checkpoints/step_00000006", tensors(0))
+
+
+def test_a_rank_that_is_lost_while_loading_is_no_damaged_checkpoint(run, monkeypatch):
+    """A launcher starts again after the one and not after the other."""
+    monkeypatch.setattr(checkpoint.dcp, "load", mock.Mock(side_effect=RuntimeError("Connection closed by peer")))
+    with pytest.raises(RuntimeError, match="^Connection"):
         checkpoint.load(run / "checkpoints/step_00000006", tensors(0))
 
 

@@ -214,6 +214,12 @@ def test_a_mistake_is_refused_once_before_any_rank_starts(slow_config):
     assert status == 2 and output.count("did you mean 'max_steps'") == 1 and "Traceback" not in output
 
 
+def test_a_mistake_that_only_ranks_see_is_not_tried_again(slow_config, tmp_path):
+    status, output = finished(multinode(slow_config, "--data=nonexistent", f"--out_dir={tmp_path / 'run'}"))
+    assert status == 2 and "nonexistent" in output and "multinode.sh:" not in output, output
+    assert not list(tmp_path.glob(".launched*"))
+
+
 def test_the_launcher_names_itself_with_all_that_it_was_given(tmp_path, monkeypatch):
     """What a rank prints to continue with, pasted elsewhere, starts the same script with the same environment."""
     for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
