@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from data.shards import file_crc32, read_json
-from errors import UserError, progress
+from errors import UserError, counted, progress
 from ranks import parallel
 
 STEP = re.compile(r"step_(\d{8})$")
@@ -273,8 +273,8 @@ def load(step_folder, tensors):
     if names != wanted:  # a stage of a pipeline has some of them
         names.update(*parallel.from_all(sorted(names)))
     if differing := sorted(names ^ wanted):
-        raise UserError(f"checkpoint {step_folder} is of another model or optimizer: {len(differing)} names differ, "
-                        f"such as {differing[0]}")
+        raise UserError(f"checkpoint {step_folder} is of another model or optimizer: it differs in "
+                        f"{counted(len(differing), 'name')}, such as {differing[0]}")
     there = {name: (tuple(stored[name].size), stored[name].properties.dtype) for name in tensors}
     misfit = next((f"{name} is {there[name][0]} {there[name][1]}, this run has {tuple(tensor.shape)} {tensor.dtype}"
                    for name, tensor in tensors.items() if there[name] != (tuple(tensor.shape), tensor.dtype)), "")

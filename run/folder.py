@@ -22,7 +22,7 @@ import torch
 import hf
 from data import tokenizer
 from data.shards import read_json
-from errors import STOPPED, UserError
+from errors import STOPPED, UserError, counted
 from model import ModelConfig
 from muon import SCHEDULE, schedule_factor
 from ranks import parallel
@@ -213,7 +213,7 @@ def roll_back(run, reason, step, sequences, config, watch, log):
     skipped = sequences - manifest["sequences"]
     log.write("event", manifest["step"], event="rollback", reason=reason, from_step=step, source=str(source),
               sequences=[manifest["sequences"], sequences])
-    print(f"step {step}: {reason}: back to {source}, leaving out {skipped} sequences", flush=True)
+    print(f"step {step}: {reason}: back to {source}, leaving out {counted(skipped, 'sequence')}", flush=True)
     log.close()
     raise parallel.Restart([*watch.words, f"--resume={source}", f"--skip_sequences={skipped}", "--no-overwrite",
                             f"--max_rollbacks={config.max_rollbacks - 1}"])  # later words win
@@ -239,8 +239,9 @@ def delete(run):
     for path in map(run.joinpath, WRITTEN):
         if path.exists():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    print(f"--overwrite: deleted the run in {run}: {len(steps)} checkpoints"
-          + (f", up to {steps[-1].name}" if steps else "") + f", and {kept} branches set aside" * bool(kept))
+    print(f"--overwrite: deleted the run in {run}: {counted(len(steps), 'checkpoint')}"
+          + (f", up to {steps[-1].name}" if steps else "")
+          + f", and {counted(kept, 'branch', 'branches')} set aside" * bool(kept))
 
 
 # ---------------------------------------------------------------------- what a rewind leaves behind
@@ -271,10 +272,10 @@ def say_what_goes(run, step):
     path = run / "metrics.jsonl"
     records, lines = metrics.read_records(path), path.read_bytes().split(b"\n") if path.exists() else []
     beyond, broken = sum(record["step"] > step for record in records), sum(map(bool, lines)) - len(records)
-    for count, what in ((beyond, f"records, and the samples, beyond step {step}: these steps are done again"),
-                        (broken, "lines that are no records, as a kill leaves them")):
+    for count, what, why in ((beyond, "record", f", and the samples, beyond step {step}: these steps are done again"),
+                             (broken, "line", " without a record, as a kill leaves them")):
         if count:
-            print(f"metrics.jsonl: dropped {count} {what}")
+            print(f"metrics.jsonl: dropped {counted(count, what)}{why}")
 
 
 def unused(path):
@@ -316,7 +317,7 @@ def finish_setting_aside(run):
         metrics.replace_text(run / "config.json", json.dumps(about, indent=1) + "\n")
         os.replace(kept, run / "metrics.jsonl")
         moved = len(checkpoint.step_folders(folder / "checkpoints"))
-        print(f"set aside what {run} holds beyond step {step}: {moved} checkpoints, records and samples, "
+        print(f"set aside what {run} holds beyond step {step}: {counted(moved, 'checkpoint')}, records and samples, "
               f"{size(bytes_in(folder))} in {folder}; delete it when you do not need it"
               + f", or go on with it:  {guard.command(folder)}" * bool(moved))
 

@@ -19,7 +19,7 @@ import torch
 
 import errors
 from data.shards import read_json
-from errors import UserError, alike_there, said
+from errors import UserError, alike_there, counted, said
 from run import curves
 from run.services import Service, TensorBoard, start_wandb
 from run.terminal import duration
@@ -171,7 +171,7 @@ class RunLog:
         for service in self.services:
             service.close()
         for what, count in self.lost.items():
-            print(f"warning: {what}: {count} time{'s' * (count > 1)} nothing could be written", flush=True)
+            print(f"warning: {what}: {counted(count, 'time')} nothing could be written", flush=True)
         self.lost.clear()
 
 

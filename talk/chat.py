@@ -9,7 +9,7 @@ import sys
 import time
 
 import sampling
-from errors import UserError, alike
+from errors import UserError, alike, counted
 from hf_weights import note
 from talk.text import encode_prompt, stream, tell_of_text, token_bytes
 
@@ -80,7 +80,7 @@ def chat(model, encoder, options):
             started = time.perf_counter()
             answer = write(model, encoder, history, options, interruptible=True)
             seconds = time.perf_counter() - started
-            note(f"{len(answer)} tokens in {seconds:.1f} s, {len(answer) / seconds:.0f} tokens/s")
+            note(f"{counted(len(answer), 'token')} in {seconds:.1f} s, {len(answer) / seconds:.0f} tokens/s")
             history += answer + encoder.encode_ordinary("\n")
 
 

@@ -128,7 +128,7 @@ def test_a_step_is_replaced_whole_never_written_over(run):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("model.bias"), "1 names differ, such as model.bias"),
+        (lambda t: t.pop("model.bias"), "differs in 1 name, such as model.bias"),
         (lambda t: t.update({"model.new": torch.zeros(1)}), "model.new"),
         (lambda t: t.update({"model.a": torch.zeros(3, 5)}), r"model.a is \(3, 4\)"),
         (lambda t: t.update({"model.a": torch.zeros(3, 4, dtype=torch.float64)}), "float64"),

@@ -122,7 +122,7 @@ def test_a_run_folder_is_not_overwritten_by_accident(config, tmp_path, capsys):
     (tmp_path / "run/thesis.txt").write_text("dear to me", encoding="utf-8")
     run_train(config, "--max_steps=3", "--overwrite")
     assert len(losses(tmp_path / "run")) == 3 and (tmp_path / "run/thesis.txt").exists()
-    assert f"deleted the run in {tmp_path}/run: 1 checkpoints, up to step_00000002" in capsys.readouterr().out
+    assert f"deleted the run in {tmp_path}/run: 1 checkpoint, up to step_00000002" in capsys.readouterr().out
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text('{"model_type": "deepseek_v3"}', encoding="utf-8")
     with pytest.raises(UserError, match="holds an exported model"):
