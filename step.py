@@ -111,8 +111,8 @@ class Training:
         if model.stages:
             self.pipeline = Pipeline(config, model, self.layout, self.micro_batch_size, self.accumulation, self.device)
         self.batches = prefetch(self.stream, self.device, range(self.step + 1, config.max_steps + 1),
-                                self.sequences - self.stream_start, config.global_batch_size, self.micro_batch_size,
-                                *parallel.data_share(config.pp),
+                                self.sequences - self.stream_start, config.global_batch_size,
+                                self.micro_batch_size, *parallel.data_share(config.pp),
                                 max(3, self.accumulation * len(model.stages)), timeout=0.8 * config.step_timeout)
 
     def forward_backward(self, exact=False):

@@ -103,11 +103,10 @@ def compare(config, encoder, stream, manifest, source):
     other = other_stream(stream, manifest)
     if other and not config.new_data:
         raise UserError(f"{source} was trained on another stream of data: {'; '.join(other)}. Continue on the data and "
-                        "settings it had; or accept with --new_data that this one begins at its beginning, with text "
-                        "that the model may know")
+                        "settings it had; or accept with --new_data that this one is read from its beginning")
     unknown = [f"{name}: {stored[name]} there, unknown to this version" for name in stored if name not in now]
-    told = differing.keys() - model - PLAIN - stream.identity().keys()
-    return other + [line for name, line in differing.items() if name in told] + unknown
+    silent = model | PLAIN | stream.identity().keys()
+    return other + [line for name, line in differing.items() if name not in silent] + unknown
 
 
 def other_stream(stream, manifest):
@@ -348,9 +347,8 @@ def best_loss(run, otherwise):
 
 
 def provenance(run, config, config_file, argv):
-    """Write config.json: settings, versions, commit, the first command and all with their times and the working folder,
-    beside what else it held, such as where a model was imported from. Returns the run's id, which a resumed run keeps.
-    """
+    """Write config.json: settings, versions, commit, the first command and all with their times, the working folder;
+    what else it held, as from an import, stays. Returns the run's id, which a resumed run keeps."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "config.json"
     earlier = read_json(path) if path.exists() else {}

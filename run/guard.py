@@ -30,7 +30,6 @@ from ranks import parallel
 from run.terminal import Live
 
 SIGNAL = "NANOK2_SIGNAL"  # environment: one that came when the process had to start again
-REFUSED = "NANOK2_REFUSED"  # environment: a file that is empty until a start turns out to be refused
 LOCK = ".lock"  # in a run folder: held by the process that trains into it
 HUNG = 124  # exit status of a rank whose step did not end, as that of timeout(1)
 EARLY = 3  # steps in which compilers are at work, and in which memory may turn out to be too small
@@ -124,19 +123,13 @@ class Guard:
         if self.listening and error is not None and (words := parallel.note("restart")):
             self._prepare_restart()
             raise parallel.Restart(words) from error  # a rank that started again was missed in a collective
-        if self.config is None and error is not None:
-            self._refused(error)
+        if self.config is None and isinstance(error, UserError):
+            parallel.leave_note("refused", True)  # one more start would meet the same
+        if error is not None and "NANOK2_REFUSED" in os.environ and parallel.note("refused"):
+            Path(os.environ["NANOK2_REFUSED"]).write_text("refused\n", encoding="utf-8")  # for launch/multinode.sh
         if is_out_of_memory(error):
             self._out_of_memory(error)
         refuse_broken_compiler(error)
-
-    def _refused(self, error):
-        """Tell launch/multinode.sh, on every machine, of a mistake that one more start would meet again: torchrun has
-        one exit status for all that fails."""
-        if isinstance(error, UserError):
-            parallel.leave_note("refused", True)
-        if REFUSED in os.environ and parallel.note("refused"):
-            Path(os.environ[REFUSED]).write_text("refused\n", encoding="utf-8")
 
     def _note(self, number, frame):
         if self.signal is None:

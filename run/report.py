@@ -36,9 +36,8 @@ def opening(training, flops, kernels, read):
              f"{Path(config.out_dir)}/"]
     if epochs > 4:
         lines.append(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
-    if config.verbose:  # of a pipeline this rank has a stage alone
-        lines += routing_table(build(config, "meta").named_parameters(), training.routes)
-    return lines
+    # Of a pipeline this rank has a stage alone.
+    return lines + (routing_table(build(config, "meta").named_parameters(), training.routes) if config.verbose else [])
 
 
 def trouble(training, found, spikes, log):
