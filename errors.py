@@ -40,6 +40,11 @@ def said(error):
     return one_line(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}").removesuffix(": ")
 
 
+def counted(n, one, many=None):
+    """So many of something in words: 1 step, 2,000 steps; many: where an s does not do."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def started(script):
     """What starts one of our scripts from here, quoted for a shell: Python as it was called, and the script's path."""
     path = os.path.relpath(Path(__file__).with_name(script))

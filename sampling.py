@@ -7,17 +7,26 @@ import torch
 
 from errors import UserError
 
-# What an option may be, ends included.
+# Between what an option lies, ends included.
 RANGES = {"temperature": (0, 1e9), "top_k": (1, 2**63), "top_p": (0, 1), "min_p": (0, 1),
           "repetition_penalty": (0.01, 100)}
 
 
-def check(**options):
-    """A UserError for an option outside of its range; NaN is outside of all."""
+OPTIONS = RANGES | {"max_new_tokens": (1, 2**31), "seed": (0, 2**63 - 1)}
+WHOLE, MAY_BE_NONE = ("top_k", "max_new_tokens", "seed"), ("top_k", "top_p", "min_p")
+
+
+def check(mark="--", /, **options):
+    """A UserError for an option that cannot have its value; NaN is outside of all ranges. mark: what stands before the
+    name where the value is from."""
     for name, value in options.items():
-        low, high = RANGES[name]
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name}={value} must lie between {low} and {high:,}")
+        (low, high), whole, none = OPTIONS[name], name in WHOLE, name in MAY_BE_NONE
+        if none and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise UserError(f"{mark}{name} must be a {'whole ' * whole}number{' or none' * none}")
+        if not low <= value <= high:
+            raise UserError(f"{mark}{name}={value} must lie between {low} and {high:,}")
 
 
 def next_token(logits_BV, history_BT, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,

@@ -5,6 +5,7 @@ impossible combination is refused before anything is written. Next: train.py.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -271,7 +272,8 @@ def help_text(argv=()):
 
 def about_the_start(argv):
     """For launch/multinode.sh: where the run will lie, and whether its start is one that must not be repeated."""
-    config, _ = load(argv)
+    with contextlib.redirect_stdout(sys.stderr):  # a config file may print
+        config, _ = load(argv)
     print(config.out_dir, "once" if config.overwrite or config.resume not in (False, "auto") else "any", sep="\n")
 
 

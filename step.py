@@ -49,9 +49,10 @@ class Found:
 class Training:
     """What learns. A model, on its device and ranks, its optimizer and, after begin(), the batches of a TrainStream.
 
-    `step` counts the steps that began, `sequences` and `tokens` what they were given, `skipped` how many of the last
-    were not finite, one after the other. `state`: all tensors of model and optimizer by name. `average`: of the
-    weights, or None. `places`: where the stream is; `waited`: seconds for data since someone set it to 0."""
+    `step` counts the steps that began, `sequences` and `tokens` what they were given, `stream_start` the sequences that
+    were of other data, `skipped` how many of the last steps were not finite, one after the other. `state`: all tensors
+    of model and optimizer by name. `average`: of the weights, or None. `places`: where the stream is; `waited`: seconds
+    for data since someone set it to 0."""
 
     def __init__(self, config, layout, device, stream):
         self.config, self.layout, self.device, self.stream = config, layout, device, stream
@@ -70,7 +71,7 @@ class Training:
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters, self.state = list(model.parameters()), checkpoint.named_tensors(model, self.optimizer)
         self.loss_scale = 2.0**16 if config.dtype == "float16" else 1.0  # or its gradients would underflow
-        self.step, self.sequences, self.tokens = 0, 0, 0
+        self.step, self.sequences, self.stream_start, self.tokens = 0, 0, 0, 0
         self.skipped, self.good_steps, self.average, self.places, self.waited = 0, 0, None, None, 0.0
 
     def start(self, source=None, manifest=None):
@@ -88,6 +89,7 @@ class Training:
             print(f"{source} has no optimizer state: starting with a fresh optimizer")
         self.step, self.tokens = manifest.get("step", 0), manifest.get("tokens", 0)
         self.sequences = manifest.get("sequences", 0) + config.skip_sequences
+        self.stream_start = manifest.get("stream_start", 0)
         self.average = Average(self.model, config.ema) if config.ema else None
         if self.average and source:
             self.average.load(source, manifest)
@@ -108,8 +110,9 @@ class Training:
                                             self.parameters, self.state.values(), replay, self.micro_batch.pool)
         if model.stages:
             self.pipeline = Pipeline(config, model, self.layout, self.micro_batch_size, self.accumulation, self.device)
-        self.batches = prefetch(self.stream, self.device, range(self.step + 1, config.max_steps + 1), self.sequences,
-                                config.global_batch_size, self.micro_batch_size, *parallel.data_share(config.pp),
+        self.batches = prefetch(self.stream, self.device, range(self.step + 1, config.max_steps + 1),
+                                self.sequences - self.stream_start, config.global_batch_size,
+                                self.micro_batch_size, *parallel.data_share(config.pp),
                                 max(3, self.accumulation * len(model.stages)), timeout=0.8 * config.step_timeout)
 
     def forward_backward(self, exact=False):
@@ -178,8 +181,9 @@ class Training:
     def saved(self):
         """({name: tensor}, what its manifest says) of a checkpoint that start() goes on from."""
         tensors = checkpoint.named_tensors(self.model, self.optimizer)
-        about = {"sequences": self.sequences, "tokens": self.tokens, "optimizer_steps": self.optimizer.steps,
-                 "loss_scale": [self.loss_scale, self.good_steps], "places": self.places}
+        about = {"sequences": self.sequences, "stream_start": self.stream_start, "tokens": self.tokens,
+                 "optimizer_steps": self.optimizer.steps, "loss_scale": [self.loss_scale, self.good_steps],
+                 "places": self.places}
         if self.average:
             tensors, about = tensors | self.average.tensors, about | {"ema_updates": self.average.updates}
         return tensors, about

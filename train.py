@@ -72,6 +72,8 @@ def train(argv, watch):
     parallel.once(services.require, config)
     manifest = parallel.once(checkpoint.read_manifest, source) if source else {}
     changed = folder.compare(config, encoder, stream, manifest, source) if source else []
+    if source and folder.other_stream(stream, manifest):  # accepted with --new_data: it is read from its beginning
+        manifest |= {"stream_start": manifest.get("sequences", 0), "places": {}}
     start = manifest.get("step", 0)
     if start >= config.max_steps:
         more = [] if manifest["config"]["max_steps"] > start else [f"--max_steps={2 * start}"]
@@ -90,8 +92,7 @@ def train(argv, watch):
     size = parallel.over_stages(size, config.pp)
     parallel.once(folder.require_room, run, source, size, config.max_steps - start, config)
     training.start(source, manifest)
-    if source:
-        stream.go_to({} if config.new_data else manifest.get("places", {}))
+    stream.go_to(manifest.get("places", {}))
     if config.dry_run:
         return rehearse(training)
     parallel.once(run.mkdir, parents=True, exist_ok=True)

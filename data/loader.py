@@ -270,7 +270,7 @@ def token_bytes(encoder):
 def prefetch(stream, device, steps, sequences, per_step, size, rank=0, ranks=1, ahead=3, timeout=600.0):
     """Yield (inputs, targets, stream.places()) for every micro-batch of this rank, in order, made ahead by a thread.
 
-    steps: their numbers; sequences: how many came before the first of them; per_step: the global batch; size: this
+    steps: their numbers; sequences: how many of the stream came before them; per_step: the global batch; size: this
     rank's micro-batch. To a GPU tensors go by pinned memory, and nobody waits. An error of the thread is raised here
     and names the step, and a silence of `timeout` seconds (at the start twelve times that) is one. The thread is the
     stream's only reader, and ends with this generator.

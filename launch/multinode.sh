@@ -7,10 +7,10 @@
 # Every attempt is a new torchrun that continues from the newest complete checkpoint. torchrun's own --max-restarts is
 # left alone: with gloo it meets stale addresses of dead ranks (pytorch issue 135712). TERM, INT or USR1 lets the ranks
 # finish their step and save, and then ends with status 75. Three failures without a new checkpoint in between end with
-# status 1, a mistake in the settings with 2.
+# status 1, a mistake in the settings, the data or the run folder with 2.
 #   NPROC_PER_NODE  ranks here (auto: one a GPU)   MASTER_PORT  29500   PYTHON  python   MAX_FAILURES  3
-#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  180: seconds to finish a step and save after a signal; also how long a GPU rank may
-#                                   hang in a collective after another has died, before it is killed
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  540: seconds to finish a step and save after a signal, then torchrun kills the ranks;
+#                                   less than the 600 in slurm.sbatch and k8s.yaml. Raise both where a save takes longer
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # What a rank names to continue with: this script from anywhere, with the environment that it was given.
@@ -20,7 +20,7 @@ export NANOK2_LAUNCHER="$(
     printf 'bash %q' "$PWD/launch/multinode.sh")"
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${NPROC_PER_NODE:=auto}"
 : "${PYTHON:=python}" "${MAX_FAILURES:=3}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}"
 export PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's option: else it dies of USR1
 
 # Refuses mistakes in the settings before any rank starts, and knows where the run will lie.
@@ -28,6 +28,7 @@ about="$("$PYTHON" -m settings "$@")" || exit 2
 out="${about%$'\n'*}" start="${about##*$'\n'}"
 latest() { cat "$out/checkpoints/latest" 2>/dev/null; }
 mkdir -p "$(dirname "$out")" && launched="$(mktemp "$(dirname "$out")/.launched.XXXXXX")" || exit 2
+export NANOK2_REFUSED="$launched"  # ranks write into it if they refuse to start
 trap 'rm -f "$launched"' EXIT
 
 child="" stopping=""
@@ -68,6 +69,7 @@ while [ -z "$stopping" ]; do
         status=$?
     done
     [ "$status" -eq 0 ] && [ -z "$stopping" ] && exit 0
+    [ -s "$launched" ] && exit 2
     [ "$(latest)" != "$before" ] && failures=0
     failures=$((failures + 1))
     [ -n "$stopping" ] && break

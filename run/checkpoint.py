@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from data.shards import file_crc32, read_json
-from errors import UserError, progress
+from errors import UserError, counted, progress
 from ranks import parallel
 
 STEP = re.compile(r"step_(\d{8})$")
@@ -240,8 +240,8 @@ class Manifest(dict):
     """manifest.json: what it has is of the kind that a run saves, and asking for what it lacks is a UserError."""
 
     KINDS = {"files": dict, "config": dict, "stream": dict, "read": dict, "places": dict, "loss_scale": list,
-             "losses": list, "sequences": int, "tokens": int, "optimizer_steps": int, "ema_updates": int,
-             "best_loss": float}
+             "losses": list, "sequences": int, "stream_start": int, "tokens": int, "optimizer_steps": int,
+             "ema_updates": int, "best_loss": float}
 
     def __init__(self, path):
         super().__init__(read_json(path))
@@ -273,17 +273,19 @@ def load(step_folder, tensors):
     if names != wanted:  # a stage of a pipeline has some of them
         names.update(*parallel.from_all(sorted(names)))
     if differing := sorted(names ^ wanted):
-        raise UserError(f"checkpoint {step_folder} is of another model or optimizer: {len(differing)} names differ, "
-                        f"such as {differing[0]}")
-    for name, tensor in tensors.items():
-        shape, dtype = tuple(stored[name].size), stored[name].properties.dtype
-        if shape != tuple(tensor.shape) or dtype != tensor.dtype:
-            raise UserError(f"checkpoint {step_folder}: {name} is {shape} {dtype}, "
-                            f"this run has {tuple(tensor.shape)} {tensor.dtype}")
+        raise UserError(f"checkpoint {step_folder} is of another model or optimizer: it differs in "
+                        f"{counted(len(differing), 'name')}, such as {differing[0]}")
+    there = {name: (tuple(stored[name].size), stored[name].properties.dtype) for name in tensors}
+    misfit = next((f"{name} is {there[name][0]} {there[name][1]}, this run has {tuple(tensor.shape)} {tensor.dtype}"
+                   for name, tensor in tensors.items() if there[name] != (tuple(tensor.shape), tensor.dtype)), "")
+    if misfit := next(filter(None, parallel.from_all(misfit)), ""):
+        raise UserError(f"checkpoint {step_folder}: {misfit}")
     try:
         with progress(f"loading {Path(step_folder).name}", size(tensors)) as bar:
             dcp.load(tensors, storage_reader=reader, planner=_Planner(bar), no_dist=parallel.ranks() == 1)
     except (Exception, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in parallel.LOST):
+            raise  # a rank is gone, which is no fault of the checkpoint
         raise UserError(f"checkpoint {step_folder} does not load: {_root_cause(error)}") from error
 
 

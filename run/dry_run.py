@@ -6,7 +6,7 @@ thrown away. What they took predicts time and memory. Nothing is written. Next: 
 
 import time
 
-from errors import UserError, said
+from errors import UserError, counted, said
 from kernels.backend import synchronize
 from ranks import parallel
 from run import checkpoint, guard, memory
@@ -32,8 +32,8 @@ def rehearse(training):
     except RuntimeError as error:
         if not guard.is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory in micro-batches of {training.micro_batch_size} sequences ({said(error)}): a "
-                        "run would go on with smaller ones; try a smaller --micro_batch_size, or "
+        raise UserError(f"out of memory in micro-batches of {counted(training.micro_batch_size, 'sequence')} "
+                        f"({said(error)}): a run would go on with smaller ones; try a smaller --micro_batch_size, or "
                         "--activation_checkpointing=full") from error
     if not found.finite:
         raise UserError(f"the loss is {found.loss}, the norm of its gradient {found.norm}: lower the learning rates, "
@@ -43,7 +43,7 @@ def rehearse(training):
               "predicted_gib": predicted / 2**30,
               "checkpoint_bytes": parallel.over_stages(checkpoint.size(training.saved()[0]), config.pp)}
     print(f"dry run: everything is in order, and nothing was written\n"
-          f"time      {duration(record['seconds'])} for {steps:,} steps of {step_seconds:.2f} s, "
+          f"time      {duration(record['seconds'])} for {counted(steps, 'step')} of {step_seconds:.2f} s, "
           f"{training.tokens_per_step / step_seconds:,.0f} tokens/s, without validations, samples and saves\n"
           f"memory    {record['memory_gib']:.1f} GiB at most; predicted: {record['predicted_gib']:.1f} GiB beside "
           "Python and its libraries\n"

@@ -22,7 +22,7 @@ import torch
 import hf
 from data import tokenizer
 from data.shards import read_json
-from errors import STOPPED, UserError
+from errors import STOPPED, UserError, counted
 from model import ModelConfig
 from muon import SCHEDULE, schedule_factor
 from ranks import parallel
@@ -100,14 +100,20 @@ def compare(config, encoder, stream, manifest, source):
     if refused:
         raise UserError(f"{source} holds another model or optimizer: {'; '.join(refused)}. Continue with the settings "
                         "that it was trained with, or start anew without --resume")
-    before, identity = {"packing": "concat", **manifest.get("stream", {})}, stream.identity()
-    other = [f"{name}: {before[name]} there, {identity[name]} here"
-             for name in identity if name in before and not _same(before[name], identity[name])]
+    other = other_stream(stream, manifest)
     if other and not config.new_data:
         raise UserError(f"{source} was trained on another stream of data: {'; '.join(other)}. Continue on the data and "
-                        "settings it had; or accept with --new_data that text is repeated or left out")
+                        "settings it had; or accept with --new_data that this one is read from its beginning")
     unknown = [f"{name}: {stored[name]} there, unknown to this version" for name in stored if name not in now]
-    return other + [line for name, line in differing.items() if name not in model | PLAIN | identity.keys()] + unknown
+    silent = model | PLAIN | stream.identity().keys()
+    return other + [line for name, line in differing.items() if name not in silent] + unknown
+
+
+def other_stream(stream, manifest):
+    """What makes a stream of data another one than that of a checkpoint, a line each."""
+    before, identity = {"packing": "concat", **manifest.get("stream", {})}, stream.identity()
+    return [f"{name}: {before[name]} there, {identity[name]} here"
+            for name in identity if name in before and not _same(before[name], identity[name])]
 
 
 def _resolved(settings):
@@ -206,7 +212,7 @@ def roll_back(run, reason, step, sequences, config, watch, log):
     skipped = sequences - manifest["sequences"]
     log.write("event", manifest["step"], event="rollback", reason=reason, from_step=step, source=str(source),
               sequences=[manifest["sequences"], sequences])
-    print(f"step {step}: {reason}: back to {source}, leaving out {skipped} sequences", flush=True)
+    print(f"step {step}: {reason}: back to {source}, leaving out {counted(skipped, 'sequence')}", flush=True)
     log.close()
     raise parallel.Restart([*watch.words, f"--resume={source}", f"--skip_sequences={skipped}", "--no-overwrite",
                             f"--max_rollbacks={config.max_rollbacks - 1}"])  # later words win
@@ -232,8 +238,9 @@ def delete(run):
     for path in map(run.joinpath, WRITTEN):
         if path.exists():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    print(f"--overwrite: deleted the run in {run}: {len(steps)} checkpoints"
-          + (f", up to {steps[-1].name}" if steps else "") + f", and {kept} branches set aside" * bool(kept))
+    print(f"--overwrite: deleted the run in {run}: {counted(len(steps), 'checkpoint')}"
+          + (f", up to {steps[-1].name}" if steps else "")
+          + f", and {counted(kept, 'branch', 'branches')} set aside" * bool(kept))
 
 
 # ---------------------------------------------------------------------- what a rewind leaves behind
@@ -264,10 +271,10 @@ def say_what_goes(run, step):
     path = run / "metrics.jsonl"
     records, lines = metrics.read_records(path), path.read_bytes().split(b"\n") if path.exists() else []
     beyond, broken = sum(record["step"] > step for record in records), sum(map(bool, lines)) - len(records)
-    for count, what in ((beyond, f"records, and the samples, beyond step {step}: these steps are done again"),
-                        (broken, "lines that are no records, as a kill leaves them")):
+    for count, what, why in ((beyond, "record", f", and the samples, beyond step {step}: these steps are done again"),
+                             (broken, "line", " without a record, as a kill leaves them")):
         if count:
-            print(f"metrics.jsonl: dropped {count} {what}")
+            print(f"metrics.jsonl: dropped {counted(count, what)}{why}")
 
 
 def unused(path):
@@ -309,7 +316,7 @@ def finish_setting_aside(run):
         metrics.replace_text(run / "config.json", json.dumps(about, indent=1) + "\n")
         os.replace(kept, run / "metrics.jsonl")
         moved = len(checkpoint.step_folders(folder / "checkpoints"))
-        print(f"set aside what {run} holds beyond step {step}: {moved} checkpoints, records and samples, "
+        print(f"set aside what {run} holds beyond step {step}: {counted(moved, 'checkpoint')}, records and samples, "
               f"{size(bytes_in(folder))} in {folder}; delete it when you do not need it"
               + f", or go on with it:  {guard.command(folder)}" * bool(moved))
 
@@ -340,8 +347,8 @@ def best_loss(run, otherwise):
 
 
 def provenance(run, config, config_file, argv):
-    """Write config.json: settings, versions, commit, the first command and all with their times and the working folder.
-    Returns the run's id, which a resumed run keeps."""
+    """Write config.json: settings, versions, commit, the first command and all with their times, the working folder;
+    what else it held, as from an import, stays. Returns the run's id, which a resumed run keeps."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "config.json"
     earlier = read_json(path) if path.exists() else {}
@@ -350,11 +357,11 @@ def provenance(run, config, config_file, argv):
         if shutil.which("git") else ""
     commands = earlier.get("commands", [{"words": earlier["command"], "time": None}] if "command" in earlier else [])
     now = {"words": argv, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    about = {"run_id": earlier.get("run_id", secrets.token_hex(4)),
-             "config_file": config_file or earlier.get("config_file"), "command": earlier.get("command", argv),
-             "commands": [*commands, now], "directory": os.getcwd(), "commit": commit or None,
-             "torch": torch.__version__, "python": platform.python_version(),
-             "settings": dataclasses.asdict(config)}
+    about = earlier | {
+        "run_id": earlier.get("run_id", secrets.token_hex(4)), "config_file": config_file or earlier.get("config_file"),
+        "command": earlier.get("command", argv), "commands": [*commands, now], "directory": os.getcwd(),
+        "commit": commit or None, "torch": torch.__version__, "python": platform.python_version(),
+        "settings": dataclasses.asdict(config)}
     if parallel.starts():  # those that are left are for this start alone
         about["settings"]["max_rollbacks"] = earlier.get("settings", {}).get("max_rollbacks", config.max_rollbacks)
     metrics.replace_text(path, json.dumps(about, indent=1) + "\n")

@@ -123,6 +123,10 @@ class Guard:
         if self.listening and error is not None and (words := parallel.note("restart")):
             self._prepare_restart()
             raise parallel.Restart(words) from error  # a rank that started again was missed in a collective
+        if self.config is None and isinstance(error, UserError):
+            parallel.leave_note("refused", True)  # one more start would meet the same
+        if error is not None and "NANOK2_REFUSED" in os.environ and parallel.note("refused"):
+            Path(os.environ["NANOK2_REFUSED"]).write_text("refused\n", encoding="utf-8")  # for launch/multinode.sh
         if is_out_of_memory(error):
             self._out_of_memory(error)
         refuse_broken_compiler(error)

@@ -19,14 +19,16 @@ import torch
 
 import errors
 from data.shards import read_json
-from errors import UserError, alike_there, said
+from errors import UserError, alike_there, counted, said
 from run import curves
 from run.services import Service, TensorBoard, start_wandb
 from run.terminal import duration
 
-# Dense bf16 peak of the datasheet, FLOP/s, by a part of the device name; MFU is null for devices that are not here.
-PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12,
-              "A800": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Dense bf16 peak of the datasheet, FLOP/s, by the device name without NEUTRAL words; MFU is null for what is not here.
+PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H200 NVL": 835e12, "H100": 989e12,
+              "H100 NVL": 835e12, "H100 PCIE": 756e12, "H800": 989e12, "A100": 312e12, "A100 PCIE": 312e12,
+              "A800": 312e12, "A800 PCIE": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+NEUTRAL = re.compile(r"NVIDIA|GEFORCE|SXM\d|\d+GB|HBM3E?")
 
 EVENTS = {  # what is printed of an event
     "routing": "layer {layer}: {trouble} for {steps} steps, experts {experts}: {lever}",
@@ -39,8 +41,8 @@ SAMPLE, SAMPLE_HEAD = "\n## step {}\n\n~~~\n{}", r"\n## step ([0-9]{1,18})\n\n~~
 def peak_flops(device):
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    words = re.split("[ -]", torch.cuda.get_device_name(device).upper())
+    return PEAK_FLOPS.get(" ".join(word for word in words if not NEUTRAL.fullmatch(word)))
 
 
 def memory_gib(device):
@@ -169,7 +171,7 @@ class RunLog:
         for service in self.services:
             service.close()
         for what, count in self.lost.items():
-            print(f"warning: {what}: {count} time{'s' * (count > 1)} nothing could be written", flush=True)
+            print(f"warning: {what}: {counted(count, 'time')} nothing could be written", flush=True)
         self.lost.clear()
 
 

@@ -9,7 +9,6 @@ import contextlib
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ranks import parallel
@@ -23,7 +22,7 @@ class Profiler:
     def __init__(self, config, device, start, log):
         steps = config.profiled() if parallel.rank() == 0 else range(0)
         self.steps, self.device, self.folder = steps, device, Path(config.out_dir) / "profile"
-        self.open, self.profile, self.seen, self.log = contextlib.ExitStack(), None, 0, log
+        self.open, self.profile, self.log = contextlib.ExitStack(), None, log
         if steps and (steps[-1] <= start or steps[0] > config.max_steps):
             print(f"warning: nothing is profiled: steps {start + 1} to {config.max_steps} are still to come, not "
                   f"{config.profile_steps}", flush=True)
@@ -34,7 +33,6 @@ class Profiler:
                 self._begin()
             self.open.close()
             self.open.enter_context(record_function(f"step {step}"))
-            self.seen += 1
         else:
             self.close()
 
@@ -50,7 +48,10 @@ class Profiler:
     def _write(self, found):
         self.folder.mkdir(exist_ok=True)
         found.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        table = costs(found.key_averages(), self.seen)
+        averages = found.key_averages()
+        averages[:] = [event for event in averages if not event.is_user_annotation]  # our own name for a step
+        by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        table = averages.table(sort_by=by, row_limit=ROWS)
         (self.folder / "costs.txt").write_text(table, encoding="utf-8")
         if self.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
@@ -64,16 +65,3 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
         self.profile = profile(activities=activities)
         self.profile.start()
-
-
-def costs(averages, steps):
-    """The operators that took longest by themselves as a table, or the kernels, if any ran on a GPU."""
-    kernels = [event for event in averages if event.device_type == DeviceType.CUDA]
-    taken = (lambda event: event.self_device_time_total) if kernels else (lambda event: event.self_cpu_time_total)
-    events = [event for event in kernels or averages if not event.is_user_annotation]  # our own name for a step
-    total = sum(map(taken, events)) or 1
-    lines = [f"{'ms a step':>10} {'share':>6} {'calls':>7}  {'kernel' if kernels else 'operator'}"]
-    for event in sorted(events, key=taken, reverse=True)[:ROWS]:
-        lines.append(f"{taken(event) / 1000 / steps:10.2f} {taken(event) / total:6.1%} {event.count / steps:7.0f}  "
-                     f"{event.key[:80]}")
-    return "\n".join(lines) + "\n"

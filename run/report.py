@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from counting import count_parameters
-from errors import UserError, started
+from errors import UserError, counted, started
 from evaluate import evaluate, result_line, run_tasks
 from generate import encode_prompt, stream_text
+from model import build
 from ranks import parallel
 from routes import routing_table
 from run import checkpoint, folder, guard, metrics
@@ -31,11 +32,12 @@ def opening(training, flops, kernels, read):
     sizes = f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {flops / 1e6:,.1f} MFLOPs a token"
     lines = [f"{Path(config.out_dir).name}: {sizes}",
              f"  {training.layout}, {training.device}, {config.dtype}, {kernels} kernels, torch {torch.__version__}",
-             f"  {steps} steps of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in all, into "
+             f"  {counted(steps, 'step')} of {training.tokens_per_step:,} tokens, {epochs:.2f} epochs in all, into "
              f"{Path(config.out_dir)}/"]
     if epochs > 4:
         lines.append(f"warning: {epochs:.1f} epochs: beyond four, repeated data teaches little")
-    return lines + config.verbose * routing_table(training.model.named_parameters(), training.routes)
+    # Of a pipeline this rank has a stage alone.
+    return lines + (routing_table(build(config, "meta").named_parameters(), training.routes) if config.verbose else [])
 
 
 def trouble(training, found, spikes, log):
@@ -45,7 +47,7 @@ def trouble(training, found, spikes, log):
     if not found.finite:
         log.write("event", step, event="skip", loss=found.loss, grad_norm=found.norm)
         print(f"step {step} skipped: loss {found.loss}, gradient norm {found.norm} ({skipped} in a row)")
-        return f"{skipped} non-finite steps in a row" * (skipped >= training.config.max_skipped_steps)
+        return f"{counted(skipped, 'non-finite step')} in a row" * (skipped >= training.config.max_skipped_steps)
     if height := spikes.height(found.loss):
         what = f"loss {found.loss:.4f} is {height:.1f} standard deviations above the mean before it"
         log.write("event", step, event="spike", loss=found.loss, sigmas=height)
@@ -152,8 +154,8 @@ def summary(run, config, start, seconds, talks):
     talks: it has a tokenizer."""
     steps = config.max_steps - start
     tokens = steps * config.global_batch_size * config.sequence_length
-    lines = [f"done:  {steps} steps, {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} tok/s, "
-             "validations and saves included"]
+    lines = [f"done:  {counted(steps, 'step')}, {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} "
+             "tok/s, validations and saves included"]
     if losses := folder.validation_losses(run):
         best = min(losses, key=losses.get)
         lines.append(f"best:  validation loss {losses[best]:.4f} at step {best}")

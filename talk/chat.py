@@ -4,12 +4,13 @@ The models are trained on text, not to converse: each answer continues everythin
 alone, and at a terminal what asks for the next; all that is said about them goes to stderr.
 """
 
+import contextlib
 import importlib.util
 import sys
 import time
 
 import sampling
-from errors import UserError, alike
+from errors import UserError, alike, counted
 from hf_weights import note
 from talk.text import encode_prompt, stream, tell_of_text, token_bytes
 
@@ -22,10 +23,7 @@ one text that grows. A line that ends with \\ goes on in the next one; Ctrl-C st
   /help                prints this
   /quit or Ctrl-D      ends
 A text that starts with / needs a space before it."""
-WHOLE = {"top_k": (1, 2**63), "max_new_tokens": (1, 2**31), "seed": (0, 2**63 - 1)}
-MAY_BE_NONE = ("top_k", "top_p", "min_p")
-SETTABLE = {*WHOLE, *sampling.RANGES}
-COMMANDS = ["/reset", "/history", "/help", "/quit", *(f"/{name}" for name in SETTABLE)]
+COMMANDS = ["/reset", "/history", "/help", "/quit", *(f"/{name}" for name in sampling.OPTIONS)]
 
 
 def write(model, encoder, prompt_ids, options, interruptible=False):
@@ -67,9 +65,11 @@ def chat(model, encoder, options):
             tell("forgotten: the next text stands at the start of a document")
         elif command == "/history":
             print(b"".join(token_bytes(encoder, token) for token in history).decode("utf-8", "replace"))
-        elif text.startswith("/") and command[1:] in SETTABLE & options.keys():
+        elif text.startswith("/") and command[1:] in sampling.OPTIONS.keys() & options.keys():
             try:
-                options |= {command[1:]: number(command[1:], value)} if value else {}
+                wanted = {command[1:]: number(value)} if value else {}
+                sampling.check("/", **wanted)
+                options |= wanted
                 tell(f"{command} {options[command[1:]]}".replace("None", "none"))
             except UserError as error:
                 tell(error)
@@ -80,7 +80,7 @@ def chat(model, encoder, options):
             started = time.perf_counter()
             answer = write(model, encoder, history, options, interruptible=True)
             seconds = time.perf_counter() - started
-            note(f"{len(answer)} tokens in {seconds:.1f} s, {len(answer) / seconds:.0f} tokens/s")
+            note(f"{counted(len(answer), 'token')} in {seconds:.1f} s, {len(answer) / seconds:.0f} tokens/s")
             history += answer + encoder.encode_ordinary("\n")
 
 
@@ -98,16 +98,9 @@ def read(first, further):
     return "\n".join(lines)
 
 
-def number(name, text):
-    """The value of an option as it was typed, a UserError if it cannot have it."""
-    if text == "none" and name in MAY_BE_NONE:
-        return None
-    kind = int if name in WHOLE else float
-    try:
-        value = kind(text)
-    except ValueError as error:
-        raise UserError(f"/{name} {text}: expected a {'whole ' * (kind is int)}number") from error
-    low, high = WHOLE.get(name) or sampling.RANGES[name]
-    if not low <= value <= high:
-        raise UserError(f"/{name} {text} must lie between {low} and {high:,}")
-    return value
+def number(text):
+    """The number that a text is, None for none; another text stays one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return None if text == "none" else text

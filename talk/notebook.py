@@ -7,7 +7,7 @@ import html
 import threading
 import time
 
-from errors import UserError, said
+from errors import UserError, counted, said
 from talk.text import encode_prompt, load, require_tokenizer, stream
 
 OPTIONS = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "max_new_tokens": 200, "seed": 0}
@@ -56,7 +56,7 @@ def prompt_box(path, device="auto", dtype="float32", which="latest", prompt="", 
                     break
             seconds = time.perf_counter() - started
             how = ", stopped" if stopped.is_set() else ""
-            status.value = f"{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s{how}"
+            status.value = f"{counted(made, 'token')} in {seconds:.1f} s, {made / seconds:.0f} tokens/s{how}"
         except UserError as error:
             status.value = str(error)
         except BaseException as error:

@@ -82,7 +82,7 @@ def test_options_change_from_then_on_and_keep_their_limits(given, capsys):
     assert {name: second[name] for name in changed} == changed and second["min_p"] is None
     assert {name: third[name] for name in changed} == changed | {"top_k": None}
     said = capsys.readouterr().err
-    assert "/top_k 2.5: expected a whole number" in said and "/temperature none: expected a number" in said
+    assert "/top_k must be a whole number or none" in said and "/temperature must be a number" in said
     assert said.count("must lie between") == 5 and said.count(talk.chat.HELP) == 0
     assert given("/temperature", "/top_k", "/seed 9", "/seed", words=["--temperature=0.5"]) == []
     told = capsys.readouterr().err.splitlines()[1:]

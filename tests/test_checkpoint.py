@@ -4,11 +4,13 @@ import json
 import os
 import pickle
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 
 from errors import UserError
+from ranks import parallel
 from run import checkpoint
 
 
@@ -126,7 +128,7 @@ def test_a_step_is_replaced_whole_never_written_over(run):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("model.bias"), "1 names differ, such as model.bias"),
+        (lambda t: t.pop("model.bias"), "differs in 1 name, such as model.bias"),
         (lambda t: t.update({"model.new": torch.zeros(1)}), "model.new"),
         (lambda t: t.update({"model.a": torch.zeros(3, 5)}), r"model.a is \(3, 4\)"),
         (lambda t: t.update({"model.a": torch.zeros(3, 4, dtype=torch.float64)}), "float64"),
@@ -138,6 +140,20 @@ def test_what_does_not_fit_is_refused(run, change, message):
     change(target)
     with pytest.raises(UserError, match=message):
         checkpoint.load(checkpoint.find(run), target)
+
+
+def test_what_does_not_fit_on_another_rank_is_refused_on_this_one_too(run, monkeypatch):
+    """Of a stage of a pipeline the others have no tensor to look at."""
+    monkeypatch.setattr(parallel, "from_all", lambda value, group=None: [value, "model.b is (1,)"])
+    with pytest.raises(UserError, match=r"step_00000006: model.b is \(1,\)"):
+        checkpoint.load(run / "checkpoints/step_00000006", tensors(0))
+
+
+def test_a_rank_that_is_lost_while_loading_is_no_damaged_checkpoint(run, monkeypatch):
+    """A launcher starts again after the one and not after the other."""
+    monkeypatch.setattr(checkpoint.dcp, "load", mock.Mock(side_effect=RuntimeError("Connection closed by peer")))
+    with pytest.raises(RuntimeError, match="^Connection"):
+        checkpoint.load(run / "checkpoints/step_00000006", tensors(0))
 
 
 def test_the_model_can_be_loaded_without_the_optimizer(run):

@@ -225,6 +225,11 @@ def test_words_of_a_command_beside_settings():
         assert settings.take_words([word], own | {"seeds": "3"})[1] == [word]
 
 
+def test_the_launchers_read_nothing_but_the_run_folder(file, capsys):
+    settings.about_the_start([file("print('hello')\nout_dir = 'out/x'"), "--overwrite"])
+    assert capsys.readouterr() == ("out/x\nonce\n", "hello\n")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_loads_and_is_a_document(path):
     config, _ = settings.load([str(path)])

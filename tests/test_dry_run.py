@@ -5,10 +5,10 @@ import json
 import math
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 
 import settings
 from errors import UserError
@@ -107,7 +107,7 @@ def test_profiled_steps_leave_a_trace_and_change_nothing(config, tmp_path, capsy
     names = [event.get("name", "") for event in events]
     assert {name for name in names if name.startswith("step ")} == {"step 2", "step 3"} and "aten::mm" in names
     table = (folder / "costs.txt").read_text(encoding="utf-8")
-    assert table in told and f"profile: {folder}/" in told and len(table.splitlines()) == profile.ROWS + 1
+    assert table in told and f"profile: {folder}/" in told and len(re.findall("%.*%", table)) == profile.ROWS + 1
     assert not (tmp_path / "run/profile").exists() and "step 2" not in table
 
 
@@ -123,22 +123,9 @@ def test_profiling_ends_with_the_run_and_says_when_it_cannot_begin(config, tmp_p
 
 
 def test_a_profile_that_cannot_be_written_costs_no_more(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(profile, "costs", lambda averages, steps: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(profile.profile, "key_averages", mock.Mock(side_effect=OSError("disk full")))
     run_train(config, "--profile_steps=2:4")
     assert "run/profile/ is incomplete" in capsys.readouterr().out and len(losses(tmp_path / "run")) == 6
-
-
-def test_the_table_of_costs_takes_the_kernels_where_there_are_some():
-    def event(key, cpu, gpu, kind=DeviceType.CPU, mark=False, count=4):
-        return SimpleNamespace(key=key, count=count, self_cpu_time_total=cpu, self_device_time_total=gpu,
-                               device_type=kind, is_user_annotation=mark)
-
-    operators = [event("aten::mm", 3000, 8000), event("aten::add", 1000, 0), event("step 1", 9000, 0, mark=True)]
-    assert [line.split() for line in profile.costs(operators, 2).splitlines()[1:]] == [
-        ["1.50", "75.0%", "2", "aten::mm"], ["0.50", "25.0%", "2", "aten::add"]]
-    kernels = [event("sgemm", 0, 8000, DeviceType.CUDA), event("step 1", 0, 9000, DeviceType.CUDA, mark=True)]
-    lines = profile.costs(operators + kernels, 2).splitlines()
-    assert lines[0].endswith("kernel") and [line.split() for line in lines[1:]] == [["4.00", "100.0%", "2", "sgemm"]]
 
 
 @pytest.mark.parametrize("words", ["", "3", "3:3", "4:3", "a:b", "1:2:3", "-1:3", "1:3 ", "1:99999999999"])

@@ -101,7 +101,9 @@ def test_there_and_back_is_bitwise_and_the_printed_command_trains(run, tmp_path,
     prepare.main([place.get(word, word) for word in prepare_words[4:]])
     run_train(*[place.get(word, word) for word in train_words[2:]], "--max_steps=1", "--eval_interval=0")
     assert [record["step"] for record in records(back)] == [1]
-    settings = json.loads((back / "config.json").read_text("utf-8"))["settings"]
+    about = json.loads((back / "config.json").read_text("utf-8"))
+    assert about["imported_from"] == there.name  # a training keeps it
+    settings = about["settings"]
     assert settings["sequence_length"] <= settings["max_position_embeddings"] and settings["device"] == "auto"
     assert settings["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
     assert records(back)[0]["loss"] < (records(run)[-1]["loss"] + records(run)[0]["loss"]) / 2  # from what was learnt

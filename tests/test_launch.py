@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.launcher.api import LaunchConfig
 
 import settings
 from tests import forks
@@ -213,6 +214,12 @@ def test_a_mistake_is_refused_once_before_any_rank_starts(slow_config):
     assert status == 2 and output.count("did you mean 'max_steps'") == 1 and "Traceback" not in output
 
 
+def test_a_mistake_that_only_ranks_see_is_not_tried_again(slow_config, tmp_path):
+    status, output = finished(multinode(slow_config, "--data=nonexistent", f"--out_dir={tmp_path / 'run'}"))
+    assert status == 2 and "nonexistent" in output and "multinode.sh:" not in output, output
+    assert not list(tmp_path.glob(".launched*"))
+
+
 def test_the_launcher_names_itself_with_all_that_it_was_given(tmp_path, monkeypatch):
     """What a rank prints to continue with, pasted elsewhere, starts the same script with the same environment."""
     for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
@@ -297,13 +304,25 @@ def train_words(text):
     return shlex.split(line.split("launch/multinode.sh ")[1])
 
 
-def test_slurm_file():
+@pytest.fixture
+def time_to_save(monkeypatch):
+    """The seconds that torchrun gives the ranks of multinode.sh after a signal."""
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    monkeypatch.delenv(name, raising=False)
+    script = (ROOT / "launch/multinode.sh").read_text(encoding="utf-8")
+    (export,) = (line for line in script.splitlines() if line.startswith("export ") and f"{name}=" in line)
+    told = subprocess.run(["bash", "-c", f"{export}; echo ${name}"], capture_output=True, text=True)
+    monkeypatch.setenv(name, told.stdout.strip())
+    return LaunchConfig(1, 1, 1).shutdown_timeout
+
+
+def test_slurm_file(time_to_save):
     text = (ROOT / "launch/slurm.sbatch").read_text()
     subprocess.run(["bash", "-n", ROOT / "launch/slurm.sbatch"], check=True)
     options = dict(line[len("#SBATCH --"):].split("=", 1) if "=" in line else (line[len("#SBATCH --"):], "")
                    for line in text.splitlines() if line.startswith("#SBATCH"))
     assert options["ntasks-per-node"] == "1" and "requeue" in options and options["open-mode"] == "append"
-    assert options["signal"].startswith("B:USR1@") and int(options["signal"].split("@")[1]) >= 300
+    assert options["signal"].startswith("B:USR1@") and int(options["signal"].split("@")[1]) >= time_to_save + 60 >= 600
     assert "trap requeue USR1" in text and "scontrol requeue" in text
 
 
@@ -337,7 +356,7 @@ if [ "$1" = show ]; then printf 'node7\\nnode8\\n'; else echo "$@" >> {log}; fi
         "srun 2 node7 22345 configs/small.py --max_steps=5", "saved", "requeue 12345"]
 
 
-def test_kubernetes_file():
+def test_kubernetes_file(time_to_save):
     jobset = yaml.safe_load((ROOT / "launch/k8s.yaml").read_text())
     assert jobset["apiVersion"].startswith("jobset.x-k8s.io/") and jobset["kind"] == "JobSet"
     (group,) = jobset["spec"]["replicatedJobs"]
@@ -351,7 +370,7 @@ def test_kubernetes_file():
     assert environment["MASTER_ADDR"]["value"] == f"{name}-{group['name']}-0-0.{name}"
     assert "job-completion-index" in environment["NODE_RANK"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert int(environment["NPROC_PER_NODE"]["value"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert pod["terminationGracePeriodSeconds"] >= 300
+    assert pod["terminationGracePeriodSeconds"] >= time_to_save + 60 >= 600
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert container["command"] == ["bash", "launch/multinode.sh"]
     settings.load([str(ROOT / container["args"][0]), *container["args"][1:]])

@@ -4,6 +4,7 @@
 import itertools
 import os
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,7 +15,10 @@ import export
 from config import Config
 from counting import flops_by_layer, flops_per_token
 from errors import UserError
+from model import build
 from ranks.pipeline import Pipeline, Share, spans
+from routes import routes_of
+from run import report
 from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, records
 from tests.helpers import run_train as run
 from tests.test_loader import END, write
@@ -184,6 +188,15 @@ def refused(words, message):
 ])
 def test_what_cannot_be_cut_is_refused_on_every_rank(base, pool, tmp_path, words, message):
     pool.run(2, refused, [base[1], f"--out_dir={tmp_path / 'run'}", *words], message)
+
+
+def test_the_table_of_the_optimizer_has_the_parameters_of_all_stages():
+    config = Config(**DEBUG_SIZE, verbose=True, out_dir="out/x")
+    model, stream = build(config, "meta"), SimpleNamespace(identity=dict, epochs=lambda *_: 1.0)
+    training = SimpleNamespace(config=config, stream=stream, routes=routes_of(config, model), layout="", device="cpu",
+                               step=0, tokens_per_step=1,
+                               model=SimpleNamespace(named_parameters=lambda: list(model.named_parameters())[:2]))
+    assert "lm_head.weight" in "".join(report.opening(training, 1.0, "", {}))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

@@ -14,6 +14,7 @@ import export
 import generate
 import settings
 from data import prepare
+from data.loader import TrainStream
 from errors import STOPPED, UserError
 from model import ModelConfig, build
 from muon import Muon, schedule_factor
@@ -121,7 +122,7 @@ def test_a_run_folder_is_not_overwritten_by_accident(config, tmp_path, capsys):
     (tmp_path / "run/thesis.txt").write_text("dear to me", encoding="utf-8")
     run_train(config, "--max_steps=3", "--overwrite")
     assert len(losses(tmp_path / "run")) == 3 and (tmp_path / "run/thesis.txt").exists()
-    assert f"deleted the run in {tmp_path}/run: 1 checkpoints, up to step_00000002" in capsys.readouterr().out
+    assert f"deleted the run in {tmp_path}/run: 1 checkpoint, up to step_00000002" in capsys.readouterr().out
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text('{"model_type": "deepseek_v3"}', encoding="utf-8")
     with pytest.raises(UserError, match="holds an exported model"):
@@ -187,6 +188,22 @@ def test_resume_refuses_other_data_but_not_the_same_elsewhere(config, data, tmp_
         run_train(config, f"--data={other}", "--max_steps=4", "--resume")
     run_train(config, f"--data={other}", "--max_steps=4", "--resume", "--new_data")
     assert len(losses(tmp_path / "run")) == 4
+
+
+def test_new_data_begins_at_its_beginning(tmp_path, monkeypatch):
+    """Also where a start after that says --new_data again, and where sequences of it are skipped."""
+    path, original, read = small_run(tmp_path, max_steps=2, decay_steps=1), TrainStream.batch, []
+    monkeypatch.setattr(TrainStream, "batch", lambda self, *words: read.append(words[0]) or original(self, *words))
+    run, on_other = tmp_path / "run", (path, f"--data={make_data(tmp_path / 'other', 2000, 100, seed=1)}")
+    run_train(*on_other, "--max_steps=4", "--resume", "--new_data")
+    run_train(*on_other, "--max_steps=5", "--resume", "--new_data")
+    run_train(*on_other, "--max_steps=6", "--resume")
+    run_train(*on_other, "--max_steps=6", f"--resume={run}/checkpoints/step_00000005", "--skip_sequences=10")
+    assert read == [0, 2, 4, 6, 16]
+    manifest = checkpoint.read_manifest(checkpoint.find(run))
+    assert manifest["stream_start"] == 4 and manifest["sequences"] == 22
+    run_train(path, "--max_steps=7", "--resume", "--new_data")  # back on the first data, which begins anew too
+    assert read[5:] == [0]
 
 
 def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_only_what_is_done_again_is_dropped(tmp_path, capsys):
     assert run_folder.put_away(run, 4, False, []) is None
     run_folder.say_what_goes(run, 4)
     said = capsys.readouterr().out
-    assert "dropped 1 lines that are no records" in said
+    assert "dropped 1 line without a record" in said
     assert "dropped 2 records, and the samples, beyond step 4: these steps are done again" in said
     aside = run_folder.put_away(run, 4, False, ["muon_lr: 1 there, 2 here"])
     assert aside.name == "step_00000004_to_00000006" and len(metrics.read_records(aside / "metrics.jsonl")) == 6

@@ -318,6 +318,16 @@ def test_a_cache_folder_that_cannot_be_written_is_named(config, monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12), ("A100-PCIE-40GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12),
+    ("NVIDIA H200", 989e12), ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA H800 PCIe", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)])
+def test_no_card_has_the_peak_of_another(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert metrics.peak_flops(torch.device("cuda")) == peak
+
+
 def test_other_errors_keep_their_traceback():
     for error in (OSError(2, "a shard"), RuntimeError("a bug"), KeyError("x")):
         guard.refuse_broken_compiler(error)

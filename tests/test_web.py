@@ -146,7 +146,7 @@ BAD = [
     ({"seed": 2**63}, 400, "seed"), ({"seed": 1.5}, 400, "seed"), ({"seed": None}, 400, "seed"),
     ({"temperature": -1}, 400, "temperature=-1 must lie between"), (b'{"temperature": NaN}', 400, "must lie between"),
     ({"temperature": None}, 400, "temperature must be a number"), ({"top_k": 0}, 400, "top_k"),
-    ({"top_k": 1.5}, 400, "whole number or null"), ({"top_p": "1"}, 400, "top_p"), ({"top_p": 1.1}, 400, "top_p"),
+    ({"top_k": 1.5}, 400, "whole number or none"), ({"top_p": "1"}, 400, "top_p"), ({"top_p": 1.1}, 400, "top_p"),
     ({"use_cache": False}, 400, "expected an object with"), ({"prompt": "x" * web.MOST_BYTES}, 413, "131,072 bytes"),
 ]
 
