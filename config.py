@@ -47,9 +47,6 @@ class Config(ModelConfig):
         "auto", "Newton-Schulz compute type; auto: float32 in float32 runs, else bfloat16", "optimizer")
     ns_coefficients: Literal["jordan", "you", "polar_express"] = setting(
         "jordan", "Newton-Schulz polynomial", "optimizer")
-    muon_variant: Literal["muon", "normuon", "muoneq_r"] = setting(
-        "muon", "normuon: rows of an update by their second moment; muoneq_r: rows of one length before Newton-Schulz",
-        "optimizer")
     ema: float = setting(
         0.0, "decay of an average of the weights in host memory, validated and saved with them, for --checkpoint=ema; "
         "0: none", "optimizer")
@@ -195,8 +192,6 @@ class Config(ModelConfig):
                  "is always 1 teaches the router nothing: set --no-norm_topk_prob, or choose two experts or more"),
                 (self.mtp_loss_weight > 0 and self.mtp_decay_loss_weight > 0,  # at 0 old momentum would go on moving it
                  "mtp_loss_weight and mtp_decay_loss_weight must be above 0; without the block: --mtp_depth=0"),
-                (self.muon_variant == "muon" or self.optimizer != "adamw",
-                 f"muon_variant={self.muon_variant!r} is Muon's: leave it out with optimizer='adamw'"),
                 (self.qk_clip_tau > 0, f"qk_clip_tau={self.qk_clip_tau} must be above 0"),
                 (self.data, "data is empty: name a folder of shards"),
                 (self.out_dir != "", "out_dir is empty: name the run's folder"),

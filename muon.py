@@ -28,7 +28,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from kernels import momentum
 from kernels.newton_schulz import newton_schulz, newton_schulz_replayed
-from muon_variants import equilibrate_rows_, normalise_rows_
 from owners import BUCKET_ELEMENTS, Job, Stack, make_plan
 from routes import route_parameters
 
@@ -61,17 +60,17 @@ class Muon(torch.optim.Optimizer):
     named_parameters: (name, parameter) pairs; DTensors sharded by rows make it distributed, and then every rank must
     call it alike. lr: Muon's rate; adamw_lr: None means lr. momentum: fp32 moving average, nesterov: look ahead by it.
     weight_decay: decoupled, p *= 1 - lr * weight_decay, for every parameter. ns_dtype: compute type of Newton-Schulz,
-    None for fp32. routes: from route_parameters, None for its defaults. variant: "muon", "normuon" or "muoneq_r", see
-    muon_variants.py. exchange: "owners", or its slow twin "all_gather", in which every rank orthogonalises everything.
-    group: of the ranks that hold parts of these parameters, None: all. across: of the ranks whose optimizers together
-    have the parameters of one model, None: this one has them all.
+    None for fp32. routes: from route_parameters, None for its defaults. exchange: "owners", or its slow twin
+    "all_gather", in which every rank orthogonalises everything. group: of the ranks that hold parts of these
+    parameters, None: all. across: of the ranks whose optimizers together have the parameters of one model, None: this
+    one has them all.
     A parameter without a gradient is treated as having a zero one, and so is a matrix with nothing but rounding noise.
     State is made here, not in the first step.
     """
 
     def __init__(self, named_parameters, lr=2e-3, adamw_lr=None, momentum=0.95, nesterov=True, weight_decay=0.1,
                  ns_steps=5, ns_dtype=None, ns_coefficients="jordan", betas=(0.9, 0.95), eps=1e-8, routes=None,
-                 variant="muon", exchange="owners", bucket_elements=BUCKET_ELEMENTS, group=None, across=None):
+                 exchange="owners", bucket_elements=BUCKET_ELEMENTS, group=None, across=None):
         named = list(named_parameters)
         self.group, self.across = group, across
         routes = routes or route_parameters(named)
@@ -88,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         self.ns_options = {"steps": ns_steps, "dtype": ns_dtype, "coefficients": ns_coefficients}
         # Rows travel as Newton-Schulz will see them; fp16 could not hold the momentum before its normalisation.
         self.wire_dtype = torch.bfloat16 if ns_dtype == torch.bfloat16 else torch.float32
-        self.variant, self.exchange = variant, exchange
+        self.exchange = exchange
         self.orthogonalise = newton_schulz_replayed  # whoever captures all of update() takes newton_schulz instead
         self.traffic = {"collectives": 0, "bytes": 0}  # what this rank's exchanges have sent so far
         device = self.param_groups[0]["params"][0].device
@@ -98,8 +97,6 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 keys = ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
                 self.state[p] = {key: torch.zeros_like(p, dtype=torch.float32) for key in keys}
-                if variant == "normuon" and group["kind"] == "muon":
-                    self.state[p]["second_moment"] = torch.zeros_like(p.detach()[..., :1], dtype=torch.float32)
         # Muon's parameters of all groups, one a stack of the plan, and the group of each.
         named = [(name, p, at) for at, group in enumerate(self.param_groups) if group["kind"] == "muon"
                  for name, p in zip(group["names"], group["params"])]
@@ -181,19 +178,7 @@ class Muon(torch.optim.Optimizer):
             first, scale = self.first_rows[stack], 0.2 * math.sqrt(max(self.stacks[stack].shape))
             momentum.update_(params[stack][low - first:high - first], rows, rates[self.group_of[stack]],
                              self.param_groups[self.group_of[stack]]["weight_decay"], scale)
-        exchange = self._by_owners if self.exchange == "owners" else self._by_all
-        if self.variant != "muon" and not self.nesterov:
-            directions = [rows.clone() for rows in directions]  # they may be the momentum itself
-        if self.variant == "muoneq_r":
-            equilibrate_rows_(directions)
-        if self.variant != "normuon":
-            return exchange(directions, update)
-        exchange(directions, lambda stack, low, high, rows: directions[stack].narrow(
-            0, low - self.first_rows[stack], high - low).copy_(rows))  # what went out leaves its place free
-        moments = [local_rows(self.state[p]["second_moment"])[0].view(-1) for p in self.matrices]
-        normalise_rows_(directions, moments, self._sum_by_matrix, self._rows_of)
-        for stack, (rows, first) in enumerate(zip(directions, self.first_rows)):
-            update(stack, first, first + len(rows), rows)
+        (self._by_owners if self.exchange == "owners" else self._by_all)(directions, update)
 
     def _noise(self, grads):
         """Per gradient the rows (bool) of matrices that have no gradient but rounding noise (NOISE)."""

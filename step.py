@@ -196,7 +196,7 @@ def make_optimizer(config, model, routes, layout):
     ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
     return Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
                 config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes,
-                variant=config.muon_variant, group=layout.stage, across=layout.across)
+                group=layout.stage, across=layout.across)
 
 
 def wants_compile(config, device):

@@ -42,7 +42,7 @@ def gpt_twin(config):
     heads = max(1, config.hidden_size // 64)
     return equal_flops(config, "intermediate_size", _multiple(config), n_routed_experts=0, attention="mha",
                        num_attention_heads=heads, v_head_dim=64, tie_word_embeddings=True, optimizer="adamw",
-                       muon_variant="muon", lr_multipliers=_rates_without(config, "experts", "router", "head"))
+                       lr_multipliers=_rates_without(config, "experts", "router", "head"))
 
 
 def _rates_without(config, *names):
@@ -149,7 +149,7 @@ class Nanok2(Arm):
             self.model.make_copies()
         routes = routes_of(config, self.model)
         with replaced(owners, "BATCH_ELEMENTS", 1 if loops else owners.BATCH_ELEMENTS):  # 1: matrix by matrix
-            self.optimizer = Muon(self.model.named_parameters(), RATE, routes=routes, variant=config.muon_variant,
+            self.optimizer = Muon(self.model.named_parameters(), RATE, routes=routes,
                                   ns_dtype=self.model.compute_dtype)
         if compiled:
             shard.compile_blocks(self.model)

@@ -44,8 +44,7 @@ def with_rate(config, rate):
 def with_adamw(config):
     """The config with AdamW for all parameters, at AdamW's own base rate."""
     rate = ADAMW_RATE * math.sqrt(ADAMW_WIDTH / config.hidden_size)
-    return dataclasses.replace(config, optimizer="adamw", muon_variant="muon", muon_lr=float(f"{rate:.2g}"),
-                               adamw_lr=None)
+    return dataclasses.replace(config, optimizer="adamw", muon_lr=float(f"{rate:.2g}"), adamw_lr=None)
 
 
 # ----------------------------------------------------------------------------- pairs: challengers, then the baseline

@@ -88,8 +88,7 @@ def main(argv):
     model = build(config, device, lambda model: shard.distribute(model, layout, dtype))
     model.init_weights(0, local_rows).compute_dtype = dtype
     routes = routes_of(config, model)
-    optimizer = Muon(model.named_parameters(), config.muon_lr, routes=routes, ns_dtype=dtype,
-                     variant=config.muon_variant)
+    optimizer = Muon(model.named_parameters(), config.muon_lr, routes=routes, ns_dtype=dtype)
     if device.type == "cuda" and config.compile is not False:
         shard.compile_blocks(model)
     parameters = list(model.parameters())

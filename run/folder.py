@@ -93,8 +93,6 @@ def compare(config, encoder, stream, manifest, source):
     differing = {name: f"{name}: {stored[name]} there, {now[name]} here"
                  for name in now if name in stored and stored[name] != now[name]}
     refused = [line for name, line in differing.items() if name in model]
-    if "normuon" in (stored.get("muon_variant"), now["muon_variant"]):  # it alone has a state of its own
-        refused += [line for name, line in differing.items() if name == "muon_variant"]
     if encoder and manifest.get("tokenizer") not in (None, tokenizer.fingerprint(encoder)):
         refused.append("another tokenizer there")
     if refused:

@@ -92,12 +92,6 @@ def test_owners_equal_the_all_gather_twin_bitwise(pool, mesh, ns_dtype):
                              for _, shape, rows in SHAPES)
 
 
-@pytest.mark.parametrize("variant", ["normuon", "muoneq_r"])
-@pytest.mark.parametrize("mesh", [(3,), (2, 2)], ids=str)
-def test_variants_are_the_same_on_every_layout(pool, mesh, variant):
-    compare_with_twin_and_one_process(pool, mesh, 1e-6, ns_dtype=torch.float32, bucket_elements=200, variant=variant)
-
-
 def compare_with_twin_and_one_process(pool, mesh, atol, **options):
     """muon_steps on a mesh, bitwise as the all-gather twin and on all ranks; returns the plan's loads."""
     n = torch.Size(mesh).numel()

@@ -111,17 +111,6 @@ def test_the_layout_changes_nothing(base, pool, name):
     assert len([event for event in records(out, "event") if event["event"] == "save"]) == 2
 
 
-def test_normuon_on_shards_of_experts(base, pool, tmp_path):
-    """Its second moments lie as the rows do, which under expert parallelism are sharded twice."""
-    words = ["--muon_variant=normuon", "--max_steps=3", "--num_hidden_layers=2", "--eval_interval=0"]
-    pool.run(1, run, base[1], f"--out_dir={tmp_path / 'one'}", *words)
-    pool.run(4, run, base[1], f"--out_dir={tmp_path / 'many'}", *words, "--ep=2")
-    one, many = final_tensors(tmp_path / "one"), final_tensors(tmp_path / "many")
-    assert one.keys() == many.keys() and any(name.endswith("second_moment") for name in one)
-    for name, tensor in one.items():
-        torch.testing.assert_close(many[name], tensor, rtol=0, atol=1e-5, msg=name)
-
-
 def test_samples_are_the_same_text(base, pool, tmp_path):
     options = ["--max_steps=1", "--sample_interval=1", "--sample_prompts=['abc']", "--eval_interval=0"]
     options += ["--num_hidden_layers=2"]

@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 # A file imports only from lines above its own.
 ORDER = [
     ["errors"],
-    ["routes", "muon_variants",
+    ["routes",
      "sampling", "kernels", "owners", "data.advice", "data.shards", "data.tokenizer", "data.convert",
      "data.published", "data.bpe", "data.words", "data.files", "data.columns", "data.sources",
      "data.tasks", "data.vocabulary", "run.terminal", "run.curves", "run.services"],
