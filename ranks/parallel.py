@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 import errors
 from counting import count_parameters
-from errors import UserError
+from errors import UserError, counted
 from kernels import backend, selfcheck
 from muon import local_rows
 
@@ -327,8 +327,8 @@ def check_layout(config, n, copies=1):
             replicate = copies if shard is None else max(n // shard, 1)
         shard = max(n // replicate, 1) if shard is None else shard
         if replicate * shard != n:
-            raise UserError(f"dp_replicate={config.dp_replicate} x dp_shard={config.dp_shard} does not make {n} "
-                            f"ranks{of_stage}; valid: " + ", ".join(f"{d} x {n // d}" for d in divisors))
+            raise UserError(f"dp_replicate={config.dp_replicate} x dp_shard={config.dp_shard} does not make "
+                            f"{counted(n, 'rank')}{of_stage}; valid: " + ", ".join(f"{d} x {n // d}" for d in divisors))
     E = config.n_routed_experts
     valid = [d for d in range(1, shard + 1) if shard % d == 0 and E and E % d == 0] or [1]
     if config.ep not in valid:
@@ -364,8 +364,9 @@ def split_batch(config, readers=None):
                         f"{'ranks' if config.pp == 1 else 'ranks of a stage'} = {share}")
     if micro not in (valid := forward_sizes(config, micro, readers)):
         lever = f"--micro_batch_size={valid[-1]}" if valid else "a larger --global_batch_size"
-        raise UserError(f"pp={config.pp}, pp_schedule={config.pp_schedule!r}: {share} sequences by {micro} make "
-                        f"{share // micro} micro-batches a step, too few, or none that go round: set {lever}")
+        made = counted(share // micro, "micro-batch", "micro-batches")
+        raise UserError(f"pp={config.pp}, pp_schedule={config.pp_schedule!r}: {share} sequences by {micro} are {made} "
+                        f"a step, too few, or none that go round: set {lever}")
     return micro, share // micro
 
 

@@ -178,13 +178,13 @@ def refused(words, message):
 
 @pytest.mark.parametrize("words, message", [
     (["--pp=3"], "pp=3 stages must divide the 2 ranks"),
-    (["--pp=2", "--micro_batch_size=16"], "make 1 micro-batches a step, too few.* set --micro_batch_size=8"),
+    (["--pp=2", "--micro_batch_size=16"], "are 1 micro-batch a step, too few.* set --micro_batch_size=8"),
     (["--pp=2", "--global_batch_size=15", "--micro_batch_size=3", "--pp_schedule=interleaved"], "none that go round"),
     (["--pp=2", "--reduce_dtype=bfloat16"], "would lose the small ones"),
     (["--pp=2", "--pp_schedule=interleaved", "--num_hidden_layers=3"], "makes 4 stages, and there are 3 layers"),
     (["--pp=2", "--pp_schedule=zero_bubble", "--compile"], "compile=True cannot follow"),
     (["--pp=2", "--mtp_depth=1"], "need embedding and head on one rank"),
-    (["--pp=2", "--dp_shard=2"], "does not make 1 ranks of a stage"),
+    (["--pp=2", "--dp_shard=2"], "does not make 1 rank of a stage"),
 ])
 def test_what_cannot_be_cut_is_refused_on_every_rank(base, pool, tmp_path, words, message):
     pool.run(2, refused, [base[1], f"--out_dir={tmp_path / 'run'}", *words], message)
