@@ -212,7 +212,6 @@ def weights_later(stage):
     def weights():
         run()
         for module in stage.modules():
-            if isinstance(module, FSDPModule):
-                for group in fully_shard.state(module)._fsdp_param_groups:
-                    group.post_backward()
+            if isinstance(module, FSDPModule) and (group := fully_shard.state(module)._fsdp_param_group):
+                group.post_backward()
     return weights
