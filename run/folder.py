@@ -126,6 +126,10 @@ def rates(stored, config, start):
     now, names = dataclasses.asdict(config), {*SCHEDULE, "muon_lr"}
     if not start or not names <= stored.keys() or all(stored[name] == now[name] for name in names):
         return ""
+    for name in names:
+        if isinstance(now[name], int | float) and not isinstance(stored[name], int | float | None):
+            raise UserError(f"the checkpoint's manifest is damaged: it has {name}={stored[name]!r}, no number. Go on "
+                            "from another step: --resume=RUN/checkpoints/step_N")
 
     def rate(settings, step, peak="muon_lr"):
         return settings[peak] * schedule_factor(min(step, settings["max_steps"]), *map(settings.get, SCHEDULE))

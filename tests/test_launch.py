@@ -243,10 +243,11 @@ def test_the_launcher_names_itself_with_all_that_it_was_given(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_failures_without_progress_end_the_loop(slow_config, tmp_path):
-    words = (slow_config, f"--out_dir={tmp_path / 'run'}", "--data=no/such/folder")
-    status, output = finished(multinode(*words, MAX_FAILURES="1"), 120)
+    config = tmp_path / "dies.py"  # on a rank, without a word
+    dies = '"RANK" in __import__("os").environ and __import__("os")._exit(3)'
+    config.write_text(f"{Path(slow_config).read_text(encoding='utf-8')}\n{dies}\n", encoding="utf-8")
+    status, output = finished(multinode(config, f"--out_dir={tmp_path / 'run'}", MAX_FAILURES="1"), 120)
     assert status == 1 and "giving up" in output
-    assert output.count("error: no data folder no/such/folder") == 1 and "Traceback" not in output.split("torch/")[0]
 
 
 def test_the_readme_command_runs_under_torchrun(slow_config, tmp_path):
