@@ -283,10 +283,9 @@ def make_layout(config, device):
     if dist.is_initialized():
         whole, layout.dense = mesh(dp_shard=layout.dp_shard)
     if layout.pp > 1:
-        layout.across, layout.stage = whole["pp"].get_group(), layout.dense.get_group("dp_shard")
-    if layout.pp > 1 and layout.dp_replicate > 1:
-        layout.stage = init_device_mesh(device.type, (layout.pp, ranks() // layout.pp),
-                                        mesh_dim_names=("pp", "stage"))["stage"].get_group()
+        stage = layout.dense if layout.dp_replicate == 1 else init_device_mesh(
+            device.type, (layout.pp, ranks() // layout.pp), mesh_dim_names=("pp", "stage"))["stage"]
+        layout.across, layout.stage = whole["pp"].get_group(), stage.get_group()
     if layout.ep > 1:
         here, efsdp = config.n_routed_experts // layout.ep, layout.dp_shard // layout.ep
         if here % efsdp:
@@ -301,7 +300,8 @@ def _copies(config, device):
     """How many copies of a stage there are unless told: one on each of its nodes, so that only sums of gradients travel
     between nodes; 1 where parameters, their gradients and momenta would take more than half of a node's memory."""
     n, here = ranks() // config.pp, int(os.environ.get("LOCAL_WORLD_SIZE", ranks()))
-    if n <= here or n % here or here % config.ep:
+    told = config.strategy == "ddp" or config.dp_replicate is not None or config.dp_shard is not None
+    if told or n <= here or n % here or here % config.ep:
         return 1
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here

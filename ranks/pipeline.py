@@ -170,15 +170,15 @@ class Pipeline:
         from torch.distributed import pipelining
 
         self.config, self.stages, self.device = config, model.stages, device
-        self.split = config.pp_schedule == "zero_bubble"
         tokens = torch.empty(micro_batch_size, config.sequence_length, dtype=torch.int64, device="meta")
         x_BTD = torch.empty(*tokens.shape, config.hidden_size, dtype=model.compute_dtype, device="meta",
                             requires_grad=True)
         n_stages = layout.pp * config.stages_a_rank()
+        split = config.splits_backward()
         stages = [pipelining.PipelineStage(
             stage, stage.index, n_stages, device, input_args=x_BTD if stage.index else tokens,
             output_args=tokens.new_empty(1, dtype=torch.float32) if stage.last else x_BTD, group=layout.across,
-            dw_builder=functools.partial(weights_later, stage) if self.split else None) for stage in self.stages]
+            dw_builder=functools.partial(weights_later, stage) if split else None) for stage in self.stages]
         schedule, of = {"1f1b": (pipelining.Schedule1F1B, stages[0]),
                         "interleaved": (pipelining.ScheduleInterleaved1F1B, stages),
                         "zero_bubble": (pipelining.ScheduleInterleavedZeroBubble, stages)}[config.pp_schedule]
@@ -192,7 +192,7 @@ class Pipeline:
         for stage in self.stages:
             stage.weights, stage.sums = (by_token, 1 / c.global_batch_size, c.aux_loss_alpha, loss_scale), sums
         starts = {} if first_BT is None else {"first_BT": first_BT}
-        if self.split:
+        if c.splits_backward():
             later.start()
         try:
             self.schedule.step(*[inputs_BT] * (self.stages[0].index == 0), target=targets_BT, return_outputs=False,

@@ -88,6 +88,10 @@ def require_step(folder):
 def compare(config, encoder, stream, manifest, source):
     """What differs between a checkpoint and this run, a line each, where a run may change it. A UserError lists what it
     may not: the model, the tokenizer and, unless new_data says so, what decides which sequence comes when."""
+    for name in {*SCHEDULE, "muon_lr"} & manifest["config"].keys():  # of which the rates are computed
+        there = manifest["config"][name]
+        if isinstance(getattr(config, name), int | float) and not isinstance(there, int | float | None):
+            raise UserError(f"{source}: its manifest is damaged: it has {name}={there!r}, no number: name another step")
     stored, now = _resolved(manifest["config"]), _resolved(dataclasses.asdict(config))
     model = {field.name for field in dataclasses.fields(ModelConfig)} - FREE
     differing = {name: f"{name}: {stored[name]} there, {now[name]} here"
@@ -126,10 +130,6 @@ def rates(stored, config, start):
     now, names = dataclasses.asdict(config), {*SCHEDULE, "muon_lr"}
     if not start or not names <= stored.keys() or all(stored[name] == now[name] for name in names):
         return ""
-    for name in names:
-        if isinstance(now[name], int | float) and not isinstance(stored[name], int | float | None):
-            raise UserError(f"the checkpoint's manifest is damaged: it has {name}={stored[name]!r}, no number. Go on "
-                            "from another step: --resume=RUN/checkpoints/step_N")
 
     def rate(settings, step, peak="muon_lr"):
         return settings[peak] * schedule_factor(min(step, settings["max_steps"]), *map(settings.get, SCHEDULE))

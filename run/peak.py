@@ -192,7 +192,7 @@ def _working_on_a_cpu(c, operator, s, size, N, M, S):
 
 def in_flight(c, place, forwards):
     """Micro-batches whose activations a rank holds at once: those that went in before the first came back."""
-    if c.pp_schedule == "zero_bubble":  # where fewer are on their way, what the weights' gradients want waits for more
+    if c.splits_backward():  # where fewer are on their way, what the weights' gradients want waits for more
         return min(forwards, c.pp)
     after, rounds = c.pp - 1 - place, c.stages_a_rank()
     if rounds == 1:  # arXiv 2104.04473, section 2.2: every stage behind this one has one more

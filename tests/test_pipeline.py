@@ -167,7 +167,7 @@ def test_what_a_stage_meets_is_not_hidden_by_the_library():
             raise RuntimeError("[Stage 0] failed to run forward") from error
     pipeline = object.__new__(Pipeline)
     pipeline.config, pipeline.device, pipeline.stages = Config(), torch.device("cpu"), [mock.Mock(index=0)]
-    pipeline.schedule, pipeline.split = mock.Mock(step=step), False
+    pipeline.schedule = mock.Mock(step=step)
     with pytest.raises(torch.OutOfMemoryError):
         pipeline(torch.zeros(2, 4), torch.zeros(2, 4), None, torch.ones(()))
 

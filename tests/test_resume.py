@@ -281,9 +281,9 @@ def test_what_the_rate_will_do_is_said_and_how_to_keep_it(start, there, here, ju
         return (peak or config.muon_lr) * schedule_factor(step, config.schedule, config.max_steps, config.warmup_steps,
                                                           decay, config.min_lr_ratio)
     old, new = settings.Config(**base | there), settings.Config(**base | there | here)
-    if here:
-        with pytest.raises(UserError, match="manifest is damaged: it has muon_lr='much', no number"):
-            folder.rates(dataclasses.asdict(old) | {"muon_lr": "much"}, new, start)
+    for name in ("muon_lr", "max_steps"):
+        with pytest.raises(UserError, match=f"manifest is damaged: it has {name}='much', no number"):
+            folder.compare(new, None, None, {"config": dataclasses.asdict(old) | {name: "much"}}, "out/run")
     said = folder.rates(dataclasses.asdict(old), new, start)
     if jumps is None:
         assert said == ""
