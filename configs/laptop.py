@@ -33,6 +33,7 @@ warmup_steps = 80
 decay_steps = 1080
 bias_update_rate = 5e-3     # so few steps do not balance the load at 1e-3
 muon_lr = 7e-3              # between debug.py's and small.py's: no sweep yet
+muon_per_head = True
 min_lr_ratio = 0.05
 dtype = "float32"
 eval_interval = 240
