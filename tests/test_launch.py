@@ -199,8 +199,8 @@ def test_a_signal_to_everything_at_once_saves_before_the_launcher_ends(slow_conf
 def test_two_nodes_survive_the_loss_of_a_rank(slow_config, tmp_path):
     """Two launchers as on two nodes, one rank and stage each; a killed one makes both start again and finish."""
     out, port = tmp_path / "run", free_port()
-    nodes = [multinode(slow_config, f"--out_dir={out}", "--max_steps=12", "--pp=2", NNODES="2", NODE_RANK=rank,
-                       MASTER_PORT=port, NPROC_PER_NODE="1") for rank in "01"]
+    nodes = [multinode(slow_config, f"--out_dir={out}", "--max_steps=12", "--pp=2", "--pp_schedule=zero_bubble",
+                       NNODES="2", NODE_RANK=rank, MASTER_PORT=port, NPROC_PER_NODE="1") for rank in "01"]
     wait_for_step(nodes[0], out, 4)
     os.kill(workers_of(nodes[1], out)[0], signal.SIGKILL)
     for node in nodes:
