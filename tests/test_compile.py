@@ -47,7 +47,8 @@ def test_compiled_blocks_have_no_graph_break_and_equal_eager_ones(recompute):
 @pytest.mark.skipif(not backend.INTERPRETED, reason="the GPU run compiles them in test_gpu.py")
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_blocks_with_triton_kernels_compile_once_and_equal_eager_ones(recompute):
-    config = tiny_config(num_hidden_layers=1, first_k_dense_replace=0, balance="quantile", router_z_loss=1e-2)
+    config = tiny_config(num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=4, balance="quantile",
+                         router_z_loss=1e-2)
     results, counter = [], CompileCounterWithBackend("aot_eager")
     with backend.running(True):
         for compiled in (False, True):

@@ -27,7 +27,7 @@ def run(tmp_path_factory):
         [
             "text",
             *map(str, ROOT.glob("*.py")),
-            str(ROOT / "tests"),
+            str(ROOT / "run"),
             "--pattern=*.py",
             f"--out={folder / 'data'}",
             "--vocab_size=400",

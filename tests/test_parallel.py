@@ -22,13 +22,12 @@ from tests.helpers import DEBUG_SIZE, final_tensors, losses, make_config, record
 from tests.helpers import run_train as run
 from tests.test_loader import END, write
 
-STEPS = int(os.environ.get("STEPS", 10))
+STEPS = int(os.environ.get("STEPS", 6))
 LAYOUTS = {  # name: (ranks, settings)
     "accumulation 4": (1, ["--micro_batch_size=6"]),
     "one rank under torchrun": (1, ["group"]),
     "ddp 2": (2, ["--strategy=ddp"]),
     "ddp 2, accumulation 4": (2, ["--strategy=ddp", "--micro_batch_size=3"]),
-    "fsdp 2": (2, []),
     "fsdp 4": (4, []),
     "fsdp 4, accumulation 2": (4, ["--micro_batch_size=3"]),
     "fsdp 3": (3, []),
@@ -38,7 +37,6 @@ LAYOUTS = {  # name: (ranks, settings)
     "fsdp 4, ep 2": (4, ["--ep=2"]),
     "fsdp 4, ep 4": (4, ["--ep=4"]),
     "hsdp 2 x 2, ep 2": (4, ["--dp_replicate=2", "--ep=2"]),
-    "ep 2, selective recompute": (2, ["--ep=2", "--activation_checkpointing=selective"]),
     "fsdp 4, ep 2, selective recompute": (4, ["--ep=2", "--activation_checkpointing=selective"]),
     "fsdp 4, ep 2, full recompute": (4, ["--ep=2", "--activation_checkpointing=full"]),
 }
@@ -61,16 +59,18 @@ def run_in_group(*words):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, data, pool):
-    """A config of the debug model with a layer less, and the run of one process that the others are compared with."""
+    """A config of half the debug model's width with a layer less, and the run of one process that the others are
+    compared with."""
     folder = tmp_path_factory.mktemp("layouts")
     config = make_config(
         folder / "debug.py",
         **DEBUG_SIZE
         | dict(data=str(data), global_batch_size=24, micro_batch_size=24, max_steps=STEPS, save_interval=STEPS // 2)
-        | dict(num_hidden_layers=3),
+        | dict(hidden_size=64, kv_lora_rank=32, moe_intermediate_size=32, intermediate_size=128, num_hidden_layers=3),
         eval_interval=STEPS // 2,
+        eval_batches=2,
         warmup_steps=2 * STEPS,
-        qk_clip_tau=0.1,  # low enough that heads are clipped all the time
+        qk_clip_tau=0.03,  # low enough that heads are clipped all the time
         balance="quantile",
         router_z_loss=1e-3,
         seed=6,  # one whose tokens never find two experts equal: there the last bits decide, which layouts may round
@@ -123,8 +123,15 @@ def test_samples_are_the_same_text(base, pool, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def exported(base):
+    """What the run of one process is for others."""
+    export.export(base[0] / "one", base[0] / "hf")
+    return base[0] / "hf"
+
+
+@pytest.fixture(scope="module")
 def halfway(base, pool):
-    """The step 5 of a run on fsdp 4 with ep 2, as a run folder to continue."""
+    """The first half of a run on fsdp 4 with ep 2, as a run folder to continue."""
     folder, config = base
     source = folder / "halfway"
     pool.run(4, run, config, f"--out_dir={source}", "--ep=2", f"--max_steps={STEPS // 2}",
@@ -135,7 +142,7 @@ def halfway(base, pool):
 @pytest.mark.parametrize(
     "n, words", [(1, []), (2, ["--strategy=ddp"]), (2, ["--ep=2"]), (3, []), (4, ["--ep=2"])], ids=str
 )
-def test_a_sharded_checkpoint_resumes_on_any_layout(base, halfway, pool, tmp_path, n, words):
+def test_a_sharded_checkpoint_resumes_on_any_layout(base, halfway, exported, pool, tmp_path, n, words):
     """Scorecard 7."""
     folder, config = base
     out = tmp_path / "run"
@@ -147,12 +154,10 @@ def test_a_sharded_checkpoint_resumes_on_any_layout(base, halfway, pool, tmp_pat
         assert loss == pytest.approx(reference, abs=1e-5), step
     mine, reference = final_tensors(out), final_tensors(folder / "one")
     assert all(torch.allclose(mine[name], reference[name], rtol=0, atol=1e-5) for name in reference)
-    one, other = tmp_path / "hf", tmp_path / "hf_one"
-    export.export(out, one)
-    export.export(folder / "one", other)
-    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in other.iterdir())
-    for file in one.glob("*.json"):
-        assert file.read_text() == (other / file.name).read_text(), file.name
+    export.export(out, tmp_path / "hf")
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == sorted(p.name for p in exported.iterdir())
+    for file in (tmp_path / "hf").glob("*.json"):
+        assert file.read_text() == (exported / file.name).read_text(), file.name
 
 
 def load_and_save(words, source, target):
@@ -178,7 +183,7 @@ def test_saving_beside_the_training_gives_the_same_run(base, pool, tmp_path):
     folder, config = base
     pool.run(2, run, config, f"--out_dir={tmp_path / 'run'}", "--async_save", "--save_interval=2")
     assert [e["step"] for e in records(tmp_path / "run", "event") if e["event"] == "save"][-1] == STEPS
-    assert sorted(e["path"][-2:] for e in records(tmp_path / "run", "event")) == ["02", "04", "06", "08", "10"]
+    assert sorted(e["path"][-2:] for e in records(tmp_path / "run", "event")) == ["02", "04", "06"]
     for (_, mine), (_, reference) in zip(losses(tmp_path / "run"), losses(folder / "one")):
         assert mine == pytest.approx(reference, abs=1e-5)
     assert final_tensors(tmp_path / "run").keys() == final_tensors(folder / "one").keys()
@@ -317,7 +322,7 @@ def test_a_share_smaller_than_the_micro_batch_is_taken_whole(base, pool, monkeyp
 def test_model_variants(base, pool, tmp_path, n, words):
     documents = write(tmp_path / "documents", [[END, *range(n % 40 + 1)] for n in range(0, 4000, 7)])
     words = [word.replace("DOCUMENTS", documents) for word in words]
-    options = ["--max_steps=5", "--save_interval=0", "--eval_interval=0", "--balance=sign", *words]
+    options = ["--max_steps=3", "--save_interval=0", "--eval_interval=0", "--balance=sign", *words]
     pool.run(n, run, base[1], f"--out_dir={tmp_path / 'many'}", *options)
     alone = [word for word in options if not word.startswith(("--ep", "--dp_", "--micro"))]
     pool.run(1, run, base[1], f"--out_dir={tmp_path / 'one'}", *alone)

@@ -70,7 +70,7 @@ def random_case(N, D, width, E, K, generator, spread, elsewhere=False):
     return inputs, chosen, torch.randn(N, D, generator=generator)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_experts_equal_a_loop_in_float64_with_gradients(data):
     draw = lambda low, high: data.draw(st.integers(low, high))

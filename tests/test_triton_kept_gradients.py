@@ -84,11 +84,20 @@ def test_twins_refuse_what_they_would_lose(monkeypatch):
         three_micro_batches(nowhere())
 
 
+SMALL = dict(num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=4)  # each is a program of every kernel
+
+
+@pytest.fixture
+def experts_alone(monkeypatch):
+    """Only they run in Triton, on their rows; attention and the rest by their twins: what is interpreted takes time."""
+    monkeypatch.setattr(backend, "triton_runs", lambda tensor: tensor.shape[-1:] == (32,))
+
+
 @pytest.mark.parametrize("recompute, compiled", [("none", False), ("selective", True), ("full", False)])
-def test_blocks_leave_the_same_gradients(recompute, compiled):
+def test_blocks_leave_the_same_gradients(experts_alone, recompute, compiled):
     found = []
     for keeps in (False, True):
-        model = tiny_model(num_hidden_layers=1, first_k_dense_replace=0)
+        model = tiny_model(**SMALL)
         model.layers[0].recompute = recompute
         kept, begun = model.keep_gradients() if keeps else ({}, torch.zeros(()))
         if compiled:
@@ -112,16 +121,13 @@ def test_without_triton_autograd_goes_on():
 
 @pytest.mark.parametrize("poisoned, fails", [(1, None), (None, 1)])
 def test_replays_skipped_steps_and_failed_captures_leave_what_calls_leave(
-        pretend, monkeypatch, poisoned, fails):  # noqa: F811
-    """One block with experts, attention by its twin: what is interpreted takes its time."""
+        pretend, experts_alone, monkeypatch, poisoned, fails):  # noqa: F811
+    """One block with experts."""
     def fail(number):
         if number == fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
     pretend["capture"] = fail
-    small = dict(num_hidden_layers=1, first_k_dense_replace=0)
-    monkeypatch.setattr(test_graphs, "tiny_model", lambda: tiny_model(**small))
-    runs = lambda tensor: tensor.shape[-1:] == (32,)  # rows of experts
-    monkeypatch.setattr(backend, "triton_runs", runs)
+    monkeypatch.setattr(test_graphs, "tiny_model", lambda: tiny_model(**SMALL))
     kept, call = [], graphs.MicroBatch._call
     monkeypatch.setattr(graphs.MicroBatch, "_call", lambda self, *rest: (kept.append(self.kept), call(self, *rest))[1])
     left, told = test_graphs.steps(True, 2, 3, poisoned)
