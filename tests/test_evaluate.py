@@ -38,14 +38,14 @@ def write_items(path, items):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with text, 100 items, a run that was tested with 30 of them, and its export."""
+    """A folder with text, 200 items, a run that was tested with 30 of them, and its export."""
     folder, rng = tmp_path_factory.mktemp("evaluate"), random.Random(0)
     (folder / "text").mkdir()
     for number in range(40):
         (folder / f"text/{number}.txt").write_text("\n".join(sentence(rng, 9) for _ in range(30)), "utf-8")
     prepare.main(["text", str(folder / "text"), f"--out={folder / 'data'}", "--vocab_size=300", "--val_fraction=0.1"])
     items = []
-    for number in range(100):
+    for number in range(200):
         context = sentence(rng, 60 if number % 40 == 7 else rng.randint(1, 12)) + rng.choice(("", "", " ", "\n"))
         endings = [sentence(rng, rng.randint(1, 6)) for _ in range(rng.randint(2, 4))]
         items.append((context if number else "", endings, rng.randrange(len(endings))))
@@ -92,7 +92,7 @@ def test_multiple_choice_equals_loops_over_whole_sequences(place, theirs):
     report = evaluate.main([str(place / "hf"), f"--tasks={place / 'mine.jsonl'}", "--device=cpu", "--batch_tokens=300"])
     (record,), n = report["tasks"], len(lines)
     p = sum(plain) / n
-    assert (record["task"], record["n"], record["shortened"]) == ("mine", 100, 3)
+    assert (record["task"], record["n"], record["shortened"]) == ("mine", 200, 5)
     assert record["accuracy"] == p and record["accuracy_per_byte"] == sum(per_byte) / n and plain != per_byte
     assert record["accuracy_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))
     assert record["bits_per_byte"] == pytest.approx(sum(bits) / n, abs=1e-6)

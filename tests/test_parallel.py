@@ -28,6 +28,7 @@ LAYOUTS = {  # name: (ranks, settings)
     "one rank under torchrun": (1, ["group"]),
     "ddp 2": (2, ["--strategy=ddp"]),
     "ddp 2, accumulation 4": (2, ["--strategy=ddp", "--micro_batch_size=3"]),
+    "fsdp 2": (2, []),
     "fsdp 4": (4, []),
     "fsdp 4, accumulation 2": (4, ["--micro_batch_size=3"]),
     "fsdp 3": (3, []),
