@@ -3,7 +3,7 @@
 # the start and the speed of train.py, and every kernel's bench. JSON and logs go to $OUT or a folder outside of the
 # checkout, a table comes last. It ends within 7 minutes ($BUDGET seconds): what there was no time for is named, and each
 # part can be run alone (run compares with the newest result of step).
-#   bash bench/gpu.sh                 # tests step start run kernels
+#   bash bench/gpu.sh                 # step run start tests kernels: the first ones leave the others compiled kernels
 #   bash bench/gpu.sh more            # the other tests of the kernels, ranks over NCCL
 #   bash bench/gpu.sh contest         # experts against a dense model: the text of data.prepare packages, $ARM_SECONDS each
 set -uo pipefail
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.." || exit 1
 PYTHON="${PYTHON:-python3}"
 export OUT="${OUT:-${TMPDIR:-/tmp}/nanok2-bench}"
 mkdir -p "$OUT"
-PARTS="${*:-tests step start run kernels}"
+PARTS="${*:-step run start tests kernels}"
 BUDGET="${BUDGET:-420}"
 failed=""
 
@@ -27,6 +27,9 @@ try() {  # try SECONDS LOG ARGUMENTS: python with arguments, at most so long; it
     tail -n 25 "$log"
 }
 
+if part step; then try 120 step-small -m bench.step configs/small.py; fi
+if part run; then try 60 run-small -m bench.training run configs/small.py --global_batch_size=256; fi
+if part start; then try 90 start-small -m bench.training start configs/small.py; fi
 if part tests; then  # they wait for compilers more than for the GPU, so several processes share it
     share=(); "$PYTHON" -c "import xdist" 2> /dev/null && share=(-n 6)
     export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-4}"
@@ -34,9 +37,6 @@ if part tests; then  # they wait for compilers more than for the GPU, so several
     try 90 tests-kernels -m pytest -q -m gpu tests/test_triton_*.py -rf --tb=short --durations=3 "${share[@]}"
     unset TORCHINDUCTOR_COMPILE_THREADS
 fi
-if part step; then try 120 step-small -m bench.step configs/small.py; fi
-if part start; then try 90 start-small -m bench.training start configs/small.py; fi
-if part run; then try 60 run-small -m bench.training run configs/small.py --global_batch_size=256; fi
 if part kernels; then
     for kernel in experts attention cross_entropy newton_schulz routing; do
         try 60 "bench-$kernel" -m "bench.$kernel"

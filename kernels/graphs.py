@@ -173,14 +173,14 @@ class Update:
         self.pool, self.tell, self.graph, self.places = pool, tell, None, None
 
     def __call__(self):
-        """What update() returns."""
+        """What update() returns, a tensor, or not; of a replay a copy, since other graphs work in that memory."""
         places = [None if p.grad is None else p.grad.data_ptr() for p in self.parameters]
         if self.graph is not None:
             graph, result, captured = self.graph
             if places != captured:  # it would read what lies there now
                 return self.update()
             graph.replay()
-            return result
+            return result.clone() if isinstance(result, torch.Tensor) else result
         settled, self.places = places == self.places, places
         return self._trial() if self.replay and settled else self.update()
 
@@ -203,7 +203,7 @@ class Update:
             reason = why(error)
         if reason is None:
             self.graph = graph, result, self.places
-            return result
+            return result.clone() if isinstance(result, torch.Tensor) else result
         if before:
             torch._foreach_copy_(self.state, before)
         self.replay, before, graph = False, None, None

@@ -52,7 +52,7 @@ def load(path, device="auto", dtype="float32", which="latest"):
         folder = step_folder.parent.parent / "tokenizer"
         encoder = tokenizers.load(folder) if folder.is_dir() else None
     model.source, model.compute_dtype = path if published else step_folder, getattr(torch, dtype)
-    selfcheck.use("auto", device, model.compute_dtype)
+    selfcheck.use("auto", device, model.compute_dtype, again=False)
     return model.eval(), encoder
 
 
