@@ -9,7 +9,7 @@ documents, or as many as validation=N says, which are never trained on; or the s
 Next: loader.py, which uses it.
 """
 
-import bisect
+import collections
 import functools
 import itertools
 import math
@@ -62,41 +62,31 @@ class Streamed:
 
     def go_to(self, place):
         """Continue from a `place` of an earlier run with the same data, length and tokenizer."""
-        self.window, epoch, row, self.offset = self.begun = place
-        self.documents = _documents(self.spec, self.opened, self.held_out, epoch, row)
-        self.buffer, self.starts = np.empty(0, np.int32), []  # tokens; (position, epoch, row) of documents in them
+        self.window, *self.begun, self.offset = place
+        self.documents = _tokenised(_documents(self.spec, self.opened, self.held_out, *self.begun), self.encoder)
+        # (epoch, row, tokens) of documents; the next window begins at `offset`, and `ready` tokens are behind that
+        self.waiting, self.ready = collections.deque(), -self.offset
 
     @property
     def place(self):
-        if not self.starts:
-            return self.begun
-        position, epoch, row = self.starts[bisect.bisect_right(self.starts, (self.offset, math.inf)) - 1]
-        return [self.window, epoch, row, self.offset - position]
+        epoch, row = self.waiting[0][:2] if self.waiting else self.begun
+        return [self.window, epoch, row, self.offset]
 
     def turn(self, n, key=None):
         """Window n, int64; going back means reading from the start again."""
         if n < self.window:
             self.go_to([0, 0, self.held_out, 0])
         while True:
-            while len(self.buffer) - self.offset <= self.T:
-                self._read_more()
-            window = self.buffer[self.offset:self.offset + self.T + 1]
-            self.window, self.offset = self.window + 1, self.offset + self.T
+            while self.ready <= self.T:
+                self.waiting.append(next(self.documents))
+                self.ready += len(self.waiting[-1][2])
+            first, *others = (ids for *_, ids in self.waiting)
+            window = np.concatenate([first[self.offset:self.offset + self.T + 1], *others])[:self.T + 1]
+            self.window, self.offset, self.ready = self.window + 1, self.offset + self.T, self.ready - self.T
+            while self.offset >= len(self.waiting[0][2]):
+                self.offset -= len(self.waiting.popleft()[2])
             if self.window > n:
                 return window.astype(np.int64)
-
-    def _read_more(self):
-        """Append a chunk of documents to the buffer, and drop those that lie before the next window."""
-        keep = max(bisect.bisect_right(self.starts, (self.offset, math.inf)) - 1, 0)
-        cut = self.starts[keep][0] if self.starts else 0
-        pieces, self.offset = [self.buffer[cut:]], self.offset - cut
-        self.starts = [(position - cut, *where) for position, *where in self.starts[keep:]]
-        chunk, position = list(itertools.islice(self.documents, CHUNK)), len(pieces[0])
-        for (epoch, row, _), ids in zip(chunk, _tokenise([text for *_, text in chunk], self.encoder)):
-            self.starts.append((position, epoch, row))
-            pieces.append(ids)
-            position += len(ids)
-        self.buffer = np.concatenate(pieces)
 
 
 def held_out(spec, encoder, tokens):
@@ -134,6 +124,13 @@ def _rows(opened, first):
     """(row number, text) of the rows that are not empty, from row `first` on."""
     dataset, column = sources.open_hf(*opened)
     return ((row - 1, text) for row, text in sources.rows(dataset, column, opened[0], first) if text.strip())
+
+
+def _tokenised(documents, encoder):
+    """Yield (epoch, row, ids) of the documents, a chunk of which is tokenised at a time."""
+    while chunk := list(itertools.islice(documents, CHUNK)):
+        for (epoch, row, _), ids in zip(chunk, _tokenise([text for *_, text in chunk], encoder)):
+            yield epoch, row, ids
 
 
 def _tokenise(texts, encoder):
