@@ -11,7 +11,6 @@ Shapes: B sequences, T tokens each. Next: stream.py, where the data is no folder
 import bisect
 import contextlib
 import functools
-import itertools
 import queue
 import threading
 import zlib
@@ -222,30 +221,25 @@ class ValidationSet:
         self.sources = [Windows(folder, "val", sequence_length, verify, share,
                                 held_out(folder, encoder, self.sequences * self.T + 1) if is_stream(folder) else None)
                         for folder in folders]
-        counts = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
+        self.counts = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
         found = [source.text_bytes(count, encoder or _own_tokenizer(folder))
-                 for folder, source, count in zip(folders, self.sources, counts)]
-        self.tokens, self.bytes = sum(counts), None if None in found else sum(found)
+                 for folder, source, count in zip(folders, self.sources, self.counts)]
+        self.tokens, self.bytes = sum(self.counts), None if None in found else sum(found)
         self.bytes_per_token = self.bytes and self.bytes / self.tokens
 
     def batches(self, batch_size, rank=0, ranks=1):
         """Yields this rank's share as (inputs, targets), (B, T) tensors; the last batch is smaller if need be, and the
         same number of batches of the same sizes comes on every rank, if need be with a row of IGNORE alone."""
-        places = [(source, start) for source in self.sources
-                  for start in range(0, min(source.split.tokens - 1, self.sequences * self.T), self.T)]
+        places = [(source, start) for source, count in zip(self.sources, self.counts)
+                  for start in range(0, count, self.T)]
         for i in range(0, len(places), batch_size * ranks):
             round_ = places[i:i + batch_size * ranks]
             size = -(-len(round_) // ranks)
-            rows = [self._row(*place) for place in round_[rank * size:(rank + 1) * size]]
-            rows += [(np.zeros(self.T, np.int64), np.full(self.T, IGNORE, np.int64))] * (size - len(rows))
-            inputs, targets = zip(*rows)
-            yield torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
-
-    def _row(self, source, start):
-        tokens = source.read(start, min(self.T + 1, source.split.tokens - start))
-        inputs, targets = np.zeros(self.T, np.int64), np.full(self.T, IGNORE, np.int64)
-        inputs[:len(tokens) - 1], targets[:len(tokens) - 1] = tokens[:-1], tokens[1:]
-        return inputs, targets
+            inputs, targets = torch.zeros((size, self.T), dtype=torch.int64), torch.full((size, self.T), IGNORE)
+            for row, (source, start) in enumerate(round_[rank * size:(rank + 1) * size]):
+                tokens = torch.from_numpy(source.read(start, min(self.T + 1, source.split.tokens - start)))
+                inputs[row, :len(tokens) - 1], targets[row, :len(tokens) - 1] = tokens[:-1], tokens[1:]
+            yield inputs, targets
 
     def max_id(self):
         return max(source.split.max_id for source in self.sources)
@@ -275,15 +269,8 @@ def prefetch(stream, device, steps, sequences, per_step, size, rank=0, ranks=1, 
     and names the step, and a silence of `timeout` seconds (at the start twelve times that) is one. The thread is the
     stream's only reader, and ends with this generator.
     """
-    made, stop = queue.Queue(ahead), threading.Event()
+    made, room, stop = queue.SimpleQueue(), threading.Semaphore(ahead), threading.Event()
     gpu = torch.cuda.current_device() if device.type == "cuda" else None
-
-    def put(item):
-        while not stop.is_set():
-            try:
-                return made.put(item, timeout=0.2)
-            except queue.Full:
-                pass
 
     def work():
         step = None
@@ -294,36 +281,35 @@ def prefetch(stream, device, steps, sequences, per_step, size, rank=0, ranks=1, 
                 start = sequences + (step - steps[0]) * per_step
                 for first in range(start + rank * size, start + per_step, ranks * size):
                     tensors = stream.batch(first, size)
-                    put((*((t.pin_memory() for t in tensors) if gpu is not None else tensors), stream.places()))
+                    item = (*((t.pin_memory() for t in tensors) if gpu is not None else tensors), stream.places())
+                    room.acquire()
                     if stop.is_set():
                         return
-            put(None)
+                    made.put(item)
+            made.put(None)
+        except (UserError, OSError) as error:
+            made.put(UserError(f"the data of step {step} cannot be read: {error}"))
         except BaseException as error:  # whatever it is, the main thread has to hear of it
-            put((step, error))
+            error.add_note(f"raised by the thread that reads the data, at step {step}")
+            made.put(error)
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
+    wait = 12 * timeout  # a stream may first pass over what it had
     try:
-        waits = itertools.chain([12 * timeout], itertools.repeat(timeout))  # a stream may first pass over what it had
-        while (item := _get(made, next(waits))) is not None:
-            if isinstance(item[-1], BaseException):
-                step, error = item
-                if isinstance(error, (UserError, OSError)):
-                    raise UserError(f"the data of step {step} cannot be read: {error}") from error
-                error.add_note(f"raised by the thread that reads the data, at step {step}")
-                raise error
+        while (item := made.get(timeout=wait)) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            wait = timeout
+            room.release()
             yield *(tensor.to(device, non_blocking=gpu is not None) for tensor in item[:2]), item[2]
+    except queue.Empty as error:
+        raise UserError(f"no batch came for {wait:.0f} s: does the disk or the network that holds the data answer? "
+                        "--resume continues from the last checkpoint") from error
     finally:
         stop.set()
+        room.release()
         thread.join(timeout=5)
-
-
-def _get(made, timeout):
-    try:
-        return made.get(timeout=timeout)
-    except queue.Empty as error:
-        raise UserError(f"no batch came for {timeout:.0f} s: does the disk or the network that holds the data answer? "
-                        "--resume continues from the last checkpoint") from error
 
 
 def best_fit(lengths, T):
