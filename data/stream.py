@@ -3,9 +3,8 @@ prepare. The spec is hf:REPO[:CONFIG][?split=train&column=text&validation=1000];
 a short name that data.prepare knows, such as tinystories.
 
 The documents follow one another in the dataset's order, each behind a separator, epoch after epoch; window n is tokens
-nT..nT+T of that. There is no shuffling, and the seed changes nothing: shuffle the dataset, or prepare it. Every rank
-reads and tokenises all of it: for more than a dozen fast ranks prepare shards instead. Validation is the first 1,000
-documents, or as many as validation=N says, which are never trained on; or the split that validation=NAME names.
+nT..nT+T of that, and the seed changes nothing. Every rank reads and tokenises all of it: for more than a dozen fast
+ranks prepare shards instead. Validation is the first documents, never trained on, or a split.
 Next: loader.py, which uses it.
 """
 
@@ -98,7 +97,7 @@ def held_out(spec, encoder, tokens):
     for row, text in _rows(opened, 0):
         if row >= count or found >= tokens:
             break
-        pieces += _tokenise([text], encoder)
+        pieces.append(tokenizer.encode(encoder, text))
         found, n_bytes = found + len(pieces[-1]), n_bytes + len(text.encode("utf-8", "surrogatepass"))
     if found < 2:
         raise UserError(f"data={spec!r}: no text for validation; set ?validation=N documents or ?validation=SPLIT")
@@ -128,12 +127,8 @@ def _rows(opened, first):
 
 def _tokenised(documents, encoder):
     """Yield (epoch, row, ids) of the documents, a chunk of which is tokenised at a time."""
-    while chunk := list(itertools.islice(documents, CHUNK)):
-        for (epoch, row, _), ids in zip(chunk, _tokenise([text for *_, text in chunk], encoder)):
-            yield epoch, row, ids
-
-
-def _tokenise(texts, encoder):
-    """The ids of every text as an int32 array, the separator before them."""
+    encode = functools.partial(tokenizer.encode, encoder)
     with ThreadPoolExecutor(THREADS) as pool:  # tiktoken leaves Python's lock alone
-        return [ids.astype(np.int32) for ids in pool.map(functools.partial(tokenizer.encode, encoder), texts)]
+        while chunk := list(itertools.islice(documents, CHUNK)):
+            for (epoch, row, _), ids in zip(chunk, pool.map(encode, [text for *_, text in chunk])):
+                yield epoch, row, ids
