@@ -35,6 +35,7 @@ LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))  # of UTF-8
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}  # datasets'
 CSV = "those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES"
 DELIMITERS = ",;\t|"
+STREAMED = functools.cache(lambda where: Account())  # of a dataset that training reads: each thing is said once
 NEEDS_DATASETS = "parquet files and Hugging Face datasets need a package:  pip install datasets"  # with pyarrow
 
 
@@ -87,14 +88,8 @@ def _load(where, *args, **options):
 
 def rows(dataset, column, where, first=0, account=None, chat=False):
     """Yield (number of rows up to here, text) of a dataset from row `first` on; rows without a text count as empty."""
-    return columns.texts(_numbered(dataset, column, where, first), column, where, account or _streamed(where), chat,
+    return columns.texts(_numbered(dataset, column, where, first), column, where, account or STREAMED(where), chat,
                          unit="row")
-
-
-@functools.cache
-def _streamed(where):
-    """The account of a dataset that training reads: it says each thing once."""
-    return Account()
 
 
 def _numbered(dataset, column, where, row):
@@ -273,7 +268,7 @@ def parquet_rows(path, account, text_column, chat):
     except UserError:
         raise
     except (OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"cannot read {path}: {git_lfs(path) or f'{error}, after row {row}'}") from error
+        raise UserError(f"cannot read {path}: {git_lfs(path) or f'{error} (after row {row})'}") from error
 
 
 def documents(args, files, account, split="train"):
