@@ -21,6 +21,7 @@ import errors
 import generate
 from data import tokenizer as tokenizers
 from data.loader import Windows
+from data.shards import open_split
 from errors import UserError
 from evaluate import TOKENS, score
 from model import build
@@ -33,7 +34,7 @@ NAME = "needle"
 
 def long_documents(folder, separator, length, most):
     """Up to `most` rows (length + 1,) of ids: documents of the val split that are long enough, from their separator."""
-    windows = Windows(folder, "val", length, verify=False)
+    windows = Windows(open_split(folder, "val", verify=False), length)
     ids = windows.read(0, windows.split.tokens)
     starts = np.flatnonzero(ids == separator)
     long = [start for start, end in zip(starts, [*starts[1:], len(ids)]) if end - start > length]

@@ -37,23 +37,18 @@ def train(texts, count, pattern):
 
 def _count(texts, pattern):
     """(distinct words as bytes, how often each stands in the texts). What does not fit MOST is left out, and said."""
-    find, frequency, unchecked = regex.compile(pattern).findall, collections.Counter(), 0
-    with tqdm(desc="counting words", unit=" characters", unit_scale=True, disable=None) as bar:
-        for text in texts:
-            frequency.update(find(text))
-            bar.update(len(text))
-            unchecked += len(text)
-            if unchecked > MOST // 8:  # no need to measure the words before they can have grown by so much
-                unchecked = 0
-                if sum(len(word.encode()) for word in frequency) > MOST:
-                    break
+    find, frequency, size = regex.compile(pattern).findall, collections.Counter(), 0
+    for text in texts:
+        found = find(text)
+        size += sum(len(word.encode()) for word in set(found) - frequency.keys())
+        frequency.update(found)
+        if size > MOST:
+            print(f"the tokenizer is trained on the first {MOST:,} of {size:,} bytes of distinct words, and on no text "
+                  "beyond these: memory would not hold more")
+            break
     words = [word.encode() for word in frequency]
-    if (total := sum(map(len, words))) > MOST:
-        print(f"the tokenizer is trained on the first {MOST:,} of {total:,} bytes of distinct words, and on no text "
-              "beyond these: memory would not hold more")
-        ends = itertools.accumulate(map(len, words))
-        words = [word[:max(MOST - end + len(word), 0)] for word, end in zip(words, ends)]
-    return words, frequency.values()
+    ends = itertools.accumulate(map(len, words))
+    return [word[:max(MOST - end + len(word), 0)] for word, end in zip(words, ends)], frequency.values()
 
 
 class Words:

@@ -18,6 +18,7 @@ TEXT_LIKE = frozenset("text texts content contents body document article story p
 NO_TEXT = dict.fromkeys(("list", "object", "bytes"), ", which is no text")
 # A word; of scripts without spaces two letters count as one.
 WORD = re.compile(r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u9fff]{2}|[^\W\d_]{60}|(?<!\S)[^\w\s]*([^\W\d_]\S*)")
+MESSAGES = {"role", "content"}, {"from", "value"}, {"role", "tool_calls"}  # what those of a chat have
 DATES = frozenset("mon tue wed thu fri sat sun jan feb mar apr may jun jul aug sep oct nov dec utc gmt".split())
 
 
@@ -54,7 +55,8 @@ def choose(names, sample, wanted, where, chat=False):
 
 def kind(value):
     """What a value of a table is, in a word."""
-    if isinstance(value, list) and value and all(map(_is_message, value)):
+    message = lambda one: isinstance(one, dict) and any(keys <= one.keys() for keys in MESSAGES)
+    if isinstance(value, list) and value and all(map(message, value)):
         return "chat"
     names = {str: "text", bytes: "bytes", bool: "yes or no", int: "number", float: "number", dict: "object"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
@@ -67,11 +69,6 @@ def looks_like(values):
         return "labels"
     prose = [sum(word[:3].lower() not in DATES for word in WORD.findall(text)) >= 3 for text in texts]
     return "ids, numbers, dates or short words" if sum(prose) < len(texts) / 2 else None
-
-
-def _is_message(value):
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys() or
-                                        {"role", "tool_calls"} <= value.keys())
 
 
 def render(messages, lost):

@@ -25,7 +25,7 @@ def byte_letters():
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-def read_hf(path, beside=None):
+def read_hf(path, beside):
     """(pattern, {bytes: rank}, {text: id} of the other tokens, steps) of a tokenizer.json; UserError if it is none, or
     one that is not plain byte-level BPE. steps: tokenizer.py's ByteLevel says what stands in it. What the
     post-processor adds around a text is left out: data/ puts separators. beside: a published.Beside."""
@@ -35,11 +35,11 @@ def read_hf(path, beside=None):
         vocab, pairs = model["vocab"], [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merged = {"".join(pair) for pair in pairs}
         taken = {**{id: text for text, id in vocab.items()}, **{token["id"]: text for text, token in added.items()}}
-        for text, token in (beside.added if beside else {}).items():
+        for text, token in beside.added.items():
             if text not in merged and taken.get(token["id"], text) == text:
                 added.setdefault(text, token)
-        for text in (text for text, _ in (beside.ends + beside.starts if beside else ()) if text in vocab):
-            if text not in merged and len(text) > 1:  # as transformers does
+        for text, _ in beside.ends + beside.starts:
+            if text in vocab and text not in merged and len(text) > 1:  # as transformers does
                 added.setdefault(text, {"content": text, "id": vocab[text], "special": True})
         patterns, problem = _patterns(about.get("pre_tokenizer"))
         flags = ("content", "id", "single_word", "lstrip", "rstrip", "normalized")

@@ -18,7 +18,7 @@ import re
 import zlib
 from pathlib import Path
 
-from errors import UserError, alike_there, one_line
+from errors import UserError, alike_there, one_line, progress
 
 SHARE = 0.01  # of the characters of a file, or of its rows, that may be damaged
 BLOCK = 2**24  # characters of a text file read at a time
@@ -209,25 +209,27 @@ def _kind(head):
 
 
 def each_file(files, parts, account, encoding=None, strict=False):
-    """Yield (bytes of files read so far, part) for what parts(text file, path) yields of every file. Whoever takes the
-    parts lets `repair` count what is wrong with them: a file with more of that than SHARE is an error."""
-    done = 0
-    for path in files:
-        characters, wrong = account.characters, account.wrong
-        try:
-            with open(path, "rb", buffering=HEAD) as raw:
-                size = os.fstat(raw.fileno()).st_size
-                file = open_text(raw, path, account, encoding, strict) if size else account.add("files", "empty", path)
-                for part in parts(file, path) if file else ():
-                    yield done + raw.tell(), part
-                    if account.characters - characters > 2**20:
-                        check_share(path, account, characters, wrong)
-                if os.fstat(raw.fileno()).st_size != size:
-                    account.add("files", "changed while they were read", path)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-        check_share(path, account, characters, wrong)
-        done += size
+    """Yield what parts(text file, path) yields of every file. Whoever takes the parts lets `repair` count what is wrong
+    with them: a file with more of that than SHARE is an error."""
+    with progress("reading", sum(path.stat().st_size for path in files if path.exists())) as bar:
+        for path in files:
+            characters, wrong, done = account.characters, account.wrong, bar.n
+            try:
+                with open(path, "rb", buffering=HEAD) as raw:
+                    size = os.fstat(raw.fileno()).st_size
+                    file = open_text(raw, path, account, encoding, strict) if size else None
+                    if not size:
+                        account.add("files", "empty", path)
+                    for part in parts(file, path) if file else ():
+                        yield part
+                        bar.update(done + raw.tell() - bar.n)
+                        if account.characters - characters > 2**20:
+                            check_share(path, account, characters, wrong)
+                    if os.fstat(raw.fileno()).st_size != size:
+                        account.add("files", "changed while they were read", path)
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+            check_share(path, account, characters, wrong)
 
 
 def check_share(path, account, characters=0, wrong=0):

@@ -11,7 +11,6 @@ Shapes: B sequences, T tokens each. Next: stream.py, where the data is no folder
 import bisect
 import contextlib
 import functools
-import itertools
 import queue
 import threading
 import zlib
@@ -31,11 +30,11 @@ BLOCK_ROWS = 128  # rows' worth of tokens that are packed together
 
 
 class Windows:
-    """The non-overlapping windows of T+1 tokens of one split of one folder; neighbours share one token, so that every
-    token but the first is a target exactly once."""
+    """The non-overlapping windows of T+1 tokens of a shards.Split; neighbours share one token, so that every token but
+    the first is a target exactly once."""
 
-    def __init__(self, folder, split, sequence_length, verify=True, share=(0, 1), opened=None):
-        self.split, self.T = opened or open_split(folder, split, verify, share), sequence_length
+    def __init__(self, split, sequence_length):
+        self.split, self.T = split, sequence_length
         self.starts = np.cumsum([0] + [len(array) for array in self.split.arrays])
         self.count = (self.split.tokens - 1) // sequence_length
 
@@ -71,7 +70,7 @@ class Windows:
         found = self._token_bytes(1, count + 1, encoder)
         if recorded is None:
             return found
-        whole = self._token_bytes(0, 1, encoder) + found + self._token_bytes(count + 1, self.split.tokens, encoder)
+        whole = self._token_bytes(0, self.split.tokens, encoder)
         return found * recorded / whole if whole else found
 
     def _token_bytes(self, start, end, encoder, block=2**22):
@@ -84,23 +83,24 @@ class Packed(Windows):
     BLOCK_ROWS * T tokens, are packed each for itself; opening it packs all of them once, to know how many rows there
     are. Places that stay free hold IGNORE; `padding` is their share."""
 
-    def __init__(self, folder, separator, sequence_length, verify=True, share=(0, 1)):
-        super().__init__(folder, "train", sequence_length, verify, share)
-        self.separator = separator
+    def __init__(self, split, sequence_length, separator, folder):
+        super().__init__(split, sequence_length)
         block = BLOCK_ROWS * sequence_length
-        found = (self._separators(start, start + block) for start in range(0, self.split.tokens, block))
-        firsts = [int(places[0]) for places in found if len(places)]
-        if not firsts or firsts[0] > 0.01 * self.split.tokens:
-            where = f"its first separator (id {separator}) is token {firsts[0]:,} of {self.split.tokens:,}" if firsts \
-                else f"it holds no separator (id {separator})"
+        places = [start + np.flatnonzero(self.read(start, min(block, split.tokens - start), dtype=None) == separator)
+                  for start in range(0, split.tokens, block)]
+        self.documents = np.concatenate([*places, [split.tokens]])  # where they start, and where the last one ends
+        left = int(self.documents[0])
+        if left > 0.01 * split.tokens:
+            where = f"its first separator (id {separator}) is token {left:,} of {split.tokens:,}" \
+                if left < split.tokens else f"it holds no separator (id {separator})"
             raise UserError(f"{folder}: {where}, and best_fit would leave out what is before it: set --packing=concat "
                             "or the --tokenizer that the data was made with")
-        if firsts[0]:
-            print(f"{folder}: best_fit leaves out the {firsts[0]:,} tokens before the first separator")
-        self.blocks = [*firsts, self.split.tokens]
+        if left:
+            print(f"{folder}: best_fit leaves out the {left:,} tokens before the first separator")
+        self.blocks = np.cumsum([0, *filter(None, map(len, places))])  # the first document of each
         counts, filled = [0], 0
         for number in range(len(self.blocks) - 1):
-            rows = self._layout(number)[1]
+            rows = self._layout(number)
             counts.append(len(rows))
             filled += sum(length for row in rows for *_, length in row)
         self.rows, self.count = np.cumsum(counts), sum(counts)
@@ -108,22 +108,15 @@ class Packed(Windows):
         self.layout = functools.lru_cache(64)(self._layout)
         print(f"{folder}: {self.padding:.2%} of the places of packed sequences stay empty")
 
-    def _separators(self, start, end):
-        """Where separators stand in start..end of the split."""
-        length = min(end, self.split.tokens) - start
-        return start + np.flatnonzero(self.read(start, length, dtype=None) == self.separator)
-
     def _layout(self, number):
-        """(starts of the block's documents, its rows as best_fit gives them)."""
-        end = self.blocks[number + 1]
-        starts = self._separators(self.blocks[number], end)
-        return starts, best_fit(np.diff(starts, append=end).tolist(), self.T)
+        """The rows of a block as best_fit gives them."""
+        return best_fit(np.diff(self.documents[self.blocks[number]:self.blocks[number + 1] + 1]).tolist(), self.T)
 
     def window(self, index):
         number = int(np.searchsorted(self.rows, index, side="right")) - 1
-        starts, rows = self.layout(number)
+        starts = self.documents[self.blocks[number]:]
         row, at = np.full(self.T + 1, IGNORE, np.int64), 0
-        for document, offset, length in rows[index - int(self.rows[number])]:
+        for document, offset, length in self.layout(number)[index - int(self.rows[number])]:
             row[at:at + length] = self.read(int(starts[document]) + offset, length)
             at += length
         return row
@@ -145,9 +138,10 @@ class TrainStream:
         def opened(folder):
             if is_stream(folder):
                 return Streamed(folder, sequence_length, encoder)
+            split = open_split(folder, "train", verify, share)
             if packing == "best_fit":
-                return Packed(folder, self.separator, sequence_length, verify, share)
-            return Windows(folder, "train", sequence_length, verify, share)
+                return Packed(split, sequence_length, self.separator, folder)
+            return Windows(split, sequence_length)
         self.sources = [opened(folder) for folder in weights]
         for folder, source in zip(weights, self.sources):
             if source.count < 1:
@@ -219,33 +213,27 @@ class ValidationSet:
     def __init__(self, data, sequence_length, sequences, verify=True, share=(0, 1), encoder=None):
         folders = data if isinstance(data, dict) else {data: 1.0}
         self.T, self.sequences = sequence_length, max(sequences // len(folders), 1)
-        self.sources = [Windows(folder, "val", sequence_length, verify, share,
-                                held_out(folder, encoder, self.sequences * self.T + 1) if is_stream(folder) else None)
-                        for folder in folders]
-        counts = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
+        self.sources = [Windows(held_out(folder, encoder, self.sequences * self.T + 1) if is_stream(folder) else
+                                open_split(folder, "val", verify, share), sequence_length) for folder in folders]
+        self.counts = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
         found = [source.text_bytes(count, encoder or _own_tokenizer(folder))
-                 for folder, source, count in zip(folders, self.sources, counts)]
-        self.tokens, self.bytes = sum(counts), None if None in found else sum(found)
+                 for folder, source, count in zip(folders, self.sources, self.counts)]
+        self.tokens, self.bytes = sum(self.counts), None if None in found else sum(found)
         self.bytes_per_token = self.bytes and self.bytes / self.tokens
 
     def batches(self, batch_size, rank=0, ranks=1):
         """Yields this rank's share as (inputs, targets), (B, T) tensors; the last batch is smaller if need be, and the
         same number of batches of the same sizes comes on every rank, if need be with a row of IGNORE alone."""
-        places = [(source, start) for source in self.sources
-                  for start in range(0, min(source.split.tokens - 1, self.sequences * self.T), self.T)]
+        places = [(source, start) for source, count in zip(self.sources, self.counts)
+                  for start in range(0, count, self.T)]
         for i in range(0, len(places), batch_size * ranks):
             round_ = places[i:i + batch_size * ranks]
             size = -(-len(round_) // ranks)
-            rows = [self._row(*place) for place in round_[rank * size:(rank + 1) * size]]
-            rows += [(np.zeros(self.T, np.int64), np.full(self.T, IGNORE, np.int64))] * (size - len(rows))
-            inputs, targets = zip(*rows)
-            yield torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
-
-    def _row(self, source, start):
-        tokens = source.read(start, min(self.T + 1, source.split.tokens - start))
-        inputs, targets = np.zeros(self.T, np.int64), np.full(self.T, IGNORE, np.int64)
-        inputs[:len(tokens) - 1], targets[:len(tokens) - 1] = tokens[:-1], tokens[1:]
-        return inputs, targets
+            inputs, targets = torch.zeros((size, self.T), dtype=torch.int64), torch.full((size, self.T), IGNORE)
+            for row, (source, start) in enumerate(round_[rank * size:(rank + 1) * size]):
+                tokens = torch.from_numpy(source.read(start, min(self.T + 1, source.split.tokens - start)))
+                inputs[row, :len(tokens) - 1], targets[row, :len(tokens) - 1] = tokens[:-1], tokens[1:]
+            yield inputs, targets
 
     def max_id(self):
         return max(source.split.max_id for source in self.sources)
@@ -275,15 +263,8 @@ def prefetch(stream, device, steps, sequences, per_step, size, rank=0, ranks=1, 
     and names the step, and a silence of `timeout` seconds (at the start twelve times that) is one. The thread is the
     stream's only reader, and ends with this generator.
     """
-    made, stop = queue.Queue(ahead), threading.Event()
+    made, room, stop = queue.SimpleQueue(), threading.Semaphore(ahead), threading.Event()
     gpu = torch.cuda.current_device() if device.type == "cuda" else None
-
-    def put(item):
-        while not stop.is_set():
-            try:
-                return made.put(item, timeout=0.2)
-            except queue.Full:
-                pass
 
     def work():
         step = None
@@ -294,36 +275,35 @@ def prefetch(stream, device, steps, sequences, per_step, size, rank=0, ranks=1, 
                 start = sequences + (step - steps[0]) * per_step
                 for first in range(start + rank * size, start + per_step, ranks * size):
                     tensors = stream.batch(first, size)
-                    put((*((t.pin_memory() for t in tensors) if gpu is not None else tensors), stream.places()))
+                    item = (*((t.pin_memory() for t in tensors) if gpu is not None else tensors), stream.places())
+                    room.acquire()
                     if stop.is_set():
                         return
-            put(None)
+                    made.put(item)
+            made.put(None)
+        except (UserError, OSError) as error:
+            made.put(UserError(f"the data of step {step} cannot be read: {error}"))
         except BaseException as error:  # whatever it is, the main thread has to hear of it
-            put((step, error))
+            error.add_note(f"raised by the thread that reads the data, at step {step}")
+            made.put(error)
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
+    wait = 12 * timeout  # a stream may first pass over what it had
     try:
-        waits = itertools.chain([12 * timeout], itertools.repeat(timeout))  # a stream may first pass over what it had
-        while (item := _get(made, next(waits))) is not None:
-            if isinstance(item[-1], BaseException):
-                step, error = item
-                if isinstance(error, (UserError, OSError)):
-                    raise UserError(f"the data of step {step} cannot be read: {error}") from error
-                error.add_note(f"raised by the thread that reads the data, at step {step}")
-                raise error
+        while (item := made.get(timeout=wait)) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            wait = timeout
+            room.release()
             yield *(tensor.to(device, non_blocking=gpu is not None) for tensor in item[:2]), item[2]
+    except queue.Empty as error:
+        raise UserError(f"no batch came for {wait:.0f} s: does the disk or the network that holds the data answer? "
+                        "--resume continues from the last checkpoint") from error
     finally:
         stop.set()
+        room.release()
         thread.join(timeout=5)
-
-
-def _get(made, timeout):
-    try:
-        return made.get(timeout=timeout)
-    except queue.Empty as error:
-        raise UserError(f"no batch came for {timeout:.0f} s: does the disk or the network that holds the data answer? "
-                        "--resume continues from the last checkpoint") from error
 
 
 def best_fit(lengths, T):
@@ -375,8 +355,7 @@ def shuffled(index, count, key):
 
 def _whole_shares(fractions, total):
     """Whole numbers that sum to total, as near to the fractions as possible (largest remainder)."""
-    floors = [int(fraction * total) for fraction in fractions]
-    by_remainder = sorted(range(len(fractions)), key=lambda i: floors[i] - fractions[i] * total)
-    for i in by_remainder[:total - sum(floors)]:
-        floors[i] += 1
-    return floors
+    exact = np.array(fractions) * total
+    shares = exact.astype(int)
+    shares[np.argsort(shares - exact, kind="stable")[:total - shares.sum()]] += 1
+    return shares.tolist()

@@ -1,13 +1,8 @@
 """Text to shards:  python -m data.prepare SOURCE [FILES...] [--tokenizer=...] [--out=data/NAME]
 
-stdlib: the Python standard library's own source on this machine; needs no download. packages: that and the source of
-all packages that nanok2 requires, 90 MB. text: any text files, one document each, or with --split_on every part between
-two separators. stdin: the same, piped. jsonl, parquet, csv: files, folders or globs with a column of texts (or of
-chats). tinystories, openwebtext, fineweb, fineweb-edu: from Hugging Face, as is any other dataset, also one on disk, by
-hf REPO. random: tokens without a text, for speed tests. fineweb-gpt2-shards: ready-made GPT-2 tokens, 100 million each.
-A document goes to the val split by a hash of its text, so that the same text never stands in both; where that leaves a
-split empty, the end of the text is val. What was read, left out and altered is said at the end and stands in meta.json.
-Next: ../configs/debug.py trains on the result.
+The sources are those of ../docs/data.md. A document goes to the val split by a hash of its text, so that the same text
+never stands in both; where that leaves a split empty, the end of the text is val. What was read, left out and altered
+is said at the end and stands in meta.json. Next: ../configs/debug.py trains on the result.
 """
 
 import collections
@@ -21,13 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import errors
 from data import sources, tokenizer
 from data.files import SHARE, Account, check_separator, check_share, list_files, repair, unescape
 from data.shards import Writer, open_split, read_meta, require_ours
-from errors import UserError
+from errors import UserError, progress
 
 FILES = ("text", "jsonl", "parquet", "csv", "hf")  # sources that want names of files, or of a repository
 TEXTS = (*sources.INSTALLED, "stdin", *FILES, *sources.KNOWN)
@@ -120,27 +114,23 @@ def check(args):
 
 
 def documents(args, files, account):
-    """(iterator, total, unit): yields (position, split, text, bytes in the source) of every distinct, non-empty
-    document. The split is --val_split's, which comes first, or drawn by a hash of the text."""
+    """Yield (split, text, bytes in the source) of every distinct, non-empty document. The split is --val_split's, which
+    comes first, or drawn by a hash of the text."""
     seen, line_ends = set(), args.source in ("text", "stdin", *sources.INSTALLED)
-    take = lambda found: itertools.islice(distinct(found, seen, account, line_ends), args.limit)
-    repo, name, _ = sources.KNOWN.get(args.source, (next(iter(args.files), None), None, None))
-    opened = lambda split: sources.documents(
-        args.source, files, args.split_on, repo, split, args.name or name, args.text_column, not args.no_streaming,
-        args.encoding, args.delimiter, args.chat, account, args.no_quotes, args.multiline)
-    found, total, unit = opened(args.split or "train")
+    take = lambda split: itertools.islice(
+        distinct(sources.documents(args, files, account, split), seen, account, line_ends), args.limit)
+    train = args.split or "train"
     if not args.val_split:
-        return by_hash(take(found), args.val_fraction, account, line_ends), total, unit
-    val = ((0, document) for _, document in opened(args.val_split)[0])
-    return ((position, split, text, size) for split, half in (("val", val), ("train", found))
-            for position, text, _, size, _ in take(half)), total, unit
+        return by_hash(take(train), args.val_fraction, account, line_ends)
+    return ((split, text, size) for split, name in (("val", args.val_split), ("train", train))
+            for text, _, size, _ in take(name))
 
 
 def distinct(found, seen, account, line_ends=False):
-    """Yield (position, text, its UTF-8 bytes, number of bytes in the source, text in the source) of the documents that
-    are not empty and whose 8-byte digest is not in `seen`, and add it. Bytes of the source are those of the text
-    before repairs, in UTF-8."""
-    for position, original in found:
+    """Yield (text, its UTF-8 bytes, number of bytes in the source, text in the source) of the documents that are not
+    empty and whose 8-byte digest is not in `seen`, and add it. Bytes of the source are those of the text before
+    repairs, in UTF-8."""
+    for original in found:
         text, raw, size, replaced = repair(original, line_ends)
         nuls = text.count("\0")
         account.characters, account.wrong = account.characters + len(text), account.wrong + nuls + replaced
@@ -154,34 +144,34 @@ def distinct(found, seen, account, line_ends=False):
             continue
         seen.add(digest)
         account.add("documents", "kept")
-        yield position, text, raw, size, original
+        yield text, raw, size, original
 
 
 def by_hash(texts, fraction, account, line_ends):
-    """Yield (position, split, text, bytes in the source): val are the texts with a hash in that fraction. Documents
+    """Yield (split, text, bytes in the source): val are the texts with a hash in that fraction. Documents
     wait until both splits have one; if that never comes, the end of those that wait is val."""
     held, waiting, total, splits = collections.deque(), 0, 0, set()
-    for position, text, raw, size, original in texts:
-        held.append((position, "val" if zlib.crc32(raw) / 2**32 < fraction else "train", text, size, original))
-        splits.add(held[-1][1])
+    for text, raw, size, original in texts:
+        held.append(("val" if zlib.crc32(raw) / 2**32 < fraction else "train", text, size, original))
+        splits.add(held[-1][0])
         total, waiting = total + len(text), waiting + len(text)
         while held and (len(splits) == 2 or waiting > HELD and len(held) > 1):
-            waiting -= len(held[0][2])
-            yield held.popleft()[:4]
+            waiting -= len(held[0][1])
+            yield held.popleft()[:3]
     train, val, taken = list(held), collections.deque(), 0
-    while len(train) > 1 and taken < fraction * total and taken + len(train[-1][2]) <= total / 2:
+    while len(train) > 1 and taken < fraction * total and taken + len(train[-1][1]) <= total / 2:
         val.appendleft(train.pop())
-        taken += len(val[0][2])
+        taken += len(val[0][1])
     if val:
         account.add("documents", "at the end taken for val, since none went there by its hash", n=len(val))
     elif train:
         account.add("documents", "cut in two, its end for val")
-        position, *_, original = train.pop()
+        *_, original = train.pop()
         for part, documents in zip(cut(original, 1 - fraction), (train, val)):
             text, _, size, _ = repair(part, line_ends)
-            documents.append((position, None, text, size, part))
-    yield from ((position, "train", text, size) for position, _, text, size, _ in train)
-    yield from ((position, "val", text, size) for position, _, text, size, _ in val)
+            documents.append((None, text, size, part))
+    for split, documents in (("train", train), ("val", val)):
+        yield from ((split, text, size) for _, text, size, _ in documents)
 
 
 def cut(text, share):
@@ -193,34 +183,29 @@ def cut(text, share):
 
 
 def encoded(found, encoder, workers):
-    """Yield lists of (position, split, ids, bytes) in the order of the documents. Threads do the encoding, since
-    tiktoken leaves Python's lock alone meanwhile; a few chunks of documents wait at any time."""
+    """Yield (split, ids, bytes) in the order of the documents. Threads do the encoding, since tiktoken leaves Python's
+    lock alone meanwhile; a few chunks of documents wait at any time."""
     def work(chunk):
-        return [(position, split, tokenizer.encode(encoder, text), size) for position, split, text, size in chunk]
+        return [(split, tokenizer.encode(encoder, text), size) for split, text, size in chunk]
 
     waiting, chunk, characters = collections.deque(), [], 0
     with ThreadPoolExecutor(workers) as pool:
-        for position, split, text, size in found:
-            chunk.append((position, split, text, size))
-            characters += len(text)
+        for document in found:
+            chunk.append(document)
+            characters += len(document[1])
             if characters >= CHUNK:
                 waiting.append(pool.submit(work, chunk))
                 chunk, characters = [], 0
             if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        if chunk:
-            waiting.append(pool.submit(work, chunk))
+                yield from waiting.popleft().result()
+        waiting.append(pool.submit(work, chunk))
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
 
 
 def write_documents(writer, args, files, encoder, account):
-    found, total, unit = documents(args, files, account)
-    with tqdm(total=total, desc="tokenizing", unit=unit, unit_scale=True, disable=None) as bar:
-        for chunk in encoded(found, encoder, args.workers):
-            for _, split, ids, size in chunk:
-                writer.write(split, ids, size)
-            bar.update(max(chunk[-1][0] - bar.n, 0))
+    for split, ids, size in encoded(documents(args, files, account), encoder, args.workers):
+        writer.write(split, ids, size)
     check_separator(args.split_on, account)
     check_share(args.source, account)  # of stdin; files have been looked at one by one
     counts, column = account.counts["documents"], account.about.get("column")
@@ -241,7 +226,7 @@ def write_random(writer, args):
     count = args.tokens or 10_000_000
     held_out = max(int(count * args.val_fraction), 2)
     for split, left in (("val", held_out), ("train", count - held_out)):
-        for start in tqdm(range(0, left, 2**20), desc=split, unit=" M tokens", disable=None):
+        for start in progress(split, unit=" M tokens", over=range(0, left, 2**20)):
             writer.write(split, rng.integers(0, args.vocab_size, min(2**20, left - start), dtype=np.uint32), 0)
 
 
@@ -250,7 +235,7 @@ def make_tokenizer(args, files, account):
     def texts():
         print("training a tokenizer")
         left, once = TRAINING_TEXT, Account(account)  # what is read is counted when it is written
-        for _, split, text, _ in documents(args, files, once)[0]:
+        for split, text, _ in documents(args, files, once):
             if split == "train":
                 yield text[:left]
                 left -= len(text)
@@ -270,7 +255,7 @@ def fetch_shards(args, out):
     """Download llm.c shards of FineWeb as they are; each is complete or absent, and those that are there are kept."""
     names = [f"fineweb_train_{i:06d}.bin" for i in range(1, (args.shards or 10) + 1)] + ["fineweb_val_000000.bin"]
     missing = [name for name in names if not (out / name).is_file()]
-    for name in tqdm(missing, desc="shards", disable=None):
+    for name in progress("shards", unit=" shards", over=missing):
         try:
             from huggingface_hub import hf_hub_download
             hf_hub_download(SHARDS_REPO, name, repo_type="dataset", local_dir=out)

@@ -44,7 +44,6 @@ class Writer:
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self.splits = {split: {"documents": 0, "tokens": 0, "bytes": 0, "shards": []} for split in SPLITS}
         self.pending = {split: [] for split in SPLITS}  # documents not yet written
-        self.pending_tokens = dict.fromkeys(SPLITS, 0)
 
     def __enter__(self):
         for left in self.folder.parent.glob(f"{glob.escape(self.hidden)}*"):
@@ -71,30 +70,25 @@ class Writer:
         info["tokens"] += len(tokens)
         info["bytes"] += n_bytes
         self.pending[split].append(tokens.astype(self.dtype))
-        self.pending_tokens[split] += len(tokens)
-        if self.pending_tokens[split] >= self.shard_tokens:
-            self._flush(split)
+        if info["tokens"] >= (len(info["shards"]) + 1) * self.shard_tokens:
+            self._write_shards(split, self.shard_tokens)
 
-    def _flush(self, split, everything=False):
-        """Write the pending tokens as full shards; the rest waits, or becomes the last shard."""
-        tokens = np.concatenate(self.pending[split])
-        whole = len(tokens) if everything else len(tokens) // self.shard_tokens * self.shard_tokens
-        for start in range(0, whole, self.shard_tokens):
-            self._write_shard(split, tokens[start:min(start + self.shard_tokens, whole)])
-        self.pending[split], self.pending_tokens[split] = [tokens[whole:]], len(tokens) - whole
-
-    def _write_shard(self, split, tokens):
-        shards = self.splits[split]["shards"]
-        name = f"{split}_{len(shards):06d}.bin"
-        magic = next(magic for magic, (_, dtype) in FORMATS.items() if dtype == self.dtype)
-        header = np.zeros(256, dtype=np.int32)
-        header[:3] = magic, FORMATS[magic][0], len(tokens)
-        content = header.tobytes() + tokens.tobytes()
-        with open(self.temporary / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        shards.append({"file": name, "tokens": len(tokens), "max_id": int(tokens.max()), "crc32": zlib.crc32(content)})
+    def _write_shards(self, split, least):
+        """Write the pending tokens as shards of at least so many; the rest waits."""
+        waiting, shards = np.concatenate(self.pending[split]), self.splits[split]["shards"]
+        magic, version = next((magic, v) for magic, (v, dtype) in FORMATS.items() if dtype == self.dtype)
+        while len(waiting) >= least:
+            tokens, waiting = waiting[:self.shard_tokens], waiting[self.shard_tokens:]
+            header = np.zeros(256, dtype=np.int32)
+            header[:3] = magic, version, len(tokens)
+            content, name = header.tobytes() + tokens.tobytes(), f"{split}_{len(shards):06d}.bin"
+            with open(self.temporary / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            shards.append({"file": name, "tokens": len(tokens), "max_id": int(tokens.max()),
+                           "crc32": zlib.crc32(content)})
+        self.pending[split] = [waiting]
 
     def finish(self, save_tokenizer, **about):
         """Write the last shards, the tokenizer and meta.json, then put the folder in place. `about` goes into
@@ -103,8 +97,7 @@ class Writer:
             if self.splits[split]["tokens"] < 2:
                 raise UserError(f"the {split} split has {self.splits[split]['tokens']} tokens: "
                                 "give more text, smaller documents (--split_on) or a larger --val_fraction")
-            if self.pending_tokens[split]:
-                self._flush(split, everything=True)
+            self._write_shards(split, 1)
         save_tokenizer(self.temporary / "tokenizer")
         meta = {**about, "vocab_size": self.vocab_size, "splits": self.splits}
         (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data import columns
 from data.files import SHARE, Account, each_file, git_lfs, open_text, split_text, suffix_of, unescape
-from errors import UserError, said
+from errors import UserError, progress, said
 
 # repository, configuration, validation split (None: a share of the documents)
 KNOWN = {"tinystories": ("roneneldan/TinyStories", None, "validation"),
@@ -35,6 +35,8 @@ LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))  # of UTF-8
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}  # datasets'
 CSV = "those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES"
 DELIMITERS = ",;\t|"
+STREAMED = functools.cache(lambda where: Account())  # of a dataset that training reads: each thing is said once
+NEEDS_DATASETS = "parquet files and Hugging Face datasets need a package:  pip install datasets"  # with pyarrow
 
 
 def open_hf(repo, split="train", name=None, text_column=None, streaming=True, chat=False):
@@ -70,7 +72,7 @@ def _load(where, *args, **options):
     try:
         import datasets
     except ImportError as error:
-        raise UserError("parquet files and Hugging Face datasets need a package:  pip install datasets") from error
+        raise UserError(NEEDS_DATASETS) from error
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by the error
     try:
         dataset = datasets.load_dataset(*args, **options)
@@ -86,14 +88,8 @@ def _load(where, *args, **options):
 
 def rows(dataset, column, where, first=0, account=None, chat=False):
     """Yield (number of rows up to here, text) of a dataset from row `first` on; rows without a text count as empty."""
-    return columns.texts(_numbered(dataset, column, where, first), column, where, account or _streamed(where), chat,
+    return columns.texts(_numbered(dataset, column, where, first), column, where, account or STREAMED(where), chat,
                          unit="row")
-
-
-@functools.cache
-def _streamed(where):
-    """The account of a dataset that training reads: it says each thing once."""
-    return Account()
 
 
 def _numbered(dataset, column, where, row):
@@ -249,64 +245,58 @@ def _delimiter(lines, path, quoting):
 
 
 def parquet_rows(path, account, text_column, chat):
-    """Yield (row, text) of a parquet file, of which only the column of the text is read."""
-    import pyarrow.parquet  # comes with datasets
+    """Yield (row, {column: cell}) of a parquet file, of which only the column of the text is read."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(NEEDS_DATASETS) from error
+    if not path.stat().st_size and path not in account.named:
+        account.add("files", "empty", path)
+        return
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            account.add("files", "read")
+            if not (count := file.metadata.num_rows):
+                return
             sample = lambda: next(file.iter_batches(columns.SAMPLE)).to_pylist()
             wanted = text_column or account.about.get("column")
             column = columns.choose(file.schema_arrow.names, sample, wanted, path, chat)
-            account.about["column"] = column  # no other is read
-            for batch in file.iter_batches(1024, columns=[column]):
-                for cells in batch.to_pylist():
-                    row += 1
-                    yield row, cells
+            cells = (cell for batch in file.iter_batches(1024, columns=[column]) for cell in batch.to_pylist())
+            for row, cell in enumerate(progress(path.name, count, " rows", cells), 1):
+                yield row, cell
     except UserError:
         raise
     except (OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"cannot read {path}, after row {row}: {error}") from error
+        raise UserError(f"cannot read {path}: {git_lfs(path) or f'{error} (after row {row})'}") from error
 
 
-def documents(source, files=(), split_on=None, repo=None, split="train", name=None, text_column=None, streaming=True,
-              encoding=None, delimiter=None, chat=False, account=None, no_quotes=False, multiline=False):
-    """(iterator, total, unit) of a source: the iterator yields (position, text), and position counts up to total, in
-    bytes of the files or rows of a dataset; total is None where it is not known. What is left out goes into account.
-    Undecodable bytes of files stand in the texts as lone surrogates, line ends of text files as they are."""
-    account = account or Account()
-    separator = unescape(split_on or "")
+def documents(args, files, account, split="train"):
+    """Yield the documents of a source, which is described by the options of prepare.py; split: of those of a dataset.
+    What is left out goes into account. Undecodable bytes of files stand in the texts as lone surrogates, line ends of
+    text files as they are."""
+    separator = unescape(args.split_on or "")
     account.separator = separator.encode("utf-8", "surrogateescape")
     whole = functools.partial(split_text, separator=separator, account=account)
-    if source == "stdin":
-        file = open_text(sys.stdin.buffer, "standard input", account, encoding, strict=True)
-        return enumerate(whole(file, "standard input"), 1), None, " documents"
-    if source == "parquet":
-        counts = {path: _parquet_rows(path, account) for path in files}  # a damaged file shows here
-        texts = (text for path in files if counts[path] for _, text in columns.texts(
-            parquet_rows(path, account, text_column, chat), text_column, path, account, chat, unit="row"))
-        return enumerate(texts, 1), sum(counts.values()), " rows"
-    if source in ("text", *INSTALLED, "jsonl", "csv"):
-        def table(file, path):
-            rows = (jsonl_rows(file, path) if source == "jsonl" else
-                    csv_rows(file, path, delimiter, account, no_quotes, multiline))
-            return (text for _, text in columns.texts(rows, text_column, path, account, chat))
-        tables = source in ("jsonl", "csv")
-        found = each_file(files, table if tables else whole, account, encoding, strict=tables)
-        return found, sum(path.stat().st_size for path in files), "B"
-    dataset, column = open_hf(repo, split, name, text_column, streaming, chat)
+    texts = lambda rows, where, unit="line": (
+        text for _, text in columns.texts(rows, args.text_column, where, account, args.chat, unit))
+    if args.source == "stdin":
+        file = open_text(sys.stdin.buffer, "standard input", account, args.encoding, strict=True)
+        return progress("reading", unit=" documents", over=whole(file, "standard input"))
+    if args.source in ("text", *INSTALLED):
+        return each_file(files, whole, account, args.encoding)
+    if args.source == "jsonl":
+        table = lambda file, path: texts(jsonl_rows(file, path), path)
+        return each_file(files, table, account, args.encoding, strict=True)
+    if args.source == "csv":
+        table = lambda file, path: texts(
+            csv_rows(file, path, args.delimiter, account, args.no_quotes, args.multiline), path)
+        return each_file(files, table, account, args.encoding, strict=True)
+    if args.source == "parquet":
+        read = lambda path: texts(parquet_rows(path, account, args.text_column, args.chat), path, "row")
+        return itertools.chain.from_iterable(map(read, files))
+    repo, name, _ = KNOWN.get(args.source) or (*args.files, None, None)
+    dataset, column = open_hf(repo, split, args.name or name, args.text_column, not args.no_streaming, args.chat)
     about = (dataset.info.splits or {}).get(split)
-    return rows(dataset, column, repo, 0, account, chat), about.num_examples if about else None, " rows"
-
-
-def _parquet_rows(path, account):
-    """The number of rows of a parquet file, which is read or named as damaged."""
-    import pyarrow.parquet  # comes with datasets
-    if not path.stat().st_size and path not in account.named:
-        account.add("files", "empty", path)
-        return 0
-    try:
-        count = pyarrow.parquet.read_metadata(path).num_rows
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {git_lfs(path) or error}") from error
-    account.add("files", "read")
-    return count
+    found = (text for _, text in rows(dataset, column, repo, 0, account, args.chat))
+    return progress("reading", about and about.num_examples, " rows", found)

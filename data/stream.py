@@ -3,13 +3,12 @@ prepare. The spec is hf:REPO[:CONFIG][?split=train&column=text&validation=1000];
 a short name that data.prepare knows, such as tinystories.
 
 The documents follow one another in the dataset's order, each behind a separator, epoch after epoch; window n is tokens
-nT..nT+T of that. There is no shuffling, and the seed changes nothing: shuffle the dataset, or prepare it. Every rank
-reads and tokenises all of it: for more than a dozen fast ranks prepare shards instead. Validation is the first 1,000
-documents, or as many as validation=N says, which are never trained on; or the split that validation=NAME names.
+nT..nT+T of that, and the seed changes nothing. Every rank reads and tokenises all of it: for more than a dozen fast
+ranks prepare shards instead. Validation is the first documents, never trained on, or a split.
 Next: loader.py, which uses it.
 """
 
-import bisect
+import collections
 import functools
 import itertools
 import math
@@ -62,41 +61,31 @@ class Streamed:
 
     def go_to(self, place):
         """Continue from a `place` of an earlier run with the same data, length and tokenizer."""
-        self.window, epoch, row, self.offset = self.begun = place
-        self.documents = _documents(self.spec, self.opened, self.held_out, epoch, row)
-        self.buffer, self.starts = np.empty(0, np.int32), []  # tokens; (position, epoch, row) of documents in them
+        self.window, *self.begun, self.offset = place
+        self.documents = _tokenised(_documents(self.spec, self.opened, self.held_out, *self.begun), self.encoder)
+        # (epoch, row, tokens) of documents; the next window begins at `offset`, and `ready` tokens are behind that
+        self.waiting, self.ready = collections.deque(), -self.offset
 
     @property
     def place(self):
-        if not self.starts:
-            return self.begun
-        position, epoch, row = self.starts[bisect.bisect_right(self.starts, (self.offset, math.inf)) - 1]
-        return [self.window, epoch, row, self.offset - position]
+        epoch, row = self.waiting[0][:2] if self.waiting else self.begun
+        return [self.window, epoch, row, self.offset]
 
     def turn(self, n, key=None):
         """Window n, int64; going back means reading from the start again."""
         if n < self.window:
             self.go_to([0, 0, self.held_out, 0])
         while True:
-            while len(self.buffer) - self.offset <= self.T:
-                self._read_more()
-            window = self.buffer[self.offset:self.offset + self.T + 1]
-            self.window, self.offset = self.window + 1, self.offset + self.T
+            while self.ready <= self.T:
+                self.waiting.append(next(self.documents))
+                self.ready += len(self.waiting[-1][2])
+            first, *others = (ids for *_, ids in self.waiting)
+            window = np.concatenate([first[self.offset:self.offset + self.T + 1], *others])[:self.T + 1]
+            self.window, self.offset, self.ready = self.window + 1, self.offset + self.T, self.ready - self.T
+            while self.offset >= len(self.waiting[0][2]):
+                self.offset -= len(self.waiting.popleft()[2])
             if self.window > n:
                 return window.astype(np.int64)
-
-    def _read_more(self):
-        """Append a chunk of documents to the buffer, and drop those that lie before the next window."""
-        keep = max(bisect.bisect_right(self.starts, (self.offset, math.inf)) - 1, 0)
-        cut = self.starts[keep][0] if self.starts else 0
-        pieces, self.offset = [self.buffer[cut:]], self.offset - cut
-        self.starts = [(position - cut, *where) for position, *where in self.starts[keep:]]
-        chunk, position = list(itertools.islice(self.documents, CHUNK)), len(pieces[0])
-        for (epoch, row, _), ids in zip(chunk, _tokenise([text for *_, text in chunk], self.encoder)):
-            self.starts.append((position, epoch, row))
-            pieces.append(ids)
-            position += len(ids)
-        self.buffer = np.concatenate(pieces)
 
 
 def held_out(spec, encoder, tokens):
@@ -108,7 +97,7 @@ def held_out(spec, encoder, tokens):
     for row, text in _rows(opened, 0):
         if row >= count or found >= tokens:
             break
-        pieces += _tokenise([text], encoder)
+        pieces.append(tokenizer.encode(encoder, text))
         found, n_bytes = found + len(pieces[-1]), n_bytes + len(text.encode("utf-8", "surrogatepass"))
     if found < 2:
         raise UserError(f"data={spec!r}: no text for validation; set ?validation=N documents or ?validation=SPLIT")
@@ -136,7 +125,10 @@ def _rows(opened, first):
     return ((row - 1, text) for row, text in sources.rows(dataset, column, opened[0], first) if text.strip())
 
 
-def _tokenise(texts, encoder):
-    """The ids of every text as an int32 array, the separator before them."""
+def _tokenised(documents, encoder):
+    """Yield (epoch, row, ids) of the documents, a chunk of which is tokenised at a time."""
+    encode = functools.partial(tokenizer.encode, encoder)
     with ThreadPoolExecutor(THREADS) as pool:  # tiktoken leaves Python's lock alone
-        return [ids.astype(np.int32) for ids in pool.map(functools.partial(tokenizer.encode, encoder), texts)]
+        while chunk := list(itertools.islice(documents, CHUNK)):
+            for (epoch, row, _), ids in zip(chunk, pool.map(encode, [text for *_, text in chunk])):
+                yield epoch, row, ids

@@ -39,10 +39,8 @@ FILES = ("encoding.json", "tokenizer/encoding.json", "tokenizer.json", "tiktoken
 
 
 def load(spec, texts=None):
-    """The tokenizer that a name or path means: "bytes"; a tiktoken name; a ranks file in tiktoken's format; a Hugging
-    Face tokenizer.json of byte-level BPE; a SentencePiece .model; a folder with one of these, or one that `save` wrote;
-    "words:N", the N most frequent words of texts, an iterable of str. Behind it may stand ?end_of_text=TOKEN, the
-    special token that separates documents, and, for a ranks file, pattern=NAME: see _load_ranks."""
+    """The tokenizer that a name or path means, as ../docs/data.md lists them, or the folder that `save` wrote. texts:
+    what "words:N" is counted on, an iterable of str."""
     spec, options = _options(str(spec))
     path = Path(spec)
     if path.is_dir():

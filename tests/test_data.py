@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import prepare, tokenizer
-from data.loader import MIXTURE_BLOCK, TrainStream, ValidationSet, Windows, shuffled
+from data.loader import MIXTURE_BLOCK, TrainStream, ValidationSet, shuffled
 from data.shards import HEADER, Writer, open_split
 from errors import UserError
 from kernels.cross_entropy import IGNORE
@@ -162,7 +162,7 @@ def test_too_little_text_is_an_error(tmp_path):
     with pytest.raises(UserError, match="fewer than one sequence"):
         TrainStream(str(folder), 20, 0)
     with pytest.raises(UserError, match="no data folder"):
-        Windows(tmp_path / "nowhere", "train", 8)
+        open_split(tmp_path / "nowhere", "train")
 
 
 # ---------------------------------------------------------------------- tokenizers

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.loader import BLOCK_ROWS, Packed, TrainStream, best_fit
+from data.shards import open_split
 from errors import UserError
 from kernels import backend
 from kernels.cross_entropy import IGNORE
@@ -88,7 +89,7 @@ def test_packed_epochs_hold_every_document_whole_wherever_blocks_end(tmp_path):
 
 def test_a_packed_sequence_is_found_without_reading_everything(tmp_path, monkeypatch):
     folder = write(tmp_path / "d", numbered([40] * 8000), vocab=60_000, shard_tokens=10**6)
-    source = Packed(folder, END, 64)
+    source = Packed(open_split(folder, "train"), 64, END, folder)
     read = []
     original = Packed.read
     monkeypatch.setattr(Packed, "read", lambda self, at, n, **dtype: read.append(n) or original(self, at, n, **dtype))
@@ -97,10 +98,14 @@ def test_a_packed_sequence_is_found_without_reading_everything(tmp_path, monkeyp
 
 
 def test_what_packing_leaves_out_is_told_or_refused(tmp_path, capsys):
-    Packed(write(tmp_path / "d", [[1, 2], *numbered([40] * 50)], vocab=60_000), END, 16)
+    def pack(name, documents):
+        folder = write(tmp_path / name, documents, vocab=60_000)
+        return Packed(open_split(folder, "train"), 16, END, folder)
+
+    pack("d", [[1, 2], *numbered([40] * 50)])
     assert "leaves out the 2 tokens before the first separator" in capsys.readouterr().out
     with pytest.raises(UserError, match="is token 400 of 2,400, and best_fit would leave out.*--packing=concat"):
-        Packed(write(tmp_path / "e", [[1] * 400, *numbered([40] * 50)], vocab=60_000), END, 16)
+        pack("e", [[1] * 400, *numbered([40] * 50)])
 
 
 def test_documents_that_cannot_be_found_are_an_error(tmp_path):

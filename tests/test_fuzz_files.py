@@ -64,7 +64,7 @@ def plain_tokens(raw):
 def read_back(folder, split, verify):
     """(split, its tokens as the loader reads them): all of them, and the second half alone."""
     opened = open_split(folder, split, verify)
-    windows = Windows(folder, split, 8, verify, opened=opened)
+    windows = Windows(opened, 8)
     half = windows.read(opened.tokens // 2, opened.tokens - opened.tokens // 2)
     whole = windows.read(0, opened.tokens)
     assert (whole[-len(half) :] == half).all()

@@ -121,6 +121,8 @@ def test_zst_is_read_or_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
         run(tmp_path / "e", "jsonl", path)
+    with pytest.raises(UserError, match="parquet files .* need a package:  pip install datasets"):
+        run(tmp_path / "e", "parquet", path)
 
 
 def test_random_tokens_are_seeded(tmp_path):
@@ -318,11 +320,11 @@ def test_few_documents_wait_for_the_workers(monkeypatch):
         nonlocal taken
         while True:
             taken += 1
-            yield 0, "train", f"{taken:010d}", 10
+            yield "train", f"{taken:010d}", 10
 
     found = prepare.encoded(endless(), tokenizer.load("bytes"), workers=2)
     for count in range(1, 50):
-        assert bytes(next(found)[0][2][1:].tolist()) == f"{count:010d}".encode() and taken <= count + 4
+        assert bytes(next(found)[1][1:].tolist()) == f"{count:010d}".encode() and taken <= count + 4
     found.close()
 
 

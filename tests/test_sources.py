@@ -263,11 +263,12 @@ def test_links_are_followed_and_circles_caught(tmp_path):
 
 def test_a_file_that_changes_or_goes_meanwhile(tmp_path):
     (path := tmp_path / "a.txt").write_text("one<end>two")
-    found, grown = Account(), sources.documents("text", [path], "<end>", account=(kept := Account()))[0]
+    args = prepare.parse(["text", str(path), "--split_on=<end>"])
+    grown = sources.documents(args, [path], kept := Account())
     next(grown)
     path.write_text("one<end>two<end>three")
     assert len(list(grown)) >= 1 and kept.counts["files"]["changed while they were read"] == 1
-    gone = sources.documents("text", [path], account=found)[0]
+    gone = sources.documents(args, [path], Account())
     path.unlink()
     with pytest.raises(UserError, match="cannot read .*a.txt: No such file"):
         list(gone)
@@ -340,7 +341,7 @@ def test_uneven_documents(tmp_path, texts, fraction, train, val):
 
 def test_documents_before_the_first_of_validation_wait_within_bounds(monkeypatch):
     monkeypatch.setattr(prepare, "HELD", 100)
-    texts = [(i, f"{i:010d}", b"%d" % i, 10, f"{i:010d}") for i in range(1000)]
+    texts = [(f"{i:010d}", b"%d" % i, 10, f"{i:010d}") for i in range(1000)]
     taken = 0
 
     def counted():
@@ -353,8 +354,8 @@ def test_documents_before_the_first_of_validation_wait_within_bounds(monkeypatch
     for document in prepare.by_hash(counted(), 1e-9, Account(), False):
         given_out.append(document)
         assert taken - len(given_out) <= 11
-    assert [text for _, _, text, _ in given_out] == [text for _, text, *_ in texts]
-    assert [split for _, split, *_ in given_out] == ["train"] * 999 + ["val"]
+    assert [text for _, text, _ in given_out] == [text for text, *_ in texts]
+    assert [split for split, *_ in given_out] == ["train"] * 999 + ["val"]
 
 
 def test_the_account_is_told_and_kept(tmp_path, capsys):
