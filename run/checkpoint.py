@@ -63,7 +63,8 @@ def save(folder, step, tensors, about, keep, best=False, group=None):
     final, temporary = folder / f"step_{step:08d}", folder / f".tmp_{step:08d}"
 
     def prepare():
-        _clear_debris(folder)
+        for debris in [*folder.glob(".tmp_*"), *folder.glob(".trash_*")]:  # of a save that was killed
+            shutil.rmtree(debris)
         temporary.mkdir(parents=True)
 
     def write():
@@ -164,19 +165,10 @@ def _retain(folder, keep):
     whole = [path for path in step_folders(folder) if not _damage(path, checksums=False)]
     for path in whole[:-keep]:
         if path != best:
-            _delete(path)
-
-
-def _delete(path):
-    trash = path.with_name(f".trash_{step_of(path):08d}")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(path, trash)  # at once, so that no half-deleted folder looks like a checkpoint
-    shutil.rmtree(trash)
-
-
-def _clear_debris(folder):
-    for path in [*folder.glob(".tmp_*"), *folder.glob(".trash_*")]:
-        shutil.rmtree(path)
+            trash = path.with_name(f".trash_{step_of(path):08d}")
+            shutil.rmtree(trash, ignore_errors=True)
+            os.rename(path, trash)  # at once, so that no half-deleted folder looks like a checkpoint
+            shutil.rmtree(trash)
 
 
 # ----------------------------------------------------------------------------- finding

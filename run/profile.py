@@ -30,7 +30,12 @@ class Profiler:
     def at(self, step):
         if step in self.steps:
             if self.profile is None:
-                self._begin()
+                activities = [ProfilerActivity.CPU]
+                if self.device.type == "cuda":
+                    activities.append(ProfilerActivity.CUDA)
+                    torch.cuda.memory._record_memory_history(max_entries=200_000)
+                self.profile = profile(activities=activities)
+                self.profile.start()
             self.open.close()
             self.open.enter_context(record_function(f"step {step}"))
         else:
@@ -57,11 +62,3 @@ class Profiler:
             torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         print(f"{table}profile: {self.folder}/", flush=True)
-
-    def _begin(self):
-        activities = [ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=200_000)
-        self.profile = profile(activities=activities)
-        self.profile.start()
