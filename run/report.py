@@ -94,22 +94,21 @@ def validate(training, validation, tasks, watch, log):
 
 
 def samples(training, encoder, watch, log):
-    """Write a continuation of every prompt to samples.md."""
-    watch.beat(f"the samples of step {training.step}", patient=True)
-    for prompt in training.config.sample_prompts:
-        log.sample(training.step, prompt, sample(training, encoder, prompt, log))
-    training.model.train()  # a sample that failed has not put it back yet
+    """Write a continuation of every prompt to samples.md, from its own random generator; a sharded model needs all
+    ranks for it. One that fails is told by log: what the tokenizer raises is the same on all ranks. What memory, a
+    device or a collective raises may be on one alone, and to go on would leave the ranks in different collectives."""
+    def continuation(prompt):
+        return "".join(stream_text(
+            training.model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8, top_k=50,
+            seed=training.config.seed + training.step, agree=parallel.same))
 
-
-def sample(training, encoder, prompt, log):
-    """A continuation of the prompt as text, from its own random generator; a sharded model needs all ranks for it.
-    None if it fails, which log tells: what the tokenizer raises is the same on all ranks. What memory, a device or a
-    collective raises may be on one alone, and to go on would leave the ranks in different collectives."""
     def must_end(error):
         return guard.is_out_of_memory(error) or parallel.ranks() > 1 and isinstance(error, RuntimeError)
-    return log.attempt(f"the sample of {prompt[:40]!r}", lambda: "".join(stream_text(
-        training.model, encoder, encode_prompt(encoder, prompt), max_new_tokens=200, temperature=0.8, top_k=50,
-        seed=training.config.seed + training.step, agree=parallel.same)), must_end)
+    watch.beat(f"the samples of step {training.step}", patient=True)
+    for prompt in training.config.sample_prompts:
+        text = log.attempt(f"the sample of {prompt[:40]!r}", functools.partial(continuation, prompt), must_end)
+        log.sample(training.step, prompt, text)
+    training.model.train()  # a sample that failed has not put it back yet
 
 
 def compare_ranks(training, run, log):
