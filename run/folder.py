@@ -227,7 +227,6 @@ def open_run(run, source, start, changed, config, config_file, argv, encoder):
     if config.overwrite and holds_run(run) and not within:
         delete(run)
     aside = put_away(run, start, rewound(config), changed) if within else None
-    say_what_goes(run, start)
     run_id = provenance(run, config, config_file, argv)
     if encoder:
         tokenizer.save(encoder, run / "tokenizer")
@@ -252,7 +251,7 @@ def put_away(run, step, by_name, changed):
     step was named, what lies beyond it is a branch and set aside. Otherwise the checkpoints beyond were passed over as
     damaged and become damaged_step_..., and the records matter only if something has `changed`."""
     beyond = [path for path in checkpoint.step_folders(run / "checkpoints") if checkpoint.step_of(path) > step]
-    records = read_beyond(run, step)
+    records = [record for record in metrics.read_records(run / "metrics.jsonl") if record["step"] > step]
     for path in beyond if not by_name else ():
         os.rename(path, damaged := unused(path.with_name(f"damaged_{path.name}")))
         print(f"{path} is kept as {damaged.name}")
@@ -262,21 +261,6 @@ def put_away(run, step, by_name, changed):
         aside = set_aside(run, unused(run / f"aside/step_{step:08d}_to_{reached:08d}"), step)
     point_at_what_is_there(run)
     return aside
-
-
-def read_beyond(run, step):
-    return [record for record in metrics.read_records(run / "metrics.jsonl") if record["step"] > step]
-
-
-def say_what_goes(run, step):
-    """Say what metrics.RunLog will leave out of the records of a run that goes on from a step."""
-    path = run / "metrics.jsonl"
-    records, lines = metrics.read_records(path), path.read_bytes().split(b"\n") if path.exists() else []
-    beyond, broken = sum(record["step"] > step for record in records), sum(map(bool, lines)) - len(records)
-    for count, what, why in ((beyond, "record", f", and the samples, beyond step {step}: these steps are done again"),
-                             (broken, "line", " without a record, as a kill leaves them")):
-        if count:
-            print(f"metrics.jsonl: dropped {counted(count, what)}{why}")
 
 
 def unused(path):

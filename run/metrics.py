@@ -54,11 +54,11 @@ def memory_gib(device):
 
 
 class Pace:
-    """How long the rest of a run will take, from the steps so far: the first ones, in which compilers are at work, and
-    the slowest sixteenth count only while there are no others. Validations and saves count as they came."""
+    """How long the rest of a run will take, by the median of its last 128 steps: the first ones, in which compilers are
+    at work, and those that hang do not move it. Validations and saves count as they came."""
 
-    def __init__(self, early=3):
-        self.early, self.steps, self.others, self.seconds = early, 0, 0.0, collections.deque(maxlen=128)
+    def __init__(self):
+        self.steps, self.others, self.seconds = 0, 0.0, collections.deque(maxlen=128)
         self.began = self.stopped = time.perf_counter()
         self.newest = []
 
@@ -84,14 +84,12 @@ class Pace:
 
     def add(self, step_seconds, other_seconds=0.0):
         """A step has taken so long, and what else happened since the one before."""
-        if self.steps == self.early:
-            self.seconds.clear()
         self.steps, self.others = self.steps + 1, self.others + other_seconds
         self.seconds.append(step_seconds)
 
     def usual(self):
         """Seconds of a step."""
-        return statistics.fmean(sorted(self.seconds)[:max(len(self.seconds) - len(self.seconds) // 16 - 1, 1)])
+        return statistics.median(self.seconds)
 
     def left(self, steps):
         """Seconds for so many more steps."""
@@ -108,13 +106,20 @@ class RunLog:
         if not active:
             self.file = open(os.devnull, "w", encoding="utf-8")
             return
-        newest, samples = max([record["step"] for record in read_records(self.path)], default=0), []
+        records, samples = read_records(self.path), []
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        backlog = [record for record in records if record["step"] <= step]
+        for count, what, why in (
+                (len(records) - len(backlog), "record",
+                 f", and the samples, beyond step {step}: these steps are done again"),
+                (sum(map(bool, lines)) - len(records), "line", " without a record, as a kill leaves them")):
+            if count:
+                print(f"metrics.jsonl: dropped {counted(count, what)}{why}")
         replace_text(self.path, lines_up_to(self.path, step))
-        backlog = read_records(self.path)
         if (path := self.folder / "samples.md").exists():
             samples = self.attempt("samples.md", lambda: cut_samples(path, step)) or []
         self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # a line at a time: a kill loses at most one
-        progress = step, newest, samples
+        progress = step, max([record["step"] for record in records], default=0), samples
         self.services = [Service("W&B", lambda: start_wandb(config, self.folder, run_id, *progress), backlog)]
         if config.tensorboard:
             self.services.append(Service("TensorBoard", lambda: TensorBoard(self.folder), backlog))
@@ -309,14 +314,10 @@ class RoutingAlarm:
 
 def draw_curves(folder):
     """Draw curves.png of what a run has recorded; returns its path."""
-    return curves.draw(Path(folder), read_records(Path(folder) / "metrics.jsonl"), clip_of(Path(folder)))
-
-
-def clip_of(folder):
-    """The logit at which a run's QK-clip acts, None without it."""
+    folder = Path(folder)
     settings = read_json(folder / "config.json").get("settings") if (folder / "config.json").exists() else None
     clips = isinstance(settings, dict) and settings.get("optimizer") == "muonclip"
-    return settings.get("qk_clip_tau") if clips else None
+    return curves.draw(folder, read_records(folder / "metrics.jsonl"), settings.get("qk_clip_tau") if clips else None)
 
 
 def command(argv):

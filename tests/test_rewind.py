@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -126,7 +127,8 @@ def test_only_what_is_done_again_is_dropped(tmp_path, capsys):
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "tra')
     assert run_folder.put_away(run, 4, False, []) is None
-    run_folder.say_what_goes(run, 4)
+    shutil.copytree(run, tmp_path / "same")
+    metrics.RunLog(tmp_path / "same", types.SimpleNamespace(wandb="off", tensorboard=False), 4, "id").close()
     said = capsys.readouterr().out
     assert "dropped 1 line without a record" in said
     assert "dropped 2 records, and the samples, beyond step 4: these steps are done again" in said
