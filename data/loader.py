@@ -85,22 +85,21 @@ class Packed(Windows):
 
     def __init__(self, split, sequence_length, separator, folder):
         super().__init__(split, sequence_length)
+        self.separator = separator
         block = BLOCK_ROWS * sequence_length
-        places = [start + np.flatnonzero(self.read(start, min(block, split.tokens - start), dtype=None) == separator)
-                  for start in range(0, split.tokens, block)]
-        self.documents = np.concatenate([*places, [split.tokens]])  # where they start, and where the last one ends
-        left = int(self.documents[0])
-        if left > 0.01 * split.tokens:
-            where = f"its first separator (id {separator}) is token {left:,} of {split.tokens:,}" \
-                if left < split.tokens else f"it holds no separator (id {separator})"
+        found = (self._separators(start, start + block) for start in range(0, self.split.tokens, block))
+        firsts = [int(places[0]) for places in found if len(places)]
+        if not firsts or firsts[0] > 0.01 * self.split.tokens:
+            where = f"its first separator (id {separator}) is token {firsts[0]:,} of {self.split.tokens:,}" if firsts \
+                else f"it holds no separator (id {separator})"
             raise UserError(f"{folder}: {where}, and best_fit would leave out what is before it: set --packing=concat "
                             "or the --tokenizer that the data was made with")
-        if left:
-            print(f"{folder}: best_fit leaves out the {left:,} tokens before the first separator")
-        self.blocks = np.cumsum([0, *filter(None, map(len, places))])  # the first document of each
+        if firsts[0]:
+            print(f"{folder}: best_fit leaves out the {firsts[0]:,} tokens before the first separator")
+        self.blocks = [*firsts, self.split.tokens]
         counts, filled = [0], 0
         for number in range(len(self.blocks) - 1):
-            rows = self._layout(number)
+            rows = self._layout(number)[1]
             counts.append(len(rows))
             filled += sum(length for row in rows for *_, length in row)
         self.rows, self.count = np.cumsum(counts), sum(counts)
@@ -108,15 +107,22 @@ class Packed(Windows):
         self.layout = functools.lru_cache(64)(self._layout)
         print(f"{folder}: {self.padding:.2%} of the places of packed sequences stay empty")
 
+    def _separators(self, start, end):
+        """Where separators stand in start..end of the split."""
+        length = min(end, self.split.tokens) - start
+        return start + np.flatnonzero(self.read(start, length, dtype=None) == self.separator)
+
     def _layout(self, number):
-        """The rows of a block as best_fit gives them."""
-        return best_fit(np.diff(self.documents[self.blocks[number]:self.blocks[number + 1] + 1]).tolist(), self.T)
+        """(starts of the block's documents, its rows as best_fit gives them)."""
+        end = self.blocks[number + 1]
+        starts = self._separators(self.blocks[number], end)
+        return starts, best_fit(np.diff(starts, append=end).tolist(), self.T)
 
     def window(self, index):
         number = int(np.searchsorted(self.rows, index, side="right")) - 1
-        starts = self.documents[self.blocks[number]:]
+        starts, rows = self.layout(number)
         row, at = np.full(self.T + 1, IGNORE, np.int64), 0
-        for document, offset, length in self.layout(number)[index - int(self.rows[number])]:
+        for document, offset, length in rows[index - int(self.rows[number])]:
             row[at:at + length] = self.read(int(starts[document]) + offset, length)
             at += length
         return row
