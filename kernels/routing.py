@@ -92,10 +92,9 @@ def _lowest_index_topk(values, k):
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     # There a quarter of the time: topk of integers that order like (value, lowest index first), so that none are equal.
     bits, last = values.float().contiguous().view(torch.int32), values.shape[-1] - 1
-    ordered = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)
-    ordered.masked_fill_(values.isnan(), 0x7FFFFFFF)  # which comes first
-    keys = ordered.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(last, -1, -1))
-    return keys.topk(k).values.bitwise_and_(0xFFFFFFFF).neg_().add_(last)
+    ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).masked_fill(values.isnan(), 0x7FFFFFFF)  # which comes first
+    keys = ordered.long() << 32 | torch.arange(last, -1, -1)
+    return last - (keys.topk(k).values & 0xFFFFFFFF)
 
 
 def count_choices(experts_NK, n_experts):
