@@ -4,9 +4,9 @@
     python train.py configs/debug.py          # or all of it at once: bash launch/quickstart.sh
 
 Hardware: 2 CPU cores, fp32.
-Time: 213 s of training, 270 s with all of the quickstart (AMD EPYC, 8,600 tokens/s).
+Time: 225 s of training, 241 s with all of the quickstart but the install (AMD EPYC, 8,200 tokens/s).
 Memory: 0.9 GiB.
-Expect: validation loss 3.25 to 3.27, 1.58 bits per byte (on Python 3.11's library); at the end the busiest expert has
+Expect: validation loss 3.24 to 3.26, 1.58 bits per byte (on Python 3.11's library); at the end the busiest expert has
 1.4 times the mean and none is dead.
 """
 
