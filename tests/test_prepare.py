@@ -234,8 +234,7 @@ def test_columns_are_chosen_or_named(tmp_path):
         ("jsonl", b'{"text": "a"}\n["b"]\n', "line 2 is no JSON object but a list"),
         ("jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2: no column 'text'. The columns are body"),
         ("jsonl", b'{"text": "a"}\n{"text": 5}\n', "line 2: column 'text' holds no text"),
-        ("parquet", b"PAR1 but not really", "cannot read .*a.parquet"),
-        ("parquet", b"", "cannot read .*a.parquet"),
+        *(("parquet", content, "cannot read .*a.parquet") for content in (b"PAR1 but not really", b"")),
         *((source, b"", "the train split has 0 tokens") for source in ("jsonl", "csv", "text")),
 ])
 def test_damaged_files_are_named(tmp_path, source, content, message):
