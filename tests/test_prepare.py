@@ -377,9 +377,8 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, moment):
 @pytest.mark.parametrize("words, message", [
         (["jsonl"], "jsonl needs files"), (["nosuch"], "^argument source: invalid choice: 'nosuch'"),
         (["text", "x", "--vocab=9"], r"^unrecognized arguments: --vocab=9; did you mean --vocab_size\?"),
-        ([], "required: source"),
+        ([], "required: source"), (["fineweb", "x"], "takes no files"),
         (["hf"], "data.prepare hf REPO"), (["hf", "a", "b"], "hf takes one"),
-        (["fineweb", "x"], "takes no files"),
         (["text", "x", "--text-column=a"], "--text_column has no meaning for text"),
         (["stdlib", "--split-on=a"], "--split_on has no meaning for stdlib"),
         (["hf", "x", "--val-split=test", "--val-fraction=0.1"], "exclude each other"),
