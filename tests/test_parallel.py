@@ -258,7 +258,7 @@ def signal_on_rank_1(*words):
 def test_a_signal_to_one_rank_saves_and_stops_all(base, pool, tmp_path):
     """Scorecard 6."""
     out = tmp_path / "run"
-    pool.run(2, signal_on_rank_1, base[1], f"--out_dir={out}")
+    pool.run(2, signal_on_rank_1, base[1], f"--out_dir={out}", "--save_interval=0", "--eval_interval=0")
     assert losses(out)[-1][0] == 4 and checkpoint.find(out).name == "step_00000004"
     pool.run(2, run, base[1], f"--out_dir={out}", "--resume=auto", "--max_steps=6")
     assert [step for step, _ in losses(out)] == [1, 2, 3, 4, 5, 6]
