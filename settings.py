@@ -15,7 +15,6 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Literal
 
 import errors
 from config import FIELDS, Config
@@ -239,10 +238,7 @@ def _hint(name):
 
 def _kinds(name):
     """The types, or the literal choices, that a setting accepts."""
-    annotation = FIELDS[name].type
-    if typing.get_origin(annotation) is Literal:
-        return typing.get_args(annotation)
-    return typing.get_args(annotation) or (annotation,)
+    return typing.get_args(FIELDS[name].type) or (FIELDS[name].type,)
 
 
 def _kind_name(kind):

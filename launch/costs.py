@@ -101,16 +101,12 @@ class Costs:
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.alike = alike(self.shapes, config.num_hidden_layers)
         self.routes = routes_of(config, self.model)
-        self.dtype = getattr(torch, config.dtype)
-        self.wire = config.wire_bytes()
         self.flops = flops_by_part(config, config.sequence_length, self.model)
         self.kinds = [config.is_moe_layer(index) for index in range(len(self.model.layers))]  # whether with experts
         self.parameters = sum(shape.numel() for shape in self.shapes.values())
         self.place, self.has_head = 0, True
         self.reduced = getattr(torch, config.reduce_dtype).itemsize  # bytes of a gradient that travels
         self.layer_flops, self.cuts = flops_by_layer(config, config.sequence_length), {}
-        by_layer = elements_by(lambda name: int(name.split(".")[2]) if ".layers." in name else -1, self.shapes)
-        self.layer_elements = [by_layer[index] for index in range(len(self.kinds))]
 
     def of(self, **settings):
         """The same with other settings of the run; those of the model stay."""
@@ -120,36 +116,34 @@ class Costs:
 
     def stages(self):
         """stage() of those that may decide: the first, the last and the one with the most parameters."""
-        size = lambda place: sum(self.layer_elements[index] for index in self._layers(place))
-        pp = self.config.pp
-        return [self.stage(place) for place in sorted({0, pp - 1, max(range(pp), key=size)})]
-
-    def _layers(self, place):
-        """The layers on the ranks at a place of the pipeline."""
-        c = self.config
-        if (key := (c.pp, c.stages_a_rank())) not in self.cuts:
-            self.cuts[key] = spans(self.layer_flops, c.pp * c.stages_a_rank())
-        return [index for span in self.cuts[key][place::c.pp] for index in span]
+        every = [self.stage(place) for place in range(self.config.pp)]
+        most = max(range(len(every)), key=lambda place: every[place].parameters)
+        return [every[place] for place in sorted({0, most, len(every) - 1})]
 
     def stage(self, place):
         """Costs of what the ranks at one place of the pipeline have, its blocks and its ends. Without one of all."""
-        if self.config.pp == 1:
+        c = self.config
+        if c.pp == 1:
             return self
-        layers = self._layers(place)
-        key = "stage", place, *layers
-        if key not in self.cuts:
-            here = lambda name: int(name.split(".")[2]) in layers if ".layers." in name else \
-                place == (0 if "embed_tokens" in name else self.config.pp - 1)
-            shapes = {name: shape for name, shape in self.shapes.items() if here(name)}
-            whole, mine = elements_by(part_of, self.shapes), elements_by(part_of, shapes)
-            share = {part: mine[part] / n for part, n in whole.items()} | {"attention": len(layers) / len(self.kinds)}
-            self.cuts[key] = (shapes, alike(shapes, self.config.num_hidden_layers),
-                              {part: flops * share[part] for part, flops in self.flops.items()})
+        if (key := (c.pp, c.stages_a_rank())) not in self.cuts:
+            cuts = spans(self.layer_flops, c.pp * c.stages_a_rank())
+            self.cuts[key] = [self._part(place, [index for span in cuts[place::c.pp] for index in span])
+                              for place in range(c.pp)]
         other = copy.copy(self)
-        other.shapes, other.alike, other.flops = self.cuts[key]
-        other.place, other.has_head = place, place == self.config.pp - 1
-        other.kinds = [self.kinds[index] for index in layers]
+        vars(other).update(self.cuts[key][place])
         return other
+
+    def _part(self, place, layers):
+        """What stage() has in place of what all have."""
+        here = lambda name: int(name.split(".")[2]) in layers if ".layers." in name else \
+            place == (0 if "embed_tokens" in name else self.config.pp - 1)
+        shapes = {name: shape for name, shape in self.shapes.items() if here(name)}
+        whole, mine = elements_by(part_of, self.shapes), elements_by(part_of, shapes)
+        share = {part: mine[part] / n for part, n in whole.items()} | {"attention": len(layers) / len(self.kinds)}
+        return {"shapes": shapes, "alike": alike(shapes, self.config.num_hidden_layers), "parameters": mine.total(),
+                "flops": {part: flops * share[part] for part, flops in self.flops.items()},
+                "kinds": [self.kinds[index] for index in layers], "place": place,
+                "has_head": place == self.config.pp - 1}
 
     # ------------------------------------------------------------------------- memory
 
@@ -178,7 +172,7 @@ class Costs:
         ranks copy what they hold, the step waits for that; of replicas one writes. memory: of a
         rank; n: ranks in all."""
         copied = sum(memory.get(what, 0) for what in ("parameters", "optimizer", "average"))
-        muon = sum(shape.numel() for name, shape in self.shapes.items() if self.routes[name].optimizer == "muon")
+        muon = elements_by(lambda name: self.routes[name].optimizer, self.shapes)["muon"]
         written = 4 * (3 * self.parameters - muon + self.parameters * bool(self.config.ema)) / n
         return {"copied": copied, "written": written, "waiting": copied / HOST_COPY,
                 "writing": written * (min(n, self.per_node) / self.disk + 1 / CHECKSUM)}
@@ -189,33 +183,29 @@ class Costs:
 
     # ------------------------------------------------------------------------- bytes
 
-    def sent_rows(self, ep):
-        return peak.sent_rows(self.config, ep)
-
     def traffic(self, layout, n, size, forwards):
         """[Exchange] of a step of `forwards` forwards of `size` sequences."""
         c, S, R, ep = self.config, layout.dp_shard, layout.dp_replicate, layout.ep
         recomputes = c.activation_checkpointing != "none"
-        wide, found = self.dtype.itemsize, []
+        wide, found = getattr(torch, c.dtype).itemsize, []
         times = forwards if c.pp == 1 else 1  # stages keep what they gathered, and add up gradients, till the last one
+        held = self.local(layout)  # by rank 0: FSDP2 pads all parts to the first one's size
         for unit, ranks, stride in (("ends", S, 1), ("block", S, 1), ("experts", S // ep, ep)):
-            held = {name: number * self._padded(name, layout) for name, number in self.alike.items()
-                    if kind(name, ep) == unit}
-            elements = sum(held.values())
+            elements = sum(n for name, n in held.items() if kind(name, ep) == unit)
             gathered = wide * (elements if unit == "ends" or c.pp > 1 else 2 * elements)
             found.append(Exchange("weights", "all_gather", ranks, stride, times * gathered * (ranks - 1)))
             found.append(Exchange("gradients", "reduce_scatter", ranks, stride,
                                   times * self.reduced * elements * (ranks - 1)))
             found.append(Exchange("gradients", "all_reduce", R, S, 2 * self.reduced * elements * (R - 1) / R))
         tokens, D, K = size * c.sequence_length, c.hidden_size, c.num_experts_per_tok
-        sent = forwards * sum(self.kinds) * tokens * self.sent_rows(ep)  # rows of one trip of every layer
+        sent = forwards * sum(self.kinds) * tokens * peak.sent_rows(c, ep)  # rows of one trip of every layer
         trips = 3 if recomputes else 2  # with the backward's; a row comes home too
         sizes = forwards * sum(self.kinds) * (trips - 1) * 16 * (ep - 1)
         found.append(Exchange("expert rows", "all_to_all", ep, 1, sent * trips * (2 * D * wide + 2 * K * 4) + sizes))
         if c.pp > 1:  # every stage but the last sends on what it made, all but the first send its gradient back
             borders = 2 * (c.pp * c.stages_a_rank() - 1) / c.pp
             found.append(Exchange("stages", "send", 2, n, forwards * borders * tokens * D * wide))
-        found.append(Exchange("Muon", "all_to_all", n, 1, self.wire * self.muon_elements(layout, n)))
+        found.append(Exchange("Muon", "all_to_all", n, 1, c.wire_bytes() * self.muon_elements(layout, n)))
         matrices = sum(number * self.shapes[name].numel() // (self.routes[name].rows * self.shapes[name][-1])
                        for name, number in self.alike.items() if self.routes[name].optimizer == "muon")
         small = 4 * (6 + 2 * c.mtp_depth) + 4 * (c.num_hidden_layers + c.mtp_depth) * c.num_attention_heads
@@ -223,11 +213,6 @@ class Costs:
         for numbers, ranks, stride in ((small, n * c.pp, 1), (4 * matrices, n, 1), (8, c.pp, n)):
             found.append(Exchange("statistics", "all_reduce", ranks, stride, 2 * numbers * (ranks - 1) / ranks))
         return [exchange for exchange in found if exchange.sent]
-
-    def _padded(self, name, layout):
-        """Elements of a parameter that a rank gathers from: FSDP2 pads all parts to the first one's size."""
-        low, high = rows_on(name, self.shapes[name], layout, 0)
-        return (high - low) * self.shapes[name][1:].numel()
 
     def muon_elements(self, layout, n):
         """Elements that a rank sends for Newton-Schulz on average: to a matrix's owner, and from it to all that hold

@@ -24,6 +24,7 @@ from ranks import parallel, shard
 from ranks.dispatch import ExpertParallel
 from ranks.pipeline import Pipeline
 from routes import routes_of
+from run import peak
 from step import forward_and_backward, make_optimizer, update_all
 
 OPERATIONS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce",
@@ -125,7 +126,7 @@ def _even(dispatch, out_P2, config, costs):
     """What ExpertParallel.sizes would return if all experts were chosen alike; the sizes travel as they do there."""
     dist.all_to_all_single(torch.empty_like(out_P2), out_P2, group=dispatch.group)
     tokens = parallel.split_batch(config)[0] * config.sequence_length
-    rows = round(tokens * costs.sent_rows(dispatch.ranks) / (dispatch.ranks - 1))
+    rows = round(tokens * peak.sent_rows(config, dispatch.ranks) / (dispatch.ranks - 1))
     return [[[rows, tokens * config.num_experts_per_tok // dispatch.ranks]] * dispatch.ranks] * 2
 
 
