@@ -70,7 +70,7 @@ class Windows:
         found = self._token_bytes(1, count + 1, encoder)
         if recorded is None:
             return found
-        whole = self._token_bytes(0, self.split.tokens, encoder)
+        whole = self._token_bytes(0, 1, encoder) + found + self._token_bytes(count + 1, self.split.tokens, encoder)
         return found * recorded / whole if whole else found
 
     def _token_bytes(self, start, end, encoder, block=2**22):

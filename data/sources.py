@@ -35,7 +35,6 @@ LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))  # of UTF-8
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}  # datasets'
 CSV = "those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES"
 DELIMITERS = ",;\t|"
-STREAMED = functools.cache(lambda where: Account())  # of a dataset that training reads: each thing is said once
 NEEDS_DATASETS = "parquet files and Hugging Face datasets need a package:  pip install datasets"  # with pyarrow
 
 
@@ -88,8 +87,14 @@ def _load(where, *args, **options):
 
 def rows(dataset, column, where, first=0, account=None, chat=False):
     """Yield (number of rows up to here, text) of a dataset from row `first` on; rows without a text count as empty."""
-    return columns.texts(_numbered(dataset, column, where, first), column, where, account or STREAMED(where), chat,
+    return columns.texts(_numbered(dataset, column, where, first), column, where, account or _streamed(where), chat,
                          unit="row")
+
+
+@functools.cache
+def _streamed(where):
+    """The account of a dataset that training reads: it says each thing once."""
+    return Account()
 
 
 def _numbered(dataset, column, where, row):

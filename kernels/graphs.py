@@ -173,16 +173,17 @@ class Update:
         self.pool, self.tell, self.graph, self.places = pool, tell, None, None
 
     def __call__(self):
-        """What update() returns, a tensor, or not; of a replay a copy, since other graphs work in that memory."""
+        """What update() returns; if it is a tensor a copy, since other graphs work in a replay's memory."""
         places = [None if p.grad is None else p.grad.data_ptr() for p in self.parameters]
-        if self.graph is not None:
-            graph, result, captured = self.graph
-            if places != captured:  # it would read what lies there now
-                return self.update()
+        if self.graph is None:
+            settled, self.places = places == self.places, places
+            result = self._trial() if self.replay and settled else self.update()
+        elif places == self.graph[-1]:
+            graph, result, _ = self.graph
             graph.replay()
-            return result.clone() if isinstance(result, torch.Tensor) else result
-        settled, self.places = places == self.places, places
-        return self._trial() if self.replay and settled else self.update()
+        else:  # it would read what lies there now
+            result = self.update()
+        return result.clone() if isinstance(result, torch.Tensor) else result
 
     @torch.no_grad()
     def _trial(self):
@@ -203,7 +204,7 @@ class Update:
             reason = why(error)
         if reason is None:
             self.graph = graph, result, self.places
-            return result.clone() if isinstance(result, torch.Tensor) else result
+            return result
         if before:
             torch._foreach_copy_(self.state, before)
         self.replay, before, graph = False, None, None

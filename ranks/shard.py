@@ -76,6 +76,7 @@ def _prefetch(model, layers, n_main):
 def compile_blocks(model):
     """torch.compile every block and the last norm, inside of what shards them. How many rows come from other ranks
     changes with every step: what lies between sending and collecting them stays out, but for the shared expert."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # kinds of blocks x of batches
     model.model.norm.forward = torch.compile(model.model.norm.forward, dynamic=False)
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)

@@ -8,6 +8,7 @@ import settings
 from kernels import backend
 from mla import rope_tables
 from model import ModelConfig, build
+from ranks import shard
 from tests.helpers import ROOT, tiny_config, tokens
 
 
@@ -42,6 +43,14 @@ def test_compiled_blocks_have_no_graph_break_and_equal_eager_ones(recompute):
     assert (routing.histograms.sum(-1) == 4 * 32).all() and (routing2.histograms.sum(-1) == 4 * 32).all()
     assert routing2.z.item() == pytest.approx(routing.z.item(), rel=1e-2)
     assert torch.allclose(torch.stack(norms), torch.stack(norms2), rtol=0.1, atol=1e-2)
+
+
+def test_as_many_kinds_of_blocks_and_batches_are_compiled_as_come():
+    """Beyond the limit a block would run uncompiled, with no more than a warning; one that was set higher stays."""
+    for before, after in ((8, 64), (256, 256)):
+        with torch._dynamo.config.patch(recompile_limit=before):
+            shard.compile_blocks(build(tiny_config(num_hidden_layers=2), "cpu"))
+            assert torch._dynamo.config.recompile_limit == after
 
 
 @pytest.mark.skipif(not backend.INTERPRETED, reason="the GPU run compiles them in test_gpu.py")

@@ -160,7 +160,7 @@ def updated(replay, monkeypatch, spoil=lambda p: None, fails=None, move=()):
     elsewhere."""
     generator = torch.Generator().manual_seed(0)
     named = [(f"{name}_proj.weight", torch.nn.Parameter(torch.randn(4, 6, generator=generator))) for name in "abc"]
-    optimizer, made, told, left = Muon(named, 0.02), [], [], []
+    optimizer, made, told, left, results = Muon(named, 0.02), [], [], [], []
     state = [p for _, p in named] + list(optimizer.named_state().values())
     buffers, others = ([torch.empty(4, 6) for _ in named] for _ in range(2))
 
@@ -182,8 +182,9 @@ def updated(replay, monkeypatch, spoil=lambda p: None, fails=None, move=()):
             p.grad = buffer
             p.grad.copy_(torch.randn(4, 6, generator=generator))
         optimizer.begin_step()
-        assert run() == 1.0
+        results.append(run())
         left.append([tensor.detach().clone() for tensor in state])
+    assert results == [1.0] * 6 and len({result.data_ptr() for result in results}) == 6  # none lies in a graph's memory
     return left, told, made
 
 
