@@ -23,7 +23,7 @@ class Config(ModelConfig):
     sequence_length: int = setting(1024, "tokens of one training sequence", "data")
     packing: Literal["concat", "best_fit"] = setting(
         "concat", "concat: documents joined and cut; best_fit: those that fit into a sequence stay whole, and what "
-        "stays free is routed like tokens but has no loss", "data")
+        "stays free is routed like tokens (balance='sign' and aux_loss_alpha count it, 'quantile' does not)", "data")
     document_mask: bool = setting(
         False, "attention stays within a document and positions restart with it, in training and validation", "data")
     verify_data: bool = setting(True, "compare every shard with its recorded checksum at start (4 GB/s a core)", "data")
@@ -50,7 +50,7 @@ class Config(ModelConfig):
     ema: float = setting(
         0.0, "decay of an average of the weights in host memory, validated and saved with them, for --checkpoint=ema; "
         "0: none", "optimizer")
-    muon_per_head: bool = setting(False, "orthogonalise q and kv up-projections head by head", "optimizer")
+    muon_per_head: bool = setting(False, "orthogonalise what makes queries, keys and values head by head", "optimizer")
     mtp_loss_weight: float = setting(0.3, "weight of the loss of mtp_depth's block (DeepSeek-V3: 0.3)", "optimizer")
     mtp_decay_loss_weight: float = setting(
         0.1, "the same in the last decay_steps, whatever the schedule (DeepSeek-V3: 0.1)", "optimizer")
@@ -145,9 +145,13 @@ class Config(ModelConfig):
             setattr(self, name, list(getattr(self, name)))
         self.lr_multipliers = dict(self.lr_multipliers)
 
+    def newton_schulz_dtype(self):
+        """The name of the dtype that Muon orthogonalises in."""
+        return {"auto": "float32" if self.dtype == "float32" else "bfloat16"}.get(self.ns_dtype, self.ns_dtype)
+
     def wire_bytes(self):
-        """Of a number that ranks send each other for Newton-Schulz."""
-        return 4 if "float32" in (self.ns_dtype, self.dtype) else 2
+        """Of a number that ranks send each other for Newton-Schulz: see Muon.wire_dtype."""
+        return 2 if self.newton_schulz_dtype() == "bfloat16" else 4
 
     def router_is_idle(self):
         """Whether the only weight that a token's expert has is always 1; a new run is refused then."""

@@ -102,6 +102,12 @@ def cached_attention(scores_BHTS, start, first_BT=None):
     return scores_BHTS.float().masked_fill(hidden, float("-inf")).softmax(-1)
 
 
+def softmax_scale(width, rope_scaling):
+    """Of queries and keys so wide; YaRN's temperature is here where rope_frequencies leaves it out."""
+    heat = yarn_mscale(rope_scaling["factor"], rope_scaling.get("mscale_all_dim") or 0) if rope_scaling else 1.0
+    return width**-0.5 * heat**2
+
+
 class MLA(nn.Module):
     """Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values come from a latent of
     kv_lora_rank, positions from a small RoPE key that all heads share."""
@@ -110,9 +116,7 @@ class MLA(nn.Module):
         super().__init__()
         self.H, self.R = c.num_attention_heads, c.kv_lora_rank
         self.N, self.P, self.U = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-        self.scale = (self.N + self.P) ** -0.5
-        if c.rope_scaling and c.rope_scaling.get("mscale_all_dim"):
-            self.scale *= yarn_mscale(c.rope_scaling["factor"], c.rope_scaling["mscale_all_dim"]) ** 2
+        self.scale = softmax_scale(self.N + self.P, c.rope_scaling)
         if c.q_lora_rank is None:
             self.q_proj = Linear(c.hidden_size, self.H * (self.N + self.P))
         else:
@@ -191,6 +195,7 @@ class MHA(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.H, self.U = c.num_attention_heads, c.v_head_dim
+        self.scale = softmax_scale(self.U, c.rope_scaling)
         self.q_proj, self.k_proj, self.v_proj = (Linear(c.hidden_size, self.H * self.U) for _ in range(3))
         self.o_proj = Linear(self.H * self.U, c.hidden_size)
         self.register_buffer("exact_above", torch.tensor(float("-inf")), persistent=False)  # causal_attention's
@@ -200,16 +205,16 @@ class MHA(nn.Module):
 
     def forward(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None):
         q, k, v = (proj(x_BTD).unflatten(-1, (self.H, self.U)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, scale = apply_rope(q, rope), apply_rope(k, rope), self.U**-0.5
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache_BSW is not None:
             end = start + x_BTD.shape[1]
             cache_BSW[:, start:end] = torch.cat((k.flatten(-2), v.flatten(-2)), dim=-1)
             k, v = cache_BSW[:, :end].unflatten(-1, (2, self.H, self.U)).unbind(2)
-            scores = torch.einsum("bthu,bshu->bhts", q, k) * scale
+            scores = torch.einsum("bthu,bshu->bhts", q, k) * self.scale
             weights = cached_attention(scores, start, first_BT).to(x_BTD.dtype)
             return self.o_proj(torch.einsum("bhts,bshu->bthu", weights, v).flatten(-2)), None
         heads = (x.transpose(1, 2) for x in (q, k, v))
-        output_BHTU, max_H = causal_attention(*heads, scale, first_BT, self.exact_above)
+        output_BHTU, max_H = causal_attention(*heads, self.scale, first_BT, self.exact_above)
         return self.o_proj(output_BHTU.transpose(1, 2).flatten(-2)), max_H
 
     def qk_clip_rows(self, gamma_H):

@@ -19,6 +19,8 @@ ROUTES = {
     "experts.down_proj": ("muon", "whole", "experts"),
     "q_proj.weight": ("muon", "heads", None),
     "q_b_proj.weight": ("muon", "heads", None),
+    "k_proj.weight": ("muon", "heads", None),
+    "v_proj.weight": ("muon", "heads", None),
     "kv_b_proj.weight": ("muon", "heads", None),
     "_proj.weight": ("muon", "whole", None),
     "kv_a_proj_with_mqa.weight": ("muon", "whole", None),
@@ -36,8 +38,8 @@ class Route:
 
 def route_parameters(named_parameters, optimizer="muon", per_head=0, multipliers=None):
     """{name: Route} for every trainable parameter. optimizer="adamw" sends all to AdamW. per_head, if not 0, is the
-    number of heads by which q_proj, q_b_proj and kv_b_proj are split; 0 keeps them whole, as in the K2 report.
-    multipliers: of learning rates, by the last names in ROUTES; a UserError for one that no parameter has."""
+    number of heads by which all that makes queries, keys and values of heads is split; 0 keeps it whole, as in the K2
+    report. multipliers: of learning rates, by the last names in ROUTES; a UserError for one that no parameter has."""
     routes, multipliers, present = {}, multipliers or {}, set()
     for name, parameter in named_parameters:
         ending = next((ending for ending in ROUTES if name.endswith(ending)), None)

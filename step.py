@@ -193,10 +193,9 @@ class Training:
 
 def make_optimizer(config, model, routes, layout):
     """The Muon of a config's rates, momentum and Newton-Schulz, for the parameters on the ranks of a stage."""
-    ns_dtype = {"auto": "float32" if config.dtype == "float32" else "bfloat16"}.get(config.ns_dtype, config.ns_dtype)
     return Muon(model.named_parameters(), config.muon_lr, config.adamw_lr, config.momentum, config.nesterov,
-                config.weight_decay, config.ns_steps, getattr(torch, ns_dtype), config.ns_coefficients, routes=routes,
-                group=layout.stage, across=layout.across)
+                config.weight_decay, config.ns_steps, getattr(torch, config.newton_schulz_dtype()),
+                config.ns_coefficients, routes=routes, group=layout.stage, across=layout.across)
 
 
 def wants_compile(config, device):

@@ -57,6 +57,7 @@ def machine():
         commit = os.environ.get("COMMIT")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {"date": datetime.date.today().isoformat(), "commit": commit or None, "device": name,
+            "instructions": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
 
 

@@ -17,6 +17,7 @@ import hf
 import mtp
 import owners
 from counting import count_parameters, flops_per_token
+from errors import UserError
 from kernels import attention, backend, experts, graphs, newton_schulz
 from model import build
 from muon import Muon
@@ -37,11 +38,12 @@ def dense_twin(config):
 
 
 def gpt_twin(config):
-    """The Config of a plain transformer of the same width, depth and FLOPs a token: attention in heads of 64, one
-    matrix for embedding and head, AdamW."""
-    heads = max(1, config.hidden_size // 64)
+    """The Config of a plain transformer of the same width, depth and FLOPs a token: heads of 64, or four of them in
+    models narrower than 256, one matrix for embedding and head, AdamW."""
+    width = min(64, max(2, config.hidden_size // 8 * 2))
+    heads = config.hidden_size // width
     return equal_flops(config, "intermediate_size", _multiple(config), n_routed_experts=0, attention="mha",
-                       num_attention_heads=heads, v_head_dim=64, tie_word_embeddings=True, optimizer="adamw",
+                       num_attention_heads=heads, v_head_dim=width, tie_word_embeddings=True, optimizer="adamw",
                        lr_multipliers=_rates_without(config, "experts", "router", "head"))
 
 
@@ -56,14 +58,17 @@ def _multiple(config):
 
 def equal_flops(config, size, multiple, **changes):
     """config with these changes and of its own FLOPs a token, up to rounding `size`, the setting that is fitted, to a
-    multiple of `multiple`."""
+    multiple of `multiple`. Raises UserError where that leaves them more than 3 % apart."""
     def flops(value):
         changed = dataclasses.replace(config, **changes, **{size: value})
         return flops_per_token(changed, config.sequence_length)
 
-    few, more = flops(multiple), flops(2 * multiple)  # linear in between and beyond
-    times = 1 + (flops_per_token(config, config.sequence_length) - few) / (more - few)
-    return dataclasses.replace(config, **changes, **{size: multiple * max(1, round(times))})
+    few, more, wanted = flops(multiple), flops(2 * multiple), flops_per_token(config, config.sequence_length)
+    fitted = multiple * max(1, round(1 + (wanted - few) / (more - few)))  # linear in between and beyond
+    if abs(flops(fitted) / wanted - 1) > 0.03:
+        raise UserError(f"no {size} gives {', '.join(f'{name}={value}' for name, value in changes.items())} the "
+                        f"{wanted / 1e6:.3f} MFLOPs a token of the config: {fitted} gives {flops(fitted) / 1e6:.3f}")
+    return dataclasses.replace(config, **changes, **{size: fitted})
 
 
 def described(config):

@@ -78,8 +78,11 @@ def read_words(argv):
     arms = [word for word in rest if pairs.is_changes(word)]
     names, flags = settings.read_words(word for word in rest if word not in arms)
     names += arms
-    if sought and any(re.search(r"(^|\s)muon_lr=", arm) for arm in arms):
-        raise UserError("--lr=auto would replace the muon_lr that an arm names: add --lr=as-is")
+    challenger, baseline = rates_of(own["lr"])
+    for number, arm in enumerate(arms, 1):
+        rate = baseline if 1 < number == len(arms) else challenger
+        if rate != "as-is" and (named := re.search(r"(?:^|\s)(muon_lr|adamw_lr)=", arm)):
+            raise UserError(f"--lr={own['lr']} would replace the {named[1]} of {arm!r}: say --lr=as-is")
     if own["config"] and len(names) - len(arms) == 2 or own["grid"] and names != ["experts"]:
         raise UserError("--config goes without A.py B.py, --grid with the pair experts: what shall they be here?")
     own |= {"config": own["config"] or CONFIG, "sweep": own["sweep"] or SWEEP}
@@ -104,7 +107,7 @@ def rates_of(text):
 
 def open_folder(folder, asked, overwrite):
     """The state of the contest in this folder, as contest.json holds it, or a new one. asked: what has to be the same,
-    {name: value}."""
+    {name: value}; the number of seeds may grow."""
     path = folder / "contest.json"
     if overwrite or not path.exists():  # learners without their contest are nobody's
         for made in (path, folder / "contest.png"):
@@ -114,6 +117,9 @@ def open_folder(folder, asked, overwrite):
     if not path.exists():
         return {"asked": asked, "made_on": bench.machine(), "runs": {}}
     state = read_json(path)
+    if asked["seeds"] < (seeds := state["asked"]["seeds"]):
+        raise UserError(f"{folder} holds {seeds} seeds: say --seeds={seeds} or more, or choose another --out")
+    state["asked"]["seeds"] = asked["seeds"]
     before, now = (dict(_flat(of)) for of in (state["asked"], asked))
     differing = [f"{name}: {before.get(name)} there, {now.get(name)} here"
                  for name in before | now if before.get(name) != now.get(name)]
@@ -141,7 +147,7 @@ def save(folder, state):
 def scaled(config, steps):
     """The config with its whole schedule in so many steps."""
     share = steps / config.max_steps
-    decay = config.decay_steps and round(config.decay_steps * share)
+    decay = config.decay_steps and max(1, round(config.decay_steps * share))
     return dataclasses.replace(config, max_steps=steps, warmup_steps=round(config.warmup_steps * share),
                                decay_steps=decay)
 
@@ -163,13 +169,14 @@ def train_runs(state, folder, text, stage, wanted, interval=None):
         points = points_of(config.max_steps, interval or config.max_steps)
         learners[key] = Learner(config, text, points, folder / "learners" / re.sub(r"[^\w.-]+", "-", key))
     keys, told = {id(learner): key for key, learner in learners.items()}, time.perf_counter()
+    commit = bench.machine()["commit"]
 
     def tell(learner):
         nonlocal told
         key = keys[id(learner)]
         arm, share, config = wanted[key]
         if learner.ended:
-            state["runs"][key] = {"arm": arm, "share": share, **learner.result()}
+            state["runs"][key] = {"arm": arm, "share": share, "commit": commit, **learner.result()}
             save(folder, state)
             shutil.rmtree(learner.folder, ignore_errors=True)
             end = learner.trouble and f"DIVERGED: {learner.trouble}; the others go on"
@@ -299,7 +306,8 @@ def main(argv):
     if not (own["tokens"] or own["seconds"]) and len({arm.config.max_steps for arm in arms}) > 1:
         raise UserError("the configs differ in max_steps: name the budget of both with --tokens or --seconds")
     folder = Path(own.pop("out") or f"out/contest-{pair}")
-    machine = {name: value for name, value in bench.machine().items() if name in ("device", "threads", "torch")}
+    here = bench.machine()
+    machine = {name: here[name] for name in ("device", "instructions", "cores", "threads", "torch")}
     torch._dynamo.config.recompile_limit = 256  # all arms compile the same blocks
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # an arm that is not compiled would compare two things
     text = open_text(baseline, device, min(arm.config.vocab_size for arm in arms))

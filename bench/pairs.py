@@ -18,7 +18,7 @@ GRID = ("8:2:0,8:2:1,16:1:1,16:2:1,16:4:0,16:4:1,32:1:1,32:2:0,32:2:1,32:4:1,64:
 ADAMW_RATE, ADAMW_WIDTH = 2e-3, 128  # AdamW's base rate at this width; it falls with the square root of the width
 CLIP_TAU = 10.0  # of the pair `clip`, unless another is set: configs/debug.py's logits pass 20 without it
 ALIKE = ("data", "tokenizer", "sequence_length", "global_batch_size", "eval_batches", "packing", "document_mask",
-         "device", "compile")  # in all arms: they see the same tokens, on the same device
+         "device", "compile", "seed")  # in all arms: they see the same tokens, on the same device
 
 
 @dataclass
@@ -55,7 +55,7 @@ def moe_dense(config):
 
 
 def moe_gpt(config):
-    """a mixture of experts against a plain transformer: heads of 64, dense, AdamW"""
+    """a mixture of experts against a plain transformer: plain heads, dense, AdamW"""
     return [Arm("moe", _require_experts(config)), Arm("gpt", with_adamw(gpt_twin(config)))]
 
 

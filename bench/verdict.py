@@ -22,6 +22,7 @@ from errors import UserError, existing
 
 SHARES = (0.7, 0.5, 0.35)  # of its tokens, in which the better arm is trained again
 BEYOND = 2.0  # times the longest run, or the shortest over it: how far a line is trusted
+ROUNDING = 1e-12  # of numbers that are equal
 
 
 # ----------------------------------------------------------------------------- statistics
@@ -47,7 +48,7 @@ def spread(values, tested=None):
     if n > 1:
         sd, error = statistics.stdev(values), statistics.stdev(tested) / math.sqrt(n)
         centre = statistics.fmean(tested)
-        p = two_sided_p(centre / error, n - 1) if error else float(centre == 0)
+        p = two_sided_p(centre / error, n - 1) if error > ROUNDING else float(abs(centre) < ROUNDING)
     return {"each": list(values), "mean": mean, "sd": sd, "p": p}
 
 
@@ -58,6 +59,8 @@ def crossing(runs, target):
 
     runs: (tokens, final loss) of each."""
     runs = sorted(runs)
+    if equal := [tokens for tokens, loss in runs if loss == target]:
+        return float(equal[-1]), False
     if len(runs) < 2:
         return None
     pairs = list(zip(runs, runs[1:]))
@@ -111,9 +114,9 @@ def judge(challenger, baseline, shorter, flops):
     differences = [final_loss(c) - final_loss(b) for c, b in zip(challenger, baseline)]
     found = {"better": "challenger" if won else "baseline", "seeds": len(better),
              "loss_difference": spread(differences), "seconds_a_token": spread(paces, list(map(math.log, paces)))}
-    least = min(shorter, default=1.0)
-    if mean_loss(shorter.get(least, better)) < mean_loss(other):  # the shortest run still is the better one
-        bound = statistics.fmean(least * b["tokens"] / o["tokens"] for b, o in zip(better, other))
+    shortest = shorter[min(shorter)] if shorter else []
+    if shortest and all(final_loss(run) < final_loss(o) for run, o in zip(shortest, other)):  # it still is the better
+        bound = statistics.fmean(run["tokens"] / o["tokens"] for run, o in zip(shortest, other))
         bound, word = (bound, "less than") if won else (1 / bound, "more than")
         factors = {"tokens": 1.0, "seconds": statistics.fmean(paces), "flops": work}
         return found | {name: {"bound": word, "mean": bound * factor} for name, factor in factors.items()}
@@ -121,15 +124,14 @@ def judge(challenger, baseline, shorter, flops):
     for i, (run, target) in enumerate(zip(better, map(final_loss, other))):
         ends = [(r["tokens"], final_loss(r)) for r in (run, *(runs[i] for runs in shorter.values()))]
         reached.append(crossing([end for end in ends if math.isfinite(end[1])], target))
-    told = [i for i, hit in enumerate(reached) if hit is not None]
     found["untold_seeds"] = [run["seed"] for run, hit in zip(better, reached) if hit is None]
-    found["extrapolated_seeds"] = [better[i]["seed"] for i in told if reached[i][1]]
-    if not told:
+    found["extrapolated_seeds"] = [run["seed"] for run, hit in zip(better, reached) if hit and hit[1]]
+    if found["untold_seeds"]:  # those that lie far from the rest: a mean of the rest would be theirs alone
         return found
-    ratios = [reached[i][0] / other[i]["tokens"] for i in told]
+    ratios = [tokens / run["tokens"] for (tokens, _), run in zip(reached, other)]
     ratios = ratios if won else [1 / ratio for ratio in ratios]
-    seconds = [ratio * paces[i] for ratio, i in zip(ratios, told)]
-    found["crossing_tokens"] = statistics.fmean(reached[i][0] for i in told)
+    seconds = [ratio * pace for ratio, pace in zip(ratios, paces)]
+    found["crossing_tokens"] = statistics.fmean(tokens for tokens, _ in reached)
     for name, values in {"tokens": ratios, "seconds": seconds, "flops": [ratio * work for ratio in ratios]}.items():
         found[name] = spread(values, list(map(math.log, values)))
     return found
@@ -153,12 +155,12 @@ def said(challenger, baseline, found):
     n = found["seeds"]
     worse = challenger if found["better"] == "baseline" else baseline
     rows = {"final loss, difference": "loss_difference", f"tokens to the final loss of {worse}": "tokens",
-            "seconds": "seconds", "FLOPs": "flops", "seconds a token": "seconds_a_token"}
+            "seconds": "seconds", "FLOPs without the optimizer's": "flops", "seconds a token": "seconds_a_token"}
     lines += [f"    {label:42} {figure(found[key], 4) if key == 'loss_difference' else 'x ' + figure(found[key])}"
               for label, key in rows.items() if key in found]
     lines.append("    one seed: no spread, no p" if n == 1 else f"    n = {n} seeds, paired t-test")
     for key, why in (("extrapolated_seeds", "extrapolated, beyond its runs"),
-                     ("untold_seeds", "left out of the ratios of tokens, seconds and FLOPs: its runs do not say them")):
+                     ("untold_seeds", "does not say where one arm reaches the other: so there are no ratios")):
         if found.get(key):
             lines.append(f"    seed {', '.join(map(str, found[key]))} {why}")
     return lines
@@ -170,7 +172,7 @@ def sentence(name, state):
     found, baseline = state["verdict"][name], state["baseline"]
     if "tokens" not in found:
         return ""
-    n = len(found["tokens"].get("each", found["loss_difference"]["each"]))
+    n = found["seeds"]
     seeds = f"{n} seed{'s' * (n > 1)}, {state['made_on']['device']}"
     tokens, seconds = (found[key]["mean"] for key in ("tokens", "seconds"))
     bound = "" if "bound" not in found["tokens"] else "at most " if found["better"] == "challenger" else "at least "
@@ -271,6 +273,9 @@ def main(argv):
     print(*table(state["arms"], {name: runs_of(state, name) for name in state["arms"]}), sep="\n")
     for name, found in state["verdict"].items():
         print(*said(name, state["baseline"], found), sentence(name, state), sep="\n")
+    commits = {run.get("commit", state["made_on"].get("commit")) for run in state["runs"].values()}
+    if len(commits) > 1:
+        print(f"(its runs are of {len(commits)} commits: {', '.join(sorted(map(str, commits)))})")
     print(f"(measured by  python -m bench.contest {shlex.join(state['command'])}  and kept in {argv[0]})")
 
 

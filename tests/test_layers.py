@@ -1,6 +1,7 @@
 """Linear layers in 16 bits, their kept copies, and how attention's q and k are put together: against plain code."""
 
 import copy
+import math
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ import settings
 from errors import UserError
 from kernels import backend
 from layers import MLP, linear
-from mla import MLA, RotateTail, apply_rope
+from mla import MHA, MLA, RotateTail, apply_rope
 from model import build
 from muon import Muon, qk_clip_
 from ranks import parallel
@@ -200,3 +201,13 @@ def test_a_model_of_shapes_alone_has_copies_too():
         model = build(tiny_config(), "meta")
         model.make_copies()
     assert model.layers[0].mlp.gate_up_copy.shape == (2 * TINY["intermediate_size"], TINY["hidden_size"])
+
+
+@pytest.mark.parametrize("scales, heat", [
+    ({"mscale": 1.0, "mscale_all_dim": 1.0}, (0.1 * math.log(32) + 1) ** 2), ({}, 1)])
+def test_yarn_heats_plain_and_latent_attention_alike(scales, heat):
+    """As K2 has it, factor 32; with both named, cos and sin carry nothing of it."""
+    yarn = {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 8, **scales}
+    for attention in (MLA, MHA):
+        plain, heated = (attention(tiny_config(rope_scaling=scaling)).scale for scaling in (None, yarn))
+        assert heated / plain == pytest.approx(heat)

@@ -87,3 +87,13 @@ def test_a_run_goes_on_with_other_multipliers_and_says_so(config, tmp_path, caps
     for name, tensor in final_tensors(run).items():
         if name.startswith("model.") and name.endswith("weight"):
             assert torch.equal(tensor, before[name]) == name.endswith("gate.weight"), name
+
+
+def test_per_head_takes_plain_heads_apart_like_latent_ones():
+    """All that makes queries, keys and values, in either: else a contest between them would compare two recipes."""
+    for attention in ("mla", "mha"):
+        model = tiny_model(attention=attention)
+        routes = route_parameters(model.named_parameters(), per_head=model.config.num_attention_heads)
+        per_head = {name.split(".")[-2] for name, parameter in model.named_parameters() if "layers.0.self_attn" in name
+                    and routes[name].rows == len(parameter) // model.config.num_attention_heads}
+        assert per_head == ({"q_proj", "kv_b_proj"} if attention == "mla" else {"q_proj", "k_proj", "v_proj"})

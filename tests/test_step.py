@@ -12,6 +12,7 @@ from ranks import parallel
 from routes import routes_of
 from run import checkpoint
 from step import Training, make_optimizer
+from tests.helpers import TINY
 
 CPU = torch.device("cpu")
 
@@ -90,3 +91,12 @@ def test_what_is_saved_goes_on_bitwise(config, tmp_path):
     (one, about), (other, same) = ours.saved(), theirs.saved()
     assert about == same and one.keys() == other.keys() and "ema_updates" in about
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("ns_dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_what_ranks_send_for_muon_is_as_wide_as_planned(dtype, ns_dtype):
+    config = settings.Config(**TINY, dtype=dtype, ns_dtype=ns_dtype)
+    model = build(config, CPU)
+    optimizer = make_optimizer(config, model, routes_of(config, model), parallel.make_layout(config, CPU))
+    assert optimizer.wire_dtype.itemsize == config.wire_bytes()
