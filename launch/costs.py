@@ -54,6 +54,9 @@ GPUS = {
     "a100": _unmeasured(PEAK_FLOPS["A100"], 2.04e12, 79.1, 300e9, 25e9),
     "b200": _unmeasured(PEAK_FLOPS["B200"], 8.0e12, 178.0, 900e9, 50e9),
     "gb200": _unmeasured(PEAK_FLOPS["GB200"], 8.0e12, 184.0, 900e9, 50e9),
+    "l40s": _unmeasured(PEAK_FLOPS["L40S"], 0.864e12, 44.4, 32e9, 25e9),  # PCIe
+    "rtx4090": _unmeasured(PEAK_FLOPS["RTX 4090"], 1.008e12, 23.5, 32e9, 25e9),
+    "rtx3090": _unmeasured(PEAK_FLOPS["RTX 3090"], 0.936e12, 23.5, 32e9, 25e9),
 }
 
 # Shares of Gpu.matmul and Gpu.copy that parts reach; a part takes the longer of its arithmetic and its bytes.
