@@ -2,11 +2,11 @@
 
     python -m launch.plan configs/k2.py --gpus=2048 --gpu=h200 [--nodes=256] [--tokens=15.5e12] [--key=value ...]
 
---gpu: a100 h100 h200 h800 b200 gb200 l40s rtx4090 rtx3090. Without --nodes, 8 GPUs on each. What is named of --pp, --pp_schedule,
---dp_replicate, --dp_shard, --ep, --micro_batch_size, --activation_checkpointing and --strategy is kept, the rest is
-chosen by predicted speed. --disk: bytes/s that a node writes, of which the time of a save follows. --json: as JSON, on
-one line of stdout; --json=FILE: into a file. --rehearse: also build the model as rank 0 of all, on tensors without
-memory, and compare what it holds and sends (K2 on 2,048: a minute).
+--gpu: a100 h100 h200 h800 b200 gb200 l40s rtx4090 rtx3090. Without --nodes, 8 GPUs on each. What is named of --pp,
+--pp_schedule, --dp_replicate, --dp_shard, --ep, --micro_batch_size, --activation_checkpointing and --strategy is kept,
+the rest is chosen by predicted speed. --disk: bytes/s that a node writes, of which the time of a save follows. --json:
+as JSON, on one line of stdout; --json=FILE: into a file. --rehearse: also build the model as rank 0 of all, on tensors
+without memory, and compare what it holds and sends (K2 on 2,048: a minute).
 
 Rates come from one H100 that ran configs/small.py; more than one GPU was never measured. Next: costs.py.
 """
