@@ -82,8 +82,8 @@ class Training:
         elif checkpoint.has_optimizer(source):
             checkpoint.load(source, self.state)
             self.optimizer.steps = manifest["optimizer_steps"]
-            if config.dtype == "float16" and manifest.get("loss_scale"):
-                self.loss_scale, self.good_steps = manifest["loss_scale"]
+            if config.dtype == manifest.get("config", {}).get("dtype") == "float16":  # others save a scale of 1
+                self.loss_scale, self.good_steps = manifest.get("loss_scale", (self.loss_scale, 0))
         else:
             checkpoint.load(source, checkpoint.named_tensors(self.model))
             print(f"{source} has no optimizer state: starting with a fresh optimizer")

@@ -176,6 +176,10 @@ def test_a_changed_stream_is_said_and_precision_may_change(config, tmp_path, cap
     assert changed == [[*stream, "max_steps: 4 there, 6 here", "muon_lr: 0.01 there, 0.005 here",
                         "decay_steps: 0 there, 1 here", "dtype: float32 there, float16 here"]]
     assert records(tmp_path / "run")[-1]["tokens"] == 4 * 8 * 32 + 2 * 8 * 16
+    scale, good = checkpoint.read_manifest(checkpoint.find(tmp_path / "run"))["loss_scale"]
+    assert scale >= 2**12 and good <= 2  # not the float32 run's scale of 1, which would let gradients underflow
+    run_train(config, "--max_steps=7", "--resume", *words[2:], "--new_data")
+    assert checkpoint.read_manifest(checkpoint.find(tmp_path / "run"))["loss_scale"] == [scale, good + 1]
 
 
 def test_resume_refuses_other_data_but_not_the_same_elsewhere(config, data, tmp_path):
