@@ -203,7 +203,8 @@ def rewound(config):
 
 def roll_back(run, reason, step, sequences, config, watch, log):
     """Start again from the newest checkpoint, leaving out the sequences since; returns if there is none. sequences: how
-    many the run has read. Where a signal has come, the next start will meet the same trouble, and go back then."""
+    many the run has read. Where a signal has come, the next start will meet the same trouble, and go back then; one
+    that comes meanwhile is handed on to the next start (guard.py)."""
     if not parallel.once(checkpoint.step_folders, run / "checkpoints"):
         return
     if watch.agreed:

@@ -120,6 +120,8 @@ class Guard:
             signal.set_wakeup_fd(self.woken)
         if self.lock:
             self.lock.close()
+        if isinstance(error, parallel.Restart) and self.signal:  # it came on the way back to a checkpoint
+            os.environ[SIGNAL] = self.signal
         if self.listening and error is not None and (words := parallel.note("restart")):
             self._prepare_restart()
             raise parallel.Restart(words) from error  # a rank that started again was missed in a collective

@@ -17,11 +17,11 @@ import torch
 import settings
 import train
 from data import loader
-from errors import UserError
+from errors import STOPPED, UserError
 from model import K2
 from muon import Muon, local_rows
 from ranks import parallel
-from run import checkpoint, guard
+from run import checkpoint, folder, guard
 from tests.helpers import (
     ROOT,
     assert_equal_runs,
@@ -154,6 +154,22 @@ def test_a_signal_together_with_a_rollback_stops_the_run(config, tmp_path, monke
     monkeypatch.setattr(K2, "forward", forward)
     run_stopped(config, "--save_interval=10", "--max_skipped_steps=1", "--max_rollbacks=1")
     assert checkpoint.find(tmp_path / "run").name == "step_00000010"
+
+
+def test_a_signal_on_the_way_back_reaches_the_next_start(config, tmp_path, monkeypatch):
+    """Which saves after its first step; it came when all ranks had agreed that there was none."""
+    original, back, turns = K2.forward, folder.roll_back, iter(range(10**6))
+
+    def forward(self, *args, **options):
+        loss, *rest = original(self, *args, **options)
+        return (loss * math.nan if next(turns) == 22 else loss), *rest  # in step 12
+
+    monkeypatch.setattr(K2, "forward", forward)
+    monkeypatch.setattr(folder, "roll_back", lambda *words: signal.raise_signal(signal.SIGTERM) or back(*words))
+    with pytest.raises(SystemExit) as end:
+        run_restarting(config, "--save_interval=10", "--max_skipped_steps=1", "--max_rollbacks=1")
+    assert end.value.code == STOPPED and guard.SIGNAL not in os.environ
+    assert checkpoint.find(tmp_path / "run").name == "step_00000011"
 
 
 def test_skipping_needs_a_step_to_go_back_to(config):
