@@ -5,9 +5,9 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash launch/multinode.sh configs/small.py      # NODE_RANK=1 on the other
 #
 # Every attempt is a new torchrun that continues from the newest complete checkpoint. torchrun's own --max-restarts is
-# left alone: with gloo it meets stale addresses of dead ranks (pytorch issue 135712). TERM, INT or USR1 lets the ranks
-# finish their step and save, and then ends with status 75. Three failures without a new checkpoint in between end with
-# status 1, a mistake in the settings, the data or the run folder with 2.
+# left alone: with gloo it meets stale addresses of dead ranks (pytorch issue 135712). TERM, INT, HUP (unless nohup
+# keeps it away) or USR1 lets the ranks finish their step and save, and then ends with status 75. Three failures without
+# a new checkpoint in between end with status 1, a mistake in the settings, the data or the run folder with 2.
 #   NPROC_PER_NODE  ranks here (auto: one a GPU)   MASTER_PORT  29500   PYTHON  python   MAX_FAILURES  3
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  540: seconds to finish a step and save after a signal, then torchrun kills the ranks;
 #                                   less than the 600 in slurm.sbatch and k8s.yaml. Raise both where a save takes longer
@@ -21,7 +21,8 @@ export NANOK2_LAUNCHER="$(
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${NPROC_PER_NODE:=auto}"
 : "${PYTHON:=python}" "${MAX_FAILURES:=3}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}"
-export PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's option: else it dies of USR1
+export PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGQUIT,SIGUSR1"  # torchrun's option: else it dies of USR1
+[[ "$(trap -p HUP)" == *"''"* ]] || PET_SIGNALS_TO_HANDLE+=",SIGHUP"  # under nohup torchrun would not ignore it
 
 # Refuses mistakes in the settings before any rank starts, and knows where the run will lie.
 about="$("$PYTHON" -m settings "$@")" || exit 2
@@ -37,7 +38,7 @@ stop() {
     stopping=yes
     if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; fi
 }
-trap stop TERM INT USR1
+trap stop TERM INT HUP USR1
 
 # What the first attempt was told about its start, to overwrite, to resume from elsewhere, to skip data, is spent only
 # when a checkpoint of this launch is there; until then it holds for what this launch itself has begun. Later words win.

@@ -38,8 +38,8 @@ EARLY = 3  # steps in which compilers are at work, and in which memory may turn 
 class Guard:
     """Watches the loop of a run from its begin() to the end of the with statement.
 
-    Signals: SIGTERM, SIGINT and SIGUSR1 are noted in `signal`, so that the loop can finish its step and save; a second
-    one ends at once, even inside a collective, but not its echo: some launchers deliver a signal to the ranks twice.
+    Signals: SIGTERM, SIGINT, SIGUSR1 and, unless nohup ignores it, SIGHUP are noted in `signal`, so that the loop can
+    save; a second one ends at once, even inside a collective, but not its echo: some launchers deliver one twice.
     Ranks act only on what they have agreed on: `agreed` counts those whose signal the last reduction carried.
 
     Hung steps: what the loop announces with beat() may take step_timeout seconds; then every rank writes its stacks to
@@ -79,7 +79,8 @@ class Guard:
         self.config = config
         self.live.begin(start, config.max_steps)
         self.handlers = {number: signal.signal(number, self._note)
-                         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+                         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+                         if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)}
         self.inbox, outbox = socket.socketpair()
         outbox.setblocking(False)
         self.outbox, self.woken = outbox, signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)

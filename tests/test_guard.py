@@ -172,6 +172,16 @@ def test_a_signal_on_the_way_back_reaches_the_next_start(config, tmp_path, monke
     assert checkpoint.find(tmp_path / "run").name == "step_00000011"
 
 
+def test_a_hangup_that_nohup_keeps_away_stays_away(config, monkeypatch):
+    original, before = Muon.begin_step, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(Muon, "begin_step", lambda self: signal.raise_signal(signal.SIGHUP) or original(self))
+    try:
+        assert run_train(config, "--max_steps=3")["step"] == 3
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_skipping_needs_a_step_to_go_back_to(config):
     for words in (["--skip_sequences=8"], ["--skip_sequences=8", "--resume"], ["--skip_sequences=8", "--resume=auto"]):
         with pytest.raises(UserError, match="set --resume to a step folder"):

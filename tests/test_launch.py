@@ -241,6 +241,20 @@ def test_the_launcher_names_itself_with_all_that_it_was_given(tmp_path, monkeypa
     assert dict(word.split("=", 1) for word in words[:-2]) == {k: v for k, v in given.items() if k != "LOG"}
 
 
+def test_a_hangup_saves_unless_nohup_keeps_it_away(tmp_path):
+    """torchrun hands on what it is told to handle, and would not go on ignoring a hangup itself."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PET_SIGNALS_TO_HANDLE" >> "$LOG"\nexit 1\n', encoding="utf-8")
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "LOG": str(tmp_path / "log")}
+    for nohup in ([], ["nohup"]):
+        subprocess.run([*nohup, "bash", "launch/multinode.sh", "x.py"], cwd=ROOT, env=environment, capture_output=True)
+    with_it, without = [line.split(",") for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    assert set(with_it) - set(without) == {"SIGHUP"} and {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(without)
+    script = (ROOT / "launch/multinode.sh").read_text(encoding="utf-8")
+    assert "\ntrap stop TERM INT HUP USR1\n" in script  # run for real only of USR1
+
+
 @pytest.mark.slow
 def test_failures_without_progress_end_the_loop(slow_config, tmp_path):
     config = tmp_path / "dies.py"  # on a rank, without a word

@@ -72,7 +72,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_bitwise(config, tmp_path)
     assert_equal_runs(whole, killed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_exits_cleanly(config, tmp_path, number):
     words = [config, "--max_steps=100000", "--out_dir=" + str(tmp_path / "run")]
     output = tmp_path / "output"
