@@ -108,7 +108,7 @@ def train(argv, watch):
         print(f"resumed from {source}", *(f"  changed: {line}" for line in changed), *filter(None, [rates]), sep="\n")
     first = training.tokens
     read = manifest.get("read") or folder.data_read(manifest.get("stream", {}), first, {})
-    best_loss = parallel.once(folder.best_loss, run, manifest.get("best_loss"))
+    best_loss = parallel.once(folder.best_loss, run, manifest.get("best_loss"), stream, config)
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
     if wants_compile(config, device):
         print("the first step compiles the blocks ...", flush=True)

@@ -162,7 +162,7 @@ def point(folder, name, step_folder):
 def _retain(folder, keep):
     """Delete what is older than the newest `keep` whole checkpoints; one that lacks something does not count."""
     best = pointed(folder, "best")
-    whole = [path for path in step_folders(folder) if not _damage(path, checksums=False)]
+    whole = [path for path in step_folders(folder) if not damage_alone(path, checksums=False)]
     for path in whole[:-keep]:
         if path != best:
             trash = path.with_name(f".trash_{step_of(path):08d}")
@@ -203,11 +203,11 @@ def find(path, which="latest"):
 def damage(step_folder):
     """What is wrong with a step folder, "" if every file has the size and checksum that the manifest records. Ranks
     share the reading, so all call it together."""
-    problems = parallel.from_all(_damage(step_folder, parallel.rank(), parallel.ranks()))
+    problems = parallel.from_all(damage_alone(step_folder, parallel.rank(), parallel.ranks()))
     return next((problem for problem in problems if problem), "")
 
 
-def _damage(step_folder, first=0, every=1, checksums=True):
+def damage_alone(step_folder, first=0, every=1, checksums=True):
     """damage() by this rank alone, of every so-manyth file from the first on."""
     try:
         files = read_manifest(step_folder)["files"]

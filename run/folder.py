@@ -203,8 +203,7 @@ def rewound(config):
 
 def roll_back(run, reason, step, sequences, config, watch, log):
     """Start again from the newest checkpoint, leaving out the sequences since; returns if there is none. sequences: how
-    many the run has read. Where a signal has come, the next start will meet the same trouble, and go back then; one
-    that comes meanwhile is handed on to the next start (guard.py)."""
+    many the run has read. Where a signal has come, the next start will meet the same trouble, and go back then."""
     if not parallel.once(checkpoint.step_folders, run / "checkpoints"):
         return
     if watch.agreed:
@@ -309,12 +308,12 @@ def finish_setting_aside(run):
 
 
 def point_at_what_is_there(run):
-    """Make `latest` name the newest checkpoint, and `best` that with the lowest validation loss where one is known;
-    where there is none, the pointer goes."""
+    """Make `latest` name the newest checkpoint, and `best` that with the lowest validation loss where one is known, of
+    those since `best`, as before that may be another stage; where there is none, the pointer goes."""
     folder, losses = run / "checkpoints", validation_losses(run)
-    left = checkpoint.step_folders(folder)
-    known = [path for path in left if checkpoint.step_of(path) in losses]
-    best = min(known, key=lambda path: losses[checkpoint.step_of(path)], default=checkpoint.pointed(folder, "best"))
+    left, best = checkpoint.step_folders(folder), checkpoint.pointed(folder, "best")
+    known = [path for path in left if checkpoint.step_of(path) in losses and not (best and path.name < best.name)]
+    best = min(known, key=lambda path: losses[checkpoint.step_of(path)], default=best)
     for name, target in (("latest", left[-1] if left else None), ("best", best)):
         if target:
             checkpoint.point(folder, name, target)
@@ -327,9 +326,16 @@ def validation_losses(run):
             if record["kind"] == "val" and type(record.get("loss")) is float}
 
 
-def best_loss(run, otherwise):
-    """The validation loss of the checkpoint that `best` names, None if there is none; otherwise: if not recorded."""
+def best_loss(run, otherwise, stream=None, config=None):
+    """The validation loss of the checkpoint that `best` names; otherwise: if not recorded. None if there is none, or if
+    it was validated on another stream or part of one than this run is: such losses cannot be compared."""
     best = checkpoint.pointed(run / "checkpoints", "best")
+    if best and stream and not checkpoint.damage_alone(best, checksums=False):
+        manifest, now = checkpoint.read_manifest(best), vars(config)
+        then = now | manifest.get("config", {})
+        if other_stream(stream, manifest) or any(then[name] != now[name] for name in (
+                "eval_batches", "global_batch_size", "document_mask")):
+            return None
     return validation_losses(run).get(checkpoint.step_of(best), otherwise) if best else None
 
 

@@ -155,9 +155,9 @@ def summary(run, config, start, seconds, talks):
     tokens = steps * config.global_batch_size * config.sequence_length
     lines = [f"done:  {counted(steps, 'step')}, {tokens:,} tokens in {duration(seconds)}: {tokens / seconds:,.0f} "
              "tok/s, validations and saves included"]
-    if losses := folder.validation_losses(run):
-        best = min(losses, key=losses.get)
-        lines.append(f"best:  validation loss {losses[best]:.4f} at step {best}")
+    best, losses = checkpoint.pointed(run / "checkpoints", "best"), folder.validation_losses(run)
+    if best and (step := checkpoint.step_of(best)) in losses:
+        lines.append(f"best:  validation loss {losses[step]:.4f} at step {step}")
     there = [name for name in (*folder.LOGS, "tensorboard", "wandb") if (run / name).exists()]
     lines.append(f"files: {run}/ with checkpoints/, {', '.join(there)}")
     if talks:

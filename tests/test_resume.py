@@ -1,6 +1,7 @@
 """Resuming: after a signal, after SIGKILL, from a step, from another run; and what is refused."""
 
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -161,6 +162,25 @@ def test_best_belongs_to_the_branch_and_the_folder(config, tmp_path):
         config, *options, f"--resume={best.parent}/step_00000005", f"--out_dir={tmp_path / 'other'}", "--max_steps=10"
     )
     assert checkpoint.find(tmp_path / "other", "best").name == "step_00000010"
+
+
+def test_every_stage_has_a_best_of_its_own(tmp_path, capsys):
+    """Losses on other data cannot be compared with those of the stage before, however low they were."""
+    path, run = small_run(tmp_path, max_steps=4, save_interval=2, eval_interval=2, decay_steps=1), tmp_path / "run"
+    old = [r | {"loss": 0.5 + r["step"] / 100} if r["kind"] == "val" else r
+           for r in map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old), encoding="utf-8")
+    run_train(path, "--resume", "--max_steps=6")
+    assert checkpoint.find(run, "best").name == "step_00000002"  # of the same stage
+    capsys.readouterr()
+    run_train(path, "--resume", "--max_steps=8", "--new_data",
+              f"--data={make_data(tmp_path / 'other', 2000, 300, seed=1)}")
+    loss = records(run, "val")[-1]["loss"]
+    assert checkpoint.find(run, "best").name == "step_00000008" and loss > 0.6
+    assert checkpoint.read_manifest(checkpoint.find(run))["best_loss"] == loss
+    assert f"best:  validation loss {loss:.4f} at step 8" in capsys.readouterr().out
+    folder.point_at_what_is_there(run)  # as every start does
+    assert checkpoint.find(run, "best").name == "step_00000008"
 
 
 def test_a_changed_stream_is_said_and_precision_may_change(config, tmp_path, capsys):
