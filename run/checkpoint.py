@@ -33,7 +33,7 @@ from data.shards import file_crc32, read_json
 from errors import UserError, counted, progress
 from ranks import parallel
 
-STEP = re.compile(r"step_(\d{8})$")
+STEP = re.compile(r"\Astep_(\d{8})\Z")  # the whole name: a run may be called debug_step_00000003
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process without a group is meant
 
 

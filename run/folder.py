@@ -198,7 +198,7 @@ def size(n_bytes):
 
 def rewound(config):
     """Whether a run starts from a step that was named, rather than from the newest."""
-    return type(config.resume) is str and checkpoint.STEP.search(config.resume.rstrip("/")) is not None
+    return type(config.resume) is str and checkpoint.STEP.search(Path(config.resume).name) is not None
 
 
 def roll_back(run, reason, step, sequences, config, watch, log):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import types
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from errors import UserError
 from ranks import parallel
-from run import checkpoint
+from run import checkpoint, folder
 
 
 def tensors(value):
@@ -181,6 +182,15 @@ def test_a_malicious_index_runs_no_code(run, tmp_path):
     with pytest.raises(UserError, match="has no place in a checkpoint index"):
         checkpoint.load(checkpoint.find(newest), tensors(0))
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_run_may_be_called_like_a_step(run):
+    called = run.rename(run.with_name("debug_step_00000003"))
+    assert checkpoint.find(called).name == "step_00000006" and checkpoint.find(called, "best").name == "step_00000004"
+    assert not folder.rewound(types.SimpleNamespace(resume=str(called)))
+    assert folder.rewound(types.SimpleNamespace(resume=f"{called}/checkpoints/step_00000006/"))
+    (called / "checkpoints/old_step_00000008").mkdir()  # nor is it one of the run's
+    assert checkpoint.find(called).name == "step_00000006"
 
 
 def test_nothing_to_resume_is_one_clear_error(tmp_path):
