@@ -221,7 +221,7 @@ def damage_alone(step_folder, first=0, every=1, checksums=True):
                 return f"{name} has {file.stat().st_size} bytes, the manifest says {recorded['size']}"
             if checksums and file_crc32(file) != recorded["crc32"]:
                 return f"the checksum of {name} differs from the manifest"
-    except UserError as error:
+    except (UserError, OSError) as error:  # or a bad disk, no permission, a file server that has lost it
         return str(error)
     except (KeyError, TypeError) as error:
         return f"manifest.json lacks {error}"

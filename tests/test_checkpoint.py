@@ -1,5 +1,6 @@
 """The commit protocol: complete or absent, damage named and passed over, nothing unpickled."""
 
+import errno
 import json
 import os
 import pickle
@@ -84,6 +85,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, capsys, k
     assert message in capsys.readouterr().out
     with pytest.raises(UserError, match=message):
         checkpoint.find(newest)  # asked for by name, it is an error
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(run, monkeypatch, capsys, code):
+    newest, original = checkpoint.find(run), checkpoint.file_crc32
+
+    def crc32(path):
+        if path.parent == newest:
+            raise OSError(code, os.strerror(code), str(path))
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "file_crc32", crc32)
+    assert checkpoint.find(run).name == "step_00000004"
+    assert f"skipping damaged checkpoint {newest}: [Errno {code}] {os.strerror(code)}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"cannot be used: \[Errno"):
+        checkpoint.find(newest)
 
 
 def test_a_kill_before_the_rename_leaves_the_last_checkpoint(run, monkeypatch):
