@@ -12,6 +12,7 @@ saved on one layout loads on any other, because DCP knows where in the whole ten
     checkpoints/step_00000500/{manifest.json, .metadata, __0_0.distcp, ...}    checkpoints/latest    checkpoints/best
 """
 
+import errno
 import json
 import math
 import os
@@ -368,5 +369,10 @@ def _write_synced(path, text):
 
 def _sync_folder(path):
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems keep no folder back that could be flushed, and say so
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import types
 from unittest import mock
 
@@ -133,6 +134,25 @@ def test_a_full_disk_is_an_oserror_and_keeps_what_was_saved(run, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(run / "checkpoints", 8, tensors(8), {}, keep=1)
     assert checkpoint.find(run).name == "step_00000006" and not list((run / "checkpoints").glob(".tmp*"))
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_flushes_no_folders_gets_checkpoints(run, monkeypatch, code):
+    original, there = os.fsync, len(os.listdir("/dev/fd"))
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save = lambda: checkpoint.save(run / "checkpoints", 8, tensors(8), {}, keep=9)
+    if code == errno.EIO:  # a disk that fails is no such file system
+        with pytest.raises(OSError, match="not written"):
+            save()
+    else:
+        assert checkpoint.find(save()).name == "step_00000008"
+    assert len(os.listdir("/dev/fd")) == there
 
 
 def test_a_step_is_replaced_whole_never_written_over(run):
