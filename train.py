@@ -169,7 +169,7 @@ def train(argv, watch):
             watch.beat(f"the save of step {step}", patient=True)
             report.end_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way
             seen = folder.data_read(stream.identity(), training.tokens - first, read)
-            report.begin_save(saver, training, validated, losses=list(spikes.losses), read=seen,
+            report.begin_save(saver, training, validated, log, losses=list(spikes.losses), read=seen,
                               tokenizer=tokenizer.fingerprint(encoder) if encoder else None)
         final = last or bool(watch.agreed)
         report.end_save(saver.outcome(wait=final or not config.async_save), log, final)

@@ -276,7 +276,7 @@ def set_aside(run, folder, step):
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(run, temporary, ignore=lambda place, names: set(names) - copied if Path(place) == run else ())
     (temporary / "checkpoints").mkdir()
-    (temporary / UNFINISHED).write_text(metrics.lines_up_to(run / "metrics.jsonl", step), encoding="utf-8")
+    metrics.replace_text(temporary / UNFINISHED, metrics.lines_up_to(run / "metrics.jsonl", step))
     os.rename(temporary, folder)
     finish_setting_aside(run)
     return folder

@@ -195,9 +195,12 @@ def readable(text):
 
 
 def replace_text(path, text):
-    """Give a small file a new content, the old or the new one at every instant."""
+    """Give a small file a new content, the old or the new one at every instant, even if the machine loses power."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with open(temporary, "wb") as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -6,6 +6,7 @@ guard.py, ../train.py.
 
 import dataclasses
 import functools
+import os
 import shlex
 from pathlib import Path
 
@@ -121,8 +122,10 @@ def compare_ranks(training, run, log):
     training.waited = 0.0
 
 
-def begin_save(saver, training, validated, **about):
+def begin_save(saver, training, validated, log, **about):
     """Begin to save a step. about: what its manifest has to say beside what the training says."""
+    if log.active:  # the steps before a checkpoint must not lack their records
+        log.attempt("the flush of metrics.jsonl", lambda: os.fsync(log.file.fileno()))
     tensors, counts = training.saved()
     about |= {"stream": training.stream.identity(), "torch": torch.__version__,
               "config": dataclasses.asdict(training.config)}
