@@ -34,6 +34,7 @@ from run import checkpoint, guard, metrics
 FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "aux_loss_alpha", "z_loss", "router_z_loss", "balance",
         "initializer_range"}
 LOGS = ("metrics.jsonl", "samples.md", "curves.png")
+LAUNCH = [platform.node(), os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun's, in manifests
 UNFINISHED = ".unfinished"  # in a folder of aside/, until all is there: the records that the run itself keeps
 WRITTEN = ["checkpoints", *LOGS, "config.json", "tokenizer", "stacks", "wandb", "tensorboard", "aside", "profile"]
 PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_rollbacks", "new_data", "wandb",
@@ -43,6 +44,11 @@ PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_ro
 def find_source(run, config):
     """The step folder to resume from, None for a new run."""
     parallel.once(refuse_unfinished if config.dry_run else finish_setting_aside, run)
+    newest = config.resume != "auto" and parallel.once(checkpoint.step_folders, run / "checkpoints")[-1:]
+    if newest and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not parallel.starts() \
+            and parallel.once(lambda: checkpoint.read_manifest(newest[0]).get("launch") == LAUNCH):
+        print(f"started again by torchrun: going on with {newest[0]}, which it has saved, whatever its words say")
+        config.resume, config.overwrite, config.skip_sequences = "auto", False, 0
     if rewound(config):
         parallel.once(require_step, Path(config.resume))
     source = None

@@ -200,9 +200,9 @@ class Guard:
             print(f"out of memory in {self.doing} with {size} sequences a forward: starting again with {smaller} and "
                   f"{size * forwards // smaller} forwards a step, the same global batch", file=sys.stderr, flush=True)
             words = [*self.words, f"--micro_batch_size={smaller}"]  # later words win
-            if not self.config.resume:
-                words += ["--resume=auto", "--no-overwrite"]
-            elif self.config.resume != "auto":
+            if self.config.resume in (False, "auto"):
+                words += [f"--out_dir={self.config.out_dir}", "--resume=auto", "--no-overwrite", "--skip_sequences=0"]
+            else:
                 words.append("--overwrite")  # of the folder that this start has made
             self._prepare_restart()
             parallel.leave_note("restart", words)

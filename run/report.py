@@ -128,7 +128,7 @@ def begin_save(saver, training, validated, log, **about):
         log.attempt("the flush of metrics.jsonl", lambda: os.fsync(log.file.fileno()))
     tensors, counts = training.saved()
     about |= {"stream": training.stream.identity(), "torch": torch.__version__,
-              "config": dataclasses.asdict(training.config)}
+              "launch": folder.LAUNCH, "config": dataclasses.asdict(training.config)}
     saver.start(training.step, tensors, about | counts, (validated or {}).get("loss"))
 
 
