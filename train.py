@@ -93,7 +93,14 @@ def train(argv, watch):
     parallel.once(folder.require_room, run, source, size, config.max_steps - start, config)
     training.start(source, manifest)
     stream.go_to(manifest.get("places", {}))
+    rates = folder.rates(manifest["config"], config, start) if source else ""
+    first = training.tokens
+    read = manifest.get("read") or folder.data_read(manifest.get("stream", {}), first, {})
+    flops = flops_per_token(config, config.sequence_length)
+    told = [f"resumed from {source}", *(f"  changed: {line}" for line in changed), rates] if source else []
+    told += report.opening(training, flops, kernels, read)
     if config.dry_run:
+        print(*filter(None, told), sep="\n")
         return rehearse(training)
     parallel.once(run.mkdir, parents=True, exist_ok=True)
     parallel.once(watch.claim, run)  # if it is new
@@ -102,19 +109,13 @@ def train(argv, watch):
     if parallel.starts() and not config.skip_sequences:
         log.write("event", start, event="restart", command=argv)
     if source:
-        rates = folder.rates(manifest["config"], config, start)
         log.write("event", start, event="resume", source=str(source), changed=changed, skipped=config.skip_sequences,
                   rates=rates, set_aside=aside and str(aside))
-        print(f"resumed from {source}", *(f"  changed: {line}" for line in changed), *filter(None, [rates]), sep="\n")
-    first = training.tokens
-    read = manifest.get("read") or folder.data_read(manifest.get("stream", {}), first, {})
     best_loss = parallel.once(folder.best_loss, run, manifest.get("best_loss"), stream, config)
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
+    print(*filter(None, told), sep="\n")
     if wants_compile(config, device):
         print("the first step compiles the blocks ...", flush=True)
-
-    flops = flops_per_token(config, config.sequence_length)
-    print(*report.opening(training, flops, kernels, read), sep="\n")
 
     # ------------------------------------------------------------------ the loop
     watch.begin(config, start)

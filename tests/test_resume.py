@@ -171,7 +171,7 @@ def test_every_stage_has_a_best_of_its_own(tmp_path, capsys):
            for r in map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old), encoding="utf-8")
     run_train(path, "--resume", "--max_steps=6")
-    assert checkpoint.find(run, "best").name == "step_00000002"  # of the same stage
+    assert checkpoint.find(run, "best").name == "step_00000004"  # of the same stage
     capsys.readouterr()
     run_train(path, "--resume", "--max_steps=8", "--new_data",
               f"--data={make_data(tmp_path / 'other', 2000, 300, seed=1)}")
@@ -336,6 +336,23 @@ def test_the_resume_event_holds_what_the_rate_does(tmp_path, capsys):
     (event,) = [e for e in records(run, "event") if e["event"] == "resume"]
     assert event["rates"].startswith("warning: learning rate: 1.00e-02 at step 2, 1.00e-01 at step 3")
     assert event["rates"] in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_what_a_resumed_run_would(tmp_path, monkeypatch, capsys):
+    """Whoever tries first wants to know what would change; of 2,000 tokens, 300 steps of two windows are ten epochs."""
+    path, run = small_run(tmp_path, max_steps=2, warmup_steps=1), tmp_path / "run"
+    words = ("--resume", "--max_steps=300", "--muon_lr=0.1")
+    capsys.readouterr()
+    run_train(path, *words, "--dry_run")
+    tried = capsys.readouterr().out
+    original = Muon.begin_step
+    monkeypatch.setattr(Muon, "begin_step", lambda self: signal.raise_signal(signal.SIGTERM) or original(self))
+    run_stopped(path, *words)
+    lines = tried.split("dry run: ")[0].splitlines()
+    assert f"resumed from {run}/checkpoints/step_00000002" in lines and "  changed: max_steps: 2 there, 300 here" in lines
+    assert any(line.startswith("warning: learning rate: 1.00e-02 at step 2, 1.00e-01 at step 3") for line in lines)
+    assert "warning: 9.7 epochs: beyond four, repeated data teaches little" in lines
+    assert "\n".join(lines) in capsys.readouterr().out  # the run itself says the same
 
 
 def test_epochs_count_what_was_read_and_will_be(tmp_path, capsys):
