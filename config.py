@@ -192,6 +192,7 @@ class Config(ModelConfig):
                  f"max_position_embeddings={self.max_position_embeddings}"),
                 (0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)"),
                 (0 <= self.ema < 1, f"ema={self.ema} must lie in [0, 1)"),
+                (self.step_timeout <= 10**8, f"step_timeout={self.step_timeout} must be at most 100000000"),
                 (self.resume or not self.router_is_idle(), "num_experts_per_tok=1 with norm_topk_prob: a weight that "
                  "is always 1 teaches the router nothing: set --no-norm_topk_prob, or choose two experts or more"),
                 (self.mtp_loss_weight > 0 and self.mtp_decay_loss_weight > 0,  # at 0 old momentum would go on moving it

@@ -172,6 +172,13 @@ def test_a_signal_on_the_way_back_reaches_the_next_start(config, tmp_path, monke
     assert checkpoint.find(tmp_path / "run").name == "step_00000011"
 
 
+def test_a_timeout_beyond_every_clock_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match="step_timeout=1000000000 must be at most 100000000"):
+        run_train(config, "--step_timeout=1000000000")
+    assert not (tmp_path / "run").exists()
+    assert run_train(config, "--step_timeout=100000000", "--max_steps=1")["step"] == 1
+
+
 def test_a_hangup_that_nohup_keeps_away_stays_away(config, monkeypatch):
     original, before = Muon.begin_step, signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr(Muon, "begin_step", lambda self: signal.raise_signal(signal.SIGHUP) or original(self))
