@@ -20,6 +20,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 STOPPED = 75  # exit status of a run that a signal ended, saved and to be continued (EX_TEMPFAIL)
+for _name, _mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+    if getattr(sys, _name) is None:  # closed by who started us, as with >&-: lines go nowhere, above all into no file
+        _stream = open(os.devnull, _mode, encoding="utf-8")  # that would be opened next and get the number 1 or 2
+        vars(sys).update({_name: _stream, f"__{_name}__": _stream})
 
 
 class UserError(ValueError):

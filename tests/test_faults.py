@@ -6,9 +6,12 @@ Every fault of the scorecard has a test here or beside what it strikes; its docs
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -20,6 +23,7 @@ from run import checkpoint, guard
 from tests import forks
 from tests.attempts import Attempt
 from tests.helpers import (
+    ROOT,
     assert_equal_runs,
     final_tensors,
     losses,
@@ -133,6 +137,18 @@ def test_a_shard_cut_short_under_a_running_training_ends_it_and_is_named_at_the_
     assert "Bus error" in (tmp_path / "output").read_text() and "loader.py" in (tmp_path / "output").read_text()
     done = run_script("train.py", config, "--resume")
     assert done.returncode == 2 and "train_000000.bin is truncated" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error_and_no_file_gets_their_lines(tmp_path, closed):
+    code = ("import errors, faulthandler, os, sys; faulthandler.enable(); file = open(sys.argv[1], 'w'); errors.run("
+            "lambda argv: (print('out'), print('err', file=sys.stderr), os.write(1, b'1'), os.write(2, b'2'), "
+            "sys.__stdout__.flush(), sys.__stderr__.flush(), print('done', file=file)))")
+    command = shlex.join([sys.executable, "-c", code, str(tmp_path / "file")])
+    done = subprocess.run(["bash", "-c", f"{command} {closed}"], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "done\n"
+    assert (done.stdout, done.stderr) == ("" if " >" in f" {closed}" else "out\n1", "" if "2>" in closed else "err\n2")
 
 
 # ---------------------------------------------------------------------- real processes, real ranks
