@@ -18,14 +18,18 @@ for prompt in "${prompts[@]}"; do
     printf '\n--- a sample, prompt "%s"\n' "$prompt"
     "$python" generate.py "$out" --prompt "$prompt" --max_new_tokens=120 --temperature=0.7 --top_k=50
 done
-quoted="$(printf %q "$out")"
+quoted="$(printf %q "$out")" longer=""
+if [ -d "$out/checkpoints/step_00000150" ] && [ -d "$out/checkpoints/step_00000450" ]; then
+    start="$quoted/checkpoints/step_00000150"  # of 450 steps, the last checkpoint before the learning rate falls
+    longer="; train longer: $python train.py --resume=$start --max_steps=900 --out_dir=out/longer"
+fi
 cat <<EOF
 
 Everything of this run is in $(cd "$out" && pwd):
   curves.png      loss, learning rate, gradient norm, throughput; every expert's load, every layer's attention logits
   samples.md      text sampled while training
   metrics.jsonl   one JSON record a line
-  checkpoints/    latest and best; continue with: $python train.py --resume=$quoted --max_steps=900
+  checkpoints/    latest and best$longer
 More text: $python generate.py $quoted --prompt "class" --stream
 EOF
 if [ $# -eq 0 ]; then  # or it was not the model of that contest

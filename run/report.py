@@ -161,6 +161,8 @@ def summary(run, config, start, seconds, talks):
     best, losses = checkpoint.pointed(run / "checkpoints", "best"), folder.validation_losses(run)
     if best and (step := checkpoint.step_of(best)) in losses:
         lines.append(f"best:  validation loss {losses[step]:.4f} at step {step}")
+    if config.eval_interval and config.max_steps not in losses:  # a signal left it out
+        lines.append("without its last validation:  " + " ".join([*started("evaluate.py"), shlex.quote(str(run))]))
     there = [name for name in (*folder.LOGS, "tensorboard", "wandb") if (run / name).exists()]
     lines.append(f"files: {run}/ with checkpoints/, {', '.join(there)}")
     if talks:

@@ -1,4 +1,6 @@
-"""What a run folder lets a start do that torchrun repeats, word for word, after a rank has died."""
+"""What a run folder lets a start do: which checkpoint is the best, and what torchrun's restarts repeat."""
+
+import json
 
 import pytest
 import torch
@@ -6,7 +8,26 @@ import torch
 from errors import UserError
 from model import K2
 from run import checkpoint, folder
-from tests.helpers import losses, run_restarting, run_train, small_run
+from tests.helpers import losses, make_data, records, run_restarting, run_train, small_run
+
+
+def test_every_stage_has_a_best_of_its_own(tmp_path, capsys):
+    """Losses on other data cannot be compared with those of the stage before, however low they were."""
+    path, run = small_run(tmp_path, max_steps=4, save_interval=2, eval_interval=2, decay_steps=1), tmp_path / "run"
+    old = [r | {"loss": 0.5 + r["step"] / 100} if r["kind"] == "val" else r
+           for r in map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old), encoding="utf-8")
+    run_train(path, "--resume", "--max_steps=6")
+    assert checkpoint.find(run, "best").name == "step_00000004"  # of the same stage
+    capsys.readouterr()
+    run_train(path, "--resume", "--max_steps=8", "--new_data",
+              f"--data={make_data(tmp_path / 'other', 2000, 300, seed=1)}")
+    loss = records(run, "val")[-1]["loss"]
+    assert checkpoint.find(run, "best").name == "step_00000008" and loss > 0.6
+    assert checkpoint.read_manifest(checkpoint.find(run))["best_loss"] == loss
+    assert f"best:  validation loss {loss:.4f} at step 8" in capsys.readouterr().out
+    folder.point_at_what_is_there(run)  # as every start does
+    assert checkpoint.find(run, "best").name == "step_00000008"
 
 
 def test_torchrun_that_starts_again_keeps_what_it_has_saved(tmp_path, monkeypatch, capsys):

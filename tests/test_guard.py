@@ -189,6 +189,20 @@ def test_a_hangup_that_nohup_keeps_away_stays_away(config, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_hangup_saves_unless_nohup_keeps_it_away(tmp_path):
+    """torchrun hands on what it is told to handle, and would not go on ignoring a hangup itself."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PET_SIGNALS_TO_HANDLE" >> "$LOG"\nexit 1\n', encoding="utf-8")
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "LOG": str(tmp_path / "log")}
+    for nohup in ([], ["nohup"]):
+        subprocess.run([*nohup, "bash", "launch/multinode.sh", "x.py"], cwd=ROOT, env=environment, capture_output=True)
+    with_it, without = [line.split(",") for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    assert set(with_it) - set(without) == {"SIGHUP"} and {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(without)
+    script = (ROOT / "launch/multinode.sh").read_text(encoding="utf-8")
+    assert "\ntrap stop TERM INT HUP USR1\n" in script  # run for real only of USR1
+
+
 def test_skipping_needs_a_step_to_go_back_to(config):
     for words in (["--skip_sequences=8"], ["--skip_sequences=8", "--resume"], ["--skip_sequences=8", "--resume=auto"]):
         with pytest.raises(UserError, match="set --resume to a step folder"):

@@ -1,5 +1,6 @@
 """The launch files as far as they can be checked without a cluster, and restarts under real torchrun and real kills."""
 
+import dataclasses
 import fcntl
 import os
 import random
@@ -16,6 +17,7 @@ import yaml
 from torch.distributed.launcher.api import LaunchConfig
 
 import settings
+from muon import SCHEDULE, schedule_factor
 from tests import forks
 from tests.attempts import words_of
 from tests.helpers import ROOT, assert_equal_runs, final_tensors, losses, make_config, run_script, run_train
@@ -241,20 +243,6 @@ def test_the_launcher_names_itself_with_all_that_it_was_given(tmp_path, monkeypa
     assert dict(word.split("=", 1) for word in words[:-2]) == {k: v for k, v in given.items() if k != "LOG"}
 
 
-def test_a_hangup_saves_unless_nohup_keeps_it_away(tmp_path):
-    """torchrun hands on what it is told to handle, and would not go on ignoring a hangup itself."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$PET_SIGNALS_TO_HANDLE" >> "$LOG"\nexit 1\n', encoding="utf-8")
-    python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "LOG": str(tmp_path / "log")}
-    for nohup in ([], ["nohup"]):
-        subprocess.run([*nohup, "bash", "launch/multinode.sh", "x.py"], cwd=ROOT, env=environment, capture_output=True)
-    with_it, without = [line.split(",") for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
-    assert set(with_it) - set(without) == {"SIGHUP"} and {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(without)
-    script = (ROOT / "launch/multinode.sh").read_text(encoding="utf-8")
-    assert "\ntrap stop TERM INT HUP USR1\n" in script  # run for real only of USR1
-
-
 @pytest.mark.slow
 def test_failures_without_progress_end_the_loop(slow_config, tmp_path):
     config = tmp_path / "dies.py"  # on a rank, without a word
@@ -290,6 +278,9 @@ for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; ech
     requirements = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("requirements*.txt")))
     (venv / ".installed-requirements.txt").write_text(requirements, encoding="utf-8")
     made = ROOT / out
+    if made.is_relative_to(tmp_path):  # a run of 450 steps
+        for step in ("00000150", "00000450"):
+            (made / f"checkpoints/step_{step}").mkdir(parents=True)
     with open(ROOT / "launch/quickstart.sh", encoding="utf-8") as script:
         fcntl.flock(script, fcntl.LOCK_EX)  # these tests share out/debug, on several workers
         existed = made.exists()
@@ -306,8 +297,16 @@ for word in "$@"; do printf '<%s>' "$word"; done >> {shlex.quote(str(log))}; ech
     assert [call.split("><")[0] for call in calls] == ["<-m", "<train.py", *["<generate.py"] * samples, *contest]
     assert all(call.startswith("<-m><bench.verdict><bench/results/") for call in calls[len(calls) - len(contest):])
     assert all(call.split("><")[1] == out for call in calls[2:2 + samples]) and f"in {made}:" in done.stdout
-    told = shlex.split(done.stdout.split("continue with: ")[1].splitlines()[0])
-    assert told[1:4] == ["train.py", f"--resume={out}", "--max_steps=900"]
+    saved = all((made / f"checkpoints/step_{step}").is_dir() for step in ("00000150", "00000450"))
+    assert ("; train longer: " in done.stdout) == saved >= made.is_relative_to(tmp_path)
+    if saved:
+        told = shlex.split(done.stdout.split("train longer: ")[1].splitlines()[0])
+        step = f"{out}/checkpoints/step_00000150"  # from which the rate goes on as it was
+        assert told[1:] == ["train.py", f"--resume={step}", "--max_steps=900", "--out_dir=out/longer"]
+        debug = settings.load([str(ROOT / "configs/debug.py")])[0]
+        rate = lambda config, at: schedule_factor(at, *(getattr(config, name) for name in SCHEDULE))
+        assert 150 % debug.save_interval == 0 and rate(debug, 150) == rate(debug, 450 - debug.decay_steps) == 1
+        assert rate(dataclasses.replace(debug, max_steps=900), 151) == 1 and debug.keep_checkpoints >= 3
 
 
 # ---------------------------------------------------------------------- files for clusters

@@ -1,7 +1,6 @@
 """Resuming: after a signal, after SIGKILL, from a step, from another run; and what is refused."""
 
 import dataclasses
-import json
 import re
 import shlex
 import shutil
@@ -164,25 +163,6 @@ def test_best_belongs_to_the_branch_and_the_folder(config, tmp_path):
     assert checkpoint.find(tmp_path / "other", "best").name == "step_00000010"
 
 
-def test_every_stage_has_a_best_of_its_own(tmp_path, capsys):
-    """Losses on other data cannot be compared with those of the stage before, however low they were."""
-    path, run = small_run(tmp_path, max_steps=4, save_interval=2, eval_interval=2, decay_steps=1), tmp_path / "run"
-    old = [r | {"loss": 0.5 + r["step"] / 100} if r["kind"] == "val" else r
-           for r in map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old), encoding="utf-8")
-    run_train(path, "--resume", "--max_steps=6")
-    assert checkpoint.find(run, "best").name == "step_00000004"  # of the same stage
-    capsys.readouterr()
-    run_train(path, "--resume", "--max_steps=8", "--new_data",
-              f"--data={make_data(tmp_path / 'other', 2000, 300, seed=1)}")
-    loss = records(run, "val")[-1]["loss"]
-    assert checkpoint.find(run, "best").name == "step_00000008" and loss > 0.6
-    assert checkpoint.read_manifest(checkpoint.find(run))["best_loss"] == loss
-    assert f"best:  validation loss {loss:.4f} at step 8" in capsys.readouterr().out
-    folder.point_at_what_is_there(run)  # as every start does
-    assert checkpoint.find(run, "best").name == "step_00000008"
-
-
 def test_a_changed_stream_is_said_and_precision_may_change(config, tmp_path, capsys):
     run_train(config, "--max_steps=4")
     words = ("--max_steps=6", "--resume", "--seed=5", "--sequence_length=16", "--dtype=float16", "--muon_lr=0.005")
@@ -239,6 +219,18 @@ def test_a_signal_goes_straight_to_the_save(config, tmp_path, monkeypatch):
     logits = {record["step"]: record["max_attention_logit"] for record in records(tmp_path / "run", "train")}
     assert logits[4] > 0 and logits[5] is None  # nobody knew that step 5 would be logged, so no exact maximum was made
     assert checkpoint.find(tmp_path / "run").name == "step_00000005" and not (tmp_path / "run/samples.md").exists()
+
+
+def test_a_signal_in_the_last_step_leaves_the_validation_to_a_command(tmp_path, monkeypatch, capsys):
+    original = Muon.begin_step
+    stop = lambda self: signal.raise_signal(signal.SIGTERM) if self.steps == 2 else None
+    monkeypatch.setattr(Muon, "begin_step", lambda self: (stop(self), original(self))[1])
+    path, run = small_run(tmp_path, max_steps=3, eval_interval=2), tmp_path / "run"
+    assert checkpoint.find(run).name == "step_00000003" and [r["step"] for r in records(run, "val")] == [2]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("without its last validation")]
+    assert shlex.split(line)[-2].endswith("evaluate.py") and shlex.split(line)[-1] == str(run)
+    run_train(path, "--resume", "--max_steps=4")
+    assert "without its last" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- what a resumed run may change
@@ -349,7 +341,8 @@ def test_a_dry_run_tells_what_a_resumed_run_would(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(Muon, "begin_step", lambda self: signal.raise_signal(signal.SIGTERM) or original(self))
     run_stopped(path, *words)
     lines = tried.split("dry run: ")[0].splitlines()
-    assert f"resumed from {run}/checkpoints/step_00000002" in lines and "  changed: max_steps: 2 there, 300 here" in lines
+    assert f"resumed from {run}/checkpoints/step_00000002" in lines
+    assert "  changed: max_steps: 2 there, 300 here" in lines
     assert any(line.startswith("warning: learning rate: 1.00e-02 at step 2, 1.00e-01 at step 3") for line in lines)
     assert "warning: 9.7 epochs: beyond four, repeated data teaches little" in lines
     assert "\n".join(lines) in capsys.readouterr().out  # the run itself says the same
