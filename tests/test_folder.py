@@ -33,11 +33,11 @@ def test_every_stage_has_a_best_of_its_own(tmp_path, capsys):
 def test_torchrun_that_starts_again_keeps_what_it_has_saved(tmp_path, monkeypatch, capsys):
     """--max-restarts repeats --overwrite and --resume=STEP; until a checkpoint is there they are meant."""
     path, run = small_run(tmp_path, max_steps=2, decay_steps=1, keep_checkpoints=9), tmp_path / "run"
-    first = (run / "checkpoints/step_00000002").stat().st_ino
+    first = (run / "checkpoints/step_00000002").stat().st_mtime_ns
     monkeypatch.setattr(folder, "LAUNCH", ["node", 7])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run_train(path, "--overwrite", "--save_interval=2", "--max_steps=4")  # of an earlier launch, so it goes
-    second = (run / "checkpoints/step_00000002").stat().st_ino
+    second = (run / "checkpoints/step_00000002").stat().st_mtime_ns
     assert first != second and "deleted the run" in capsys.readouterr().out
     run_train(path, "--overwrite", "--max_steps=6")
     said = capsys.readouterr().out
@@ -46,7 +46,7 @@ def test_torchrun_that_starts_again_keeps_what_it_has_saved(tmp_path, monkeypatc
     run_train(path, *words, "--max_steps=8")
     run_train(path, "--max_steps=9")  # refused, if it was not torchrun's
     assert [step for step, _ in losses(run)] == list(range(1, 10)) and not (run / "aside").exists()
-    assert (run / "checkpoints/step_00000002").stat().st_ino == second
+    assert (run / "checkpoints/step_00000002").stat().st_mtime_ns == second
     assert checkpoint.read_manifest(checkpoint.find(run))["sequences"] == 9 * 2
 
     monkeypatch.setenv("NANOK2_STARTS", "1")  # it started itself again: a way back to a step is meant
