@@ -20,7 +20,7 @@ import numpy as np
 import errors
 from data import sources, tokenizer
 from data.files import SHARE, Account, check_separator, check_share, list_files, repair, unescape
-from data.shards import Writer, open_split, read_meta, require_ours
+from data.shards import Writer, open_split, read_meta, require_one_split, require_ours
 from errors import UserError, progress
 
 FILES = ("text", "jsonl", "parquet", "csv", "hf")  # sources that want names of files, or of a repository
@@ -99,7 +99,6 @@ def check(args):
             raise UserError(f"--{one} and --{other} exclude each other: leave one out")
     if source in sources.KNOWN and not args.val_fraction:
         args.val_split = args.val_split or sources.KNOWN[source][2]
-    args.pattern = args.pattern or sources.PATTERNS.get(source, "*")
     for option, default in (("val_fraction", 0.02), ("vocab_size", 4096), ("shard_tokens", 100_000_000)):
         setattr(args, option, given.get(option, default))
     if not 0 < args.val_fraction < 1:
@@ -292,9 +291,12 @@ def main(argv=None):
     if args.source == "fineweb-gpt2-shards":
         return fetch_shards(args, out)
     names = args.files if args.source != "hf" or Path(args.files[0]).exists() else []
-    account = Account()
+    account, chosen = Account(), args.pattern
+    args.pattern = args.pattern or sources.PATTERNS.get(args.source, "*")
     installed = args.source in sources.INSTALLED
     files = sources.installed_files(args.source, account) if installed else list_files(names, args.pattern, account)
+    if args.source in OPTIONS["pattern"]:
+        require_one_split(files, chosen, args.source)
     how = {key: value for key, value in vars(args).items()
            if key not in ("out", "overwrite", "workers", "no_streaming") and value is not None}
     how |= {"found": len(files), "bytes": sum(file.stat().st_size for file in files)}

@@ -16,6 +16,7 @@ import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -235,6 +236,20 @@ def _bin_files(folder):
 def _splits(name):
     """What the words of a name say, in any case; words are runs of letters."""
     return {WORDS[word] for word in re.findall(r"[^\W\d_]+", str(name).lower()) if word in WORDS}
+
+
+def require_one_split(files, pattern, source):
+    """Refuse files of text that go by their names, below the folder of all, to several splits; a pattern chooses."""
+    root, named = os.path.commonpath([os.path.abspath(file.parent) for file in files] or ["/"]), {}
+    for file in files:
+        if len(splits := _splits(os.path.relpath(file, root))) == 1:
+            named.setdefault(splits.pop(), file)
+    if len(named) > 1 and not (pattern and all(file.match(pattern.removeprefix("**/")) for file in files)):
+        hf = f"; to validate on the others:  python -m data.prepare hf {quote(root)} --val_split="
+        raise UserError(f"{' and '.join(map(str, named.values()))} are for {' and '.join(named)} by their names, and "
+                        "all would be trained on: name those of train alone, as by --pattern='*train*', or take all by "
+                        "--pattern='*'" + (source in ("jsonl", "parquet")) * (
+                            hf + ("test" if "test" in named else "validation")))
 
 
 def _tell(folder, shards, why):
