@@ -32,8 +32,9 @@ INSTALLED = ("stdlib", "packages")  # sources that are on this machine already
 REQUIREMENTS = ("matplotlib", "numpy", "regex", "safetensors", "tiktoken", "torch", "tqdm")
 OF_CUDA = ("nvidia-", "cuda-", "triton")  # come with torch's build for it alone, and some of them are not free
 LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))  # of UTF-8
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}  # datasets'
-CSV = "those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES"
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}  # datasets'
+OTHERS = ("those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES, plain text is for  python "
+          "-m data.prepare text FILES")
 DELIMITERS = ",;\t|"
 NEEDS_DATASETS = "parquet files and Hugging Face datasets need a package:  pip install datasets"  # with pyarrow
 
@@ -47,13 +48,15 @@ def open_hf(repo, split="train", name=None, text_column=None, streaming=True, ch
     if path.is_file() or saved:
         suffix = ".arrow" if saved else suffix_of(path)
         if suffix not in BUILDERS:
-            raise UserError(f"{repo}: datasets reads files that end in {', '.join(BUILDERS)}, compressed or not; {CSV}")
+            raise UserError(f"{repo}: datasets reads files that end in {', '.join(BUILDERS)}, packed or not; {OTHERS}")
         dataset, names = _load(repo, BUILDERS[suffix], data_files=list(map(str, saved or [path])), **options)
     else:
         where, _, revision = (str(repo), "", "") if path.exists() else str(repo).partition("@")
         dataset, names = _load(repo, where, name, revision=revision or None, **options)
-    if path.exists() and dataset.info.builder_name == "csv":
-        raise UserError(f"{repo} holds tables of csv, of which datasets would drop cells without a word; {CSV}")
+    if (kind := dataset.info.builder_name) == "text" or kind == "csv" and path.exists():
+        what = "tables of csv, of which datasets would drop cells" if kind == "csv" else (
+            "plain text, of which datasets would make a document of every line")
+        raise UserError(f"{repo} holds {what}; {OTHERS}")
     if not names:
         raise UserError(f"{repo} holds no rows of text")
     sample = lambda: list(itertools.islice(dataset.select_columns(names), columns.SAMPLE))

@@ -1,11 +1,15 @@
 """What the preparation of data once did without a word: each is refused, said or counted."""
 
 
+import gzip
+
 import pytest
 
+from data import tokenizer
+from data.loader import TrainStream
 from data.shards import read_meta
 from errors import UserError
-from tests.test_prepare import DOCUMENTS, everything, jsonl, run
+from tests.test_prepare import DOCUMENTS, everything, jsonl, needs_datasets, run
 
 
 def account(out):
@@ -43,3 +47,15 @@ def test_names_that_say_one_split_or_several_at_once_are_no_reason(tmp_path):
     for name in ("train.txt", "pretrain.txt", "train_and_test.txt", "interval.txt"):
         (tmp_path / name).write_text(f"text of {name} " * 9)
     assert len(everything(run(tmp_path / "out/d", "text", tmp_path))) == 4
+
+
+@needs_datasets
+@pytest.mark.parametrize("name", ["in/book.txt", "in", "in/book.txt.gz"])
+def test_datasets_cut_no_plain_text_at_every_line(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    book = "".join(f"Line {i} of the book\n" for i in range(99)).encode()
+    (tmp_path / name if name != "in" else tmp_path / "in/book.txt").write_bytes(
+        gzip.compress(book) if name.endswith("gz") else book)
+    refuse("plain text is for  python -m data.prepare text", tmp_path / "d", "hf", tmp_path / name)
+    with pytest.raises(UserError, match="plain text is for  python -m data.prepare text"):
+        TrainStream(f"hf:{tmp_path / name}", 16, 0, encoder=tokenizer.load("bytes")).sequence(0)
