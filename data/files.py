@@ -38,7 +38,9 @@ KINDS = ((0, b"PK\3\4", "zip archive"), (0, b"PK\5\6", "zip archive"), (0, b"7z\
 LINE_END = "(?>\r\n|\r|\n)"
 HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of a surrogate pair, which JSON can hold
 ESCAPES = re.compile(r"\\(\\|[nrtfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
-COMMON = ("<|endoftext|>", "</s>", "<doc", "\n\n\n", "\n\n", "\n---\n", "\f", "\x1e", "\0")  # separators of texts
+MARKERS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<doc", "\f", "\x1e")  # separators that no prose has
+COMMON = (*MARKERS, "\n\n\n", "\n\n", "\n---\n", "\0")  # separators of texts
+BACKUPS = ("~", ".bak", ".tmp", ".swp")  # ends of names, those of half written files too
 
 
 class Account:
@@ -100,7 +102,9 @@ def list_files(names, pattern, account=None):
             what = f"no files {path / pattern}" if path.is_dir() else f"no file or folder {name}{alike_there(name)}"
             raise UserError("; ".join([what, *account.lines()]))
         for file in sorted(found):
-            if files.setdefault(os.path.realpath(file), file) != file:
+            if file.name.endswith(BACKUPS) and not (name.endswith(BACKUPS) or wanted.endswith(BACKUPS)):
+                account.add("files", "backups, left out", file)
+            elif files.setdefault(os.path.realpath(file), file) != file:
                 account.add("files", "reached twice, read once", file)
     return list(files.values())
 
@@ -182,7 +186,7 @@ def _open_zst(binary):
 
 def suffix_of(path):
     """The end of a file's name, in lower case and without that of a compression."""
-    return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in PACKED), "").lower()
+    return next((suffix for suffix in reversed(Path(str(path).lower()).suffixes) if suffix not in PACKED), "")
 
 
 def git_lfs(path):

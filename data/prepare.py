@@ -19,7 +19,7 @@ import numpy as np
 
 import errors
 from data import sources, tokenizer
-from data.files import SHARE, Account, check_separator, check_share, list_files, repair, unescape
+from data.files import SHARE, Account, check_separator, check_share, list_files, repair, suffix_of, unescape
 from data.shards import Writer, open_split, read_meta, require_one_split, require_ours
 from errors import UserError, progress
 
@@ -310,8 +310,8 @@ def main(argv=None):
     if any(Path(os.path.realpath(out)) in Path(os.path.realpath(file)).parents for file in files):
         raise UserError(f"{out} lies among the files to be read: choose another --out")
     for file in files if args.source == "text" else ():
-        if file.suffix in (".jsonl", ".csv", ".tsv"):
-            account.add("files", "tables as plain text; the sources jsonl and csv take a column", file)
+        if what := sources.UNLIKE_TEXT.get(suffix_of(file)):
+            account.add("files", what, file)
     started = time.time()
     if args.source == "random":
         with Writer(out, args.vocab_size, args.shard_tokens) as writer:

@@ -35,6 +35,10 @@ LETTERS = string.ascii_letters.encode() + bytes(range(128, 256))  # of UTF-8
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}  # datasets'
 OTHERS = ("those of .csv and .tsv are for the source csv:  python -m data.prepare csv FILES, plain text is for  python "
           "-m data.prepare text FILES")
+UNLIKE_TEXT = {  # but read as such, since the source text takes files as they are
+    **dict.fromkeys(".jsonl .ndjson .json .csv .tsv".split(),
+                    "tables as plain text; the sources jsonl and csv take a column"),
+    **dict.fromkeys(".html .htm .xhtml .xml .svg .rtf .ipynb".split(), "markup as plain text, with its tags")}
 DELIMITERS = ",;\t|"
 NEEDS_DATASETS = "parquet files and Hugging Face datasets need a package:  pip install datasets"  # with pyarrow
 

@@ -59,3 +59,27 @@ def test_datasets_cut_no_plain_text_at_every_line(tmp_path, name):
     refuse("plain text is for  python -m data.prepare text", tmp_path / "d", "hf", tmp_path / name)
     with pytest.raises(UserError, match="plain text is for  python -m data.prepare text"):
         TrainStream(f"hf:{tmp_path / name}", 16, 0, encoder=tokenizer.load("bytes")).sequence(0)
+
+
+def test_tables_and_markup_that_go_in_as_text_are_said(tmp_path):
+    names = ("a.jsonl.gz", "a.JSON", "b.csv.GZ", "c.html", "d.xml", "e.md", "f.json.txt")
+    for name in names:
+        raw = f"The text of {name}.".encode()
+        (tmp_path / name).write_bytes(gzip.compress(raw) if name.lower().endswith("gz") else raw)
+    run(tmp_path / "out/d", "text", tmp_path)
+    assert account(tmp_path / "out/d")["names"] == {
+        "files tables as plain text; the sources jsonl and csv take a column": [
+            str(tmp_path / name) for name in ("a.JSON", "a.jsonl.gz", "b.csv.GZ")],
+        "files markup as plain text, with its tags": [str(tmp_path / name) for name in ("c.html", "d.xml")]}
+
+
+def test_backups_of_editors_are_left_out_unless_they_are_asked_for(tmp_path):
+    rows = jsonl(tmp_path / "a.jsonl", DOCUMENTS).read_text()
+    for end in ("~", ".bak", ".tmp", ".swp"):
+        (tmp_path / f"a.jsonl{end}").write_text(rows.replace("document", f"old{end}"))
+    for number, name in enumerate((tmp_path, tmp_path / "*.jsonl*")):
+        found = run(tmp_path / f"out/{number}", "jsonl", name)
+        assert everything(found) == sorted(DOCUMENTS)
+        assert account(tmp_path / f"out/{number}")["files"] == {"backups, left out": 4, "read": 1}
+    for number, words in enumerate(([tmp_path, "--pattern=*~"], [tmp_path / "a.jsonl~"], [tmp_path / "*~"])):
+        assert everything(run(tmp_path / f"out/{number + 2}", "jsonl", *words))[0].startswith("old~ 0")
