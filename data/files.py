@@ -54,11 +54,22 @@ class Account:
         self.characters = self.wrong = 0  # wrong: NULs and what had to be replaced
         self.encoding, self.unsplit = None, ""  # of the last file; the start of a text without the separator
         self.separator = b""  # between documents, which is no sign of a binary file
+        self.markers = {}  # what should not stand in texts, and how that is told
 
     def add(self, subject, what, name=None, n=1):
         self.counts[subject][what] += n
         if name is not None and len(first := self.names.setdefault(f"{subject} {what}", [])) < 3:
             first.append(one_line(str(name)))
+
+    def look(self, text):
+        """Count markers in a text; if it was not UTF-8, keep the first words by which its encoding can be judged."""
+        for marker, told in self.markers.items():
+            if found := text.count(marker):
+                self.add("markers", told, n=found)
+        name = self.encoding or "utf-8"
+        if len(self.names.get(f"encoding {name}", ())) < 3 and not codecs.lookup(name).name.startswith("utf-8"):
+            for _, word in zip(range(3), re.finditer(r"(?<!\S)\S{0,20}?[^\s\0-\x7f]\S{0,20}", text)):
+                self.add("encoding", name, word[0], 0)
 
     def say(self, what, line):
         """Print what is said of something the first time, by the first rank."""

@@ -131,18 +131,19 @@ def distinct(found, seen, account, line_ends=False):
     repairs, in UTF-8."""
     for original in found:
         text, raw, size, replaced = repair(original, line_ends)
-        nuls = text.count("\0")
+        nuls, ends = text.count("\0"), original.count("\r") if line_ends else 0
         account.characters, account.wrong = account.characters + len(text), account.wrong + nuls + replaced
-        if replaced or nuls or size != len(raw):
+        if replaced or nuls or ends:
             account.add("altered", "undecodable characters replaced", n=replaced)
             account.add("altered", "NULs kept", n=nuls)
-            account.add("altered", "line ends rewritten as \\n", n=original.count("\r") if line_ends else 0)
+            account.add("altered", "line ends rewritten as \\n", n=ends)
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
         if not text or text.isspace() or digest in seen:
             account.add("documents", "duplicates dropped" if text.strip() else "empty ones dropped")
             continue
         seen.add(digest)
         account.add("documents", "kept")
+        account.look(text)
         yield text, raw, size, original
 
 

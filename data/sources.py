@@ -18,7 +18,7 @@ import sysconfig
 from pathlib import Path
 
 from data import columns
-from data.files import SHARE, Account, each_file, git_lfs, open_text, split_text, suffix_of, unescape
+from data.files import MARKERS, SHARE, Account, each_file, git_lfs, open_text, split_text, suffix_of, unescape
 from errors import UserError, progress, said
 
 # repository, configuration, validation split (None: a share of the documents)
@@ -289,6 +289,9 @@ def documents(args, files, account, split="train"):
     text files as they are."""
     separator = unescape(args.split_on or "")
     account.separator = separator.encode("utf-8", "surrogateescape")
+    told = ": --split_on={0!r} would cut there" if args.source in ("text", "stdin") else ", as plain text"
+    account.markers = {marker: ("{0!r} in the texts" + told).format(marker)
+                       for marker in MARKERS if args.source not in INSTALLED}  # whose texts are programs
     whole = functools.partial(split_text, separator=separator, account=account)
     texts = lambda rows, where, unit="line": (
         text for _, text in columns.texts(rows, args.text_column, where, account, args.chat, unit))

@@ -83,3 +83,40 @@ def test_backups_of_editors_are_left_out_unless_they_are_asked_for(tmp_path):
         assert account(tmp_path / f"out/{number}")["files"] == {"backups, left out": 4, "read": 1}
     for number, words in enumerate(([tmp_path, "--pattern=*~"], [tmp_path / "a.jsonl~"], [tmp_path / "*~"])):
         assert everything(run(tmp_path / f"out/{number + 2}", "jsonl", *words))[0].startswith("old~ 0")
+
+
+# ---------------------------------------------------------------------- what stands in the texts
+
+
+def test_separators_that_stand_in_the_texts_are_told(tmp_path, capsys):
+    text = "<|endoftext|>".join(f"Story {i}. And a\fpage." for i in range(500))
+    (tmp_path / "a.txt").write_text(text)
+    rows = jsonl(tmp_path / "a.jsonl", [*DOCUMENTS, "one </s> two"])
+    run(tmp_path / "d", "text", tmp_path / "a.txt")
+    told = r"499 '<|endoftext|>' in the texts: --split_on='<|endoftext|>' would cut there, "
+    assert told + r"500 '\x0c' in the texts: --split_on='\x0c' would cut there" in capsys.readouterr().out
+    assert sum(account(tmp_path / "d")["markers"].values()) == 999
+    run(tmp_path / "e", "text", tmp_path / "a.txt", "--split_on=<|endoftext|>", "--limit=9")
+    assert account(tmp_path / "e")["markers"] == {r"'\x0c' in the texts: --split_on='\x0c' would cut there": 9}
+    run(tmp_path / "f", "jsonl", rows)
+    assert account(tmp_path / "f")["markers"] == {"'</s>' in the texts, as plain text": 1}
+
+
+def test_a_sample_shows_what_an_encoding_made_of_the_words(tmp_path, capsys):
+    french = "Plain, and then: le café était fermé, là où l'été passe. " * 20
+    (tmp_path / "a.html.txt").write_text(french[:40] * 9, encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(b"\xe9" + french.encode())  # no UTF-8, but nearly
+    run(tmp_path / "d", "text", tmp_path / "b.txt", "--encoding=cp1252")
+    assert "encoding  1 cp1252 (éPlain,, cafÃ©, Ã©tait)" in capsys.readouterr().out
+    run(tmp_path / "e", "text", tmp_path / "a.html.txt", "--encoding=cp1252")  # which is UTF-8 all the same
+    assert account(tmp_path / "e")["names"] == {} and account(tmp_path / "e")["encoding"] == {"utf-8": 1}
+
+
+def test_lone_carriage_returns_are_counted_too(tmp_path):
+    for name, ends in (("lone", "\r"), ("both", "\r\n")):
+        (tmp_path / f"{name}.txt").write_bytes(ends.join(DOCUMENTS).encode())
+        assert "".join(everything(run(tmp_path / name, "text", tmp_path / f"{name}.txt"))).count("\n") == 59
+        assert account(tmp_path / name)["altered"]["line ends rewritten as \\n"] == 59
+    table = jsonl(tmp_path / "a.jsonl", [text + "\r" for text in DOCUMENTS])  # of which every character stays
+    assert everything(run(tmp_path / "d", "jsonl", table))[0].endswith("\r")
+    assert "altered" not in account(tmp_path / "d")
