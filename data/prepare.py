@@ -273,11 +273,14 @@ def fetch_shards(args, out):
 def is_ready(args, out, files, how):
     """Whether a folder was made in that way; UserError if what it was made of is another by now."""
     meta, spec = read_meta(out), args.tokenizer or ""
-    before = meta.get("prepared_by") or {}
-    if {key: value for key, value in before.items() if value is not None} != how:
+    before = {key: value for key, value in (meta.get("prepared_by") or {}).items() if value is not None}
+    digest = before.pop("digest", None)  # which older folders do not have
+    if before != {key: value for key, value in how.items() if key != "digest"}:
         return False
     made = (out / "meta.json").stat().st_mtime_ns
     newer = [file for file in files if args.source not in sources.INSTALLED and file.stat().st_mtime_ns > made]
+    if digest:
+        newer = (newer or ["set of files"]) * (digest != how["digest"])
     if any(map(os.path.exists, (spec, spec.rpartition("?")[0]))):  # what a name means never changes
         newer += [spec] * (tokenizer.fingerprint(tokenizer.load(spec)) != meta.get("tokenizer_fingerprint"))
     if newer:
@@ -300,7 +303,10 @@ def main(argv=None):
         require_one_split(files, chosen, args.source)
     how = {key: value for key, value in vars(args).items()
            if key not in ("out", "overwrite", "workers", "no_streaming") and value is not None}
-    how |= {"found": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    stats = [(str(file), status.st_size, status.st_mtime_ns) for file in files if (status := file.stat())]
+    how |= {"found": len(files), "bytes": sum(size for _, size, _ in stats)}
+    if files and not installed:  # what is installed again has another time
+        how["digest"] = hashlib.blake2b(repr(stats).encode(), digest_size=8).hexdigest()
     known = (out / "meta.json").is_file() and args.source != "stdin"
     if known and not args.overwrite and is_ready(args, out, files, how):
         print(f"{out} is ready (made earlier in the same way)")
@@ -330,6 +336,11 @@ def main(argv=None):
     for split, info in writer.splits.items():
         print(f"{split:5} {info['documents']:>9,} documents {info['tokens']:>13,} tokens {info['bytes']:>14,} bytes "
               f"{info['bytes'] / info['tokens']:.2f} bytes/token")
+    share = writer.splits["val"]["bytes"] / max(sum(info["bytes"] for info in writer.splits.values()), 1)
+    if args.source != "random" and not args.val_split and not 0.25 <= share / args.val_fraction <= 4:
+        cut = "cut long ones by --split_on, or " if args.source in OPTIONS["split_on"] else ""
+        print(f"warning: val has {share:.2%} of the bytes and not {args.val_fraction:.2%}, since documents go there "
+              f"whole: {cut}set another --val_fraction")
     seconds = time.time() - started
     print(f"wrote {out} in {seconds:.1f} s, {sum(s['tokens'] for s in writer.splits.values()) / seconds:,.0f} tokens/s")
     print(f"to train on it:  --data={shlex.quote(str(out))} --vocab_size={writer.vocab_size}  (or more)")

@@ -1,15 +1,21 @@
 """What the preparation of data once did without a word: each is refused, said or counted."""
 
 
+import contextlib
 import gzip
+import json
+import os
+import zlib
 
 import pytest
 
-from data import tokenizer
-from data.loader import TrainStream
+from data import prepare, tokenizer
+from data.loader import TrainStream, ValidationSet
 from data.shards import read_meta
+from data.vocabulary import require_vocabulary
 from errors import UserError
 from tests.test_prepare import DOCUMENTS, everything, jsonl, needs_datasets, run
+from tests.test_shards import foreign
 
 
 def account(out):
@@ -120,3 +126,66 @@ def test_lone_carriage_returns_are_counted_too(tmp_path):
     table = jsonl(tmp_path / "a.jsonl", [text + "\r" for text in DOCUMENTS])  # of which every character stays
     assert everything(run(tmp_path / "d", "jsonl", table))[0].endswith("\r")
     assert "altered" not in account(tmp_path / "d")
+
+
+# ---------------------------------------------------------------------- what is made
+
+
+def test_a_validation_split_of_another_size_than_asked_for_is_a_warning(tmp_path, capsys):
+    def warned(source, texts, *words):
+        rows = jsonl(tmp_path / "a.jsonl", texts)
+        if source == "text":
+            (tmp_path / "a.txt").write_text("<end>".join(texts))
+            rows = tmp_path / "a.txt"
+        prepare.main([source, str(rows), "--tokenizer=bytes", f"--out={tmp_path / 'd'}", "--overwrite", *words])
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: val has")]
+
+    essays = [f"essay {i} " + "of many words " * 200 for i in range(300)]
+    small = next(text for text in map(str, range(9999)) if zlib.crc32(text.encode()) / 2**32 < 0.02)
+    large = next(text for text in (f"book {i} " + "of words " * 9999 for i in range(999))
+                 if zlib.crc32(text.encode()) / 2**32 < 0.02)
+    train = [text for text in essays if zlib.crc32(text.encode()) / 2**32 >= 0.02]
+    assert warned("jsonl", essays) == []
+    assert warned("jsonl", [*train[:40], small]) == [
+        "warning: val has 0.00% of the bytes and not 2.00%, since documents go there whole: set another --val_fraction"]
+    assert [line[:20] for line in warned("jsonl", [*train[:2], large])] == ["warning: val has 94."]
+    assert "cut long ones by --split_on, or set" in warned("text", [*train[:40], small], "--split_on=<end>")[0]
+    assert warned("text", train) == []  # one document, whose end is cut off
+    prepare.main(["random", "--tokens=200", f"--out={tmp_path / 'e'}"])
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["another content", "another name"])
+def test_files_that_were_replaced_are_not_the_same_whatever_their_size_and_time(tmp_path, capsys, change):
+    (tmp_path / "in").mkdir()
+    path = jsonl(tmp_path / "in/a.jsonl", DOCUMENTS)
+    old = path.stat().st_mtime_ns - 10**10
+    os.utime(path, ns=(old, old))
+    words = ["jsonl", tmp_path / "in"]
+    run(tmp_path / "d", *words)
+    run(tmp_path / "d", *words)
+    assert capsys.readouterr().out.count("is ready") == 1
+    if change == "another name":
+        path.rename(tmp_path / "in/b.jsonl")
+    else:
+        path.write_text(path.read_text().replace("document", "DOCUMENT"))
+        os.utime(path, ns=(old - 10**9,) * 2)  # older than it was
+    with pytest.raises(UserError, match="d was made of another set of files than there is now: add --overwrite"):
+        run(tmp_path / "d", *words)
+    meta = read_meta(tmp_path / "d")
+    assert len(meta["prepared_by"].pop("digest")) == 16
+    (tmp_path / "d/meta.json").write_text(json.dumps(meta))  # as it was made before there were digests
+    run(tmp_path / "d", *words)
+    assert "is ready" in capsys.readouterr().out
+
+
+def test_data_with_ids_that_its_tokenizer_does_not_have_is_refused(tmp_path):
+    encoder = tokenizer.load("bytes")
+    for split, largest, message in (("train", 257, "token id 257, its tokenizer only ids below 257: set --tokenizer to"),
+                                    ("val", 257, "set --tokenizer to"), ("val", 256, None)):
+        for name in ("train", "val"):
+            foreign(tmp_path / f"{name}_0.bin", [1, 2, largest if name == split else 0])
+        stream, validation = TrainStream(str(tmp_path), 1, 0, encoder=encoder), ValidationSet(str(tmp_path), 1, 1)
+        require_vocabulary(300, stream, validation, None)
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            require_vocabulary(300, stream, validation, encoder)
