@@ -32,7 +32,11 @@ def open_tokenizer(config):
 
 def require_vocabulary(vocab_size, stream, validation, encoder):
     """Refuse data and a tokenizer (or None) with token ids that a model of this vocab_size does not have."""
-    largest = max(stream.max_id(), validation.max_id(), encoder.n_vocab - 1 if encoder else 0)
+    largest = max(stream.max_id(), validation.max_id())
+    if encoder and largest >= encoder.n_vocab:
+        raise UserError(f"the data holds token id {largest}, its tokenizer only ids below {encoder.n_vocab}: set "
+                        "--tokenizer to the one that the data was made with")
+    largest = max(largest, encoder.n_vocab - 1 if encoder else 0)
     if largest >= vocab_size:
         raise UserError(f"vocab_size={vocab_size} is too small for token id {largest} of the data and its tokenizer: "
                         f"set --vocab_size={largest + 1} or more")
