@@ -181,7 +181,7 @@ def test_files_that_were_replaced_are_not_the_same_whatever_their_size_and_time(
 
 def test_data_with_ids_that_its_tokenizer_does_not_have_is_refused(tmp_path):
     encoder = tokenizer.load("bytes")
-    for split, largest, message in (("train", 257, "token id 257, its tokenizer only ids below 257: set --tokenizer to"),
+    for split, largest, message in (("train", 257, "id 257, its tokenizer only ids below 257: set --tokenizer to the"),
                                     ("val", 257, "set --tokenizer to"), ("val", 256, None)):
         for name in ("train", "val"):
             foreign(tmp_path / f"{name}_0.bin", [1, 2, largest if name == split else 0])
