@@ -242,7 +242,7 @@ def require_one_split(files, pattern, source):
     """Refuse files of text that go by their names, below the folder of all, to several splits; a pattern chooses."""
     root, named = os.path.commonpath([os.path.abspath(file.parent) for file in files] or ["/"]), {}
     for file in files:
-        if len(splits := _splits(os.path.relpath(file, root))) == 1:
+        if len(splits := _splits(os.path.relpath(file, root))) == 1 and file.suffix != ".bin":  # no text
             named.setdefault(splits.pop(), file)
     if len(named) > 1 and not (pattern and all(file.match(pattern.removeprefix("**/")) for file in files)):
         hf = f"; to validate on the others:  python -m data.prepare hf {quote(root)} --val_split="

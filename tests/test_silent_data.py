@@ -50,8 +50,8 @@ def test_files_for_validation_or_tests_are_not_trained_on(tmp_path, names):
 
 
 def test_names_that_say_one_split_or_several_at_once_are_no_reason(tmp_path):
-    for name in ("train.txt", "pretrain.txt", "train_and_test.txt", "interval.txt"):
-        (tmp_path / name).write_text(f"text of {name} " * 9)
+    for name in ("train.txt", "pretrain.txt", "train_and_test.txt", "interval.txt", "val.bin"):
+        (tmp_path / name).write_text(f"text of {name} " * 9 + "\0" * 99 * name.endswith("bin"))
     assert len(everything(run(tmp_path / "out/d", "text", tmp_path))) == 4
 
 
