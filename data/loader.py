@@ -57,20 +57,18 @@ class Windows:
     def window(self, index):
         return self.read(index * self.T, self.T + 1)
 
-    def text_bytes(self, count, encoder):
-        """Bytes of text behind the tokens 1..count: those that the tokenizer has for them, none for special tokens,
-        times what the text had over what the tokenizer has for the whole split; that is 1 unless text was repaired or
-        the tokenizer is lossy. None if there is no tokenizer, no text, or ids that the tokenizer does not have."""
+    def text_bytes(self, starts, encoder):
+        """Bytes of text behind the targets of the windows that start there: those that the tokenizer has for them, none
+        for special tokens, times what the text had over what the tokenizer has for the whole split; that is 1 unless
+        text was repaired or the tokenizer is lossy. None without a tokenizer, text, or some id in the tokenizer."""
         recorded = self.split.bytes
         if encoder is None or recorded == 0:
             return None
         if self.split.max_id >= encoder.n_vocab:
             print(f"the tokenizer {encoder.name} does not have id {self.split.max_id} of val: no bits_per_byte")
             return None
-        found = self._token_bytes(1, count + 1, encoder)
-        if recorded is None:
-            return found
-        whole = self._token_bytes(0, 1, encoder) + found + self._token_bytes(count + 1, self.split.tokens, encoder)
+        found = sum(self._token_bytes(at + 1, min(at + self.T + 1, self.split.tokens), encoder) for at in starts)
+        whole = recorded is not None and self._token_bytes(0, self.split.tokens, encoder)
         return found * recorded / whole if whole else found
 
     def _token_bytes(self, start, end, encoder, block=2**22):
@@ -212,26 +210,28 @@ def document_starts(inputs_BT, separator):
 
 
 class ValidationSet:
-    """The first `sequences` windows of the val split of every folder, the last one padded with IGNORE targets, so
-    that a split shorter than one sequence is evaluated too. `bytes`: of text behind just these targets, None where it
-    is not known; the encoder is for that, None: that of each folder."""
+    """At most `sequences` windows, of every folder as many: its whole val split or windows spread evenly over it. The
+    last of all is padded with IGNORE targets, so that a split shorter than one sequence is evaluated too. `bytes`: of
+    text behind just these targets, None where it is not known; the encoder is for that, None: that of each folder."""
 
     def __init__(self, data, sequence_length, sequences, verify=True, share=(0, 1), encoder=None):
         folders = data if isinstance(data, dict) else {data: 1.0}
         self.T, self.sequences = sequence_length, max(sequences // len(folders), 1)
         self.sources = [Windows(held_out(folder, encoder, self.sequences * self.T + 1) if is_stream(folder) else
                                 open_split(folder, "val", verify, share), sequence_length) for folder in folders]
-        self.counts = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
-        found = [source.text_bytes(count, encoder or _own_tokenizer(folder))
-                 for folder, source, count in zip(folders, self.sources, self.counts)]
-        self.tokens, self.bytes = sum(self.counts), None if None in found else sum(found)
+        counts = [min(source.split.tokens - 1, self.sequences * self.T) for source in self.sources]
+        taken = [-(-count // self.T) for count in counts]  # windows, of all that there are
+        self.starts = [[i * max(source.count, n) // n * self.T for i in range(n)]
+                       for source, n in zip(self.sources, taken)]
+        found = [source.text_bytes(starts, encoder or _own_tokenizer(folder))
+                 for folder, source, starts in zip(folders, self.sources, self.starts)]
+        self.tokens, self.bytes = sum(counts), None if None in found else sum(found)
         self.bytes_per_token = self.bytes and self.bytes / self.tokens
 
     def batches(self, batch_size, rank=0, ranks=1):
         """Yields this rank's share as (inputs, targets), (B, T) tensors; the last batch is smaller if need be, and the
         same number of batches of the same sizes comes on every rank, if need be with a row of IGNORE alone."""
-        places = [(source, start) for source, count in zip(self.sources, self.counts)
-                  for start in range(0, count, self.T)]
+        places = [(source, start) for source, starts in zip(self.sources, self.starts) for start in starts]
         for i in range(0, len(places), batch_size * ranks):
             round_ = places[i:i + batch_size * ranks]
             size = -(-len(round_) // ranks)

@@ -14,6 +14,7 @@ from data.loader import TrainStream, ValidationSet
 from data.shards import read_meta
 from data.vocabulary import require_vocabulary
 from errors import UserError
+from kernels.cross_entropy import IGNORE
 from tests.test_prepare import DOCUMENTS, everything, jsonl, needs_datasets, run
 from tests.test_shards import foreign
 
@@ -189,3 +190,24 @@ def test_data_with_ids_that_its_tokenizer_does_not_have_is_refused(tmp_path):
         require_vocabulary(300, stream, validation, None)
         with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
             require_vocabulary(300, stream, validation, encoder)
+
+
+def test_a_part_of_the_validation_split_is_spread_over_it(tmp_path):
+    """Of 10 whole windows and a rest: all in their order, or fewer with gaps that are alike; on any ranks the same."""
+    foreign(tmp_path / "train_0.bin", [1, 2])
+    foreign(tmp_path / "val_0.bin", range(48))
+    foreign(tmp_path / "val_1.bin", range(48, 55))
+
+    def firsts(sequences, ranks=1):
+        validation = ValidationSet(str(tmp_path), 5, sequences)
+        seen = [row.tolist() for i in range(0, sequences, 2 * ranks) for rank in range(ranks)
+                for step, (_, targets) in enumerate(validation.batches(2, rank, ranks)) if step == i // (2 * ranks)
+                for row in targets if row[0] != IGNORE]
+        assert validation.tokens == sum(id_ != IGNORE for row in seen for id_ in row)
+        assert all(row[:4] == list(range(row[0], row[0] + 4)) for row in seen)
+        return [row[0] // 5 for row in seen]
+
+    for ranks in (1, 2, 3):
+        assert firsts(11, ranks) == firsts(99, ranks) == list(range(11))
+        assert firsts(10, ranks) == list(range(10))
+        assert firsts(4, ranks) == [0, 2, 5, 7] and firsts(1, ranks) == [0] and firsts(3, ranks) == [0, 3, 6]
