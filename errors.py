@@ -98,9 +98,17 @@ class ArgumentParser(argparse.ArgumentParser):
     __init__ = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
 
     def parse_args(self, words=None):
-        words = sys.argv[1:] if words is None else words
-        self.words = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
-        return super().parse_args(self.words)
+        """Only names are altered: what follows an option that takes one value is that, if it is no option itself."""
+        left, known, self.words = list(sys.argv[1:] if words is None else words), self._option_string_actions, []
+        named = lambda word: re.sub(r"^--[\w-]+(?==|\Z)", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+        while left and self.words[-1:] != ["--"]:  # behind that there are no options
+            word = named(left.pop(0))
+            if left and word in known and known[word].nargs is None and named(left[0]).split("=")[0] not in known:
+                word += f"={left.pop(0)}"
+            self.words.append(word)
+            if re.fullmatch(r"--[\w-]+=--", word):  # argparse would drop it
+                self.error(f"{word}: -- alone is no value")
+        return super().parse_args(self.words + left)
 
     def error(self, message):
         options = [option for action in self._actions for option in action.option_strings]

@@ -326,6 +326,25 @@ def test_mistakes_are_one_line(run, words, message):
         generate.main([str(run), *words])
 
 
+@pytest.mark.parametrize("value", [
+    "-- the well-known top-k users", "--no-name", "--a-b=c-d", "-x", "- item", "--top-k and more", "--prompt-s", "=--",
+    "---\n", "-1", ""])
+def test_only_names_of_options_are_altered_never_their_values(value):
+    for words in (["--prompt", value], [f"--prompt={value}"]):
+        args = generate.parse(["out/my-run", *words, "--top-k=3", "--min-p", "0.5", "--json"])
+        assert (args.prompt, args.top_k, args.min_p, args.json) == ([value], 3, 0.5, "-")
+    assert generate.parse(["--top-k=3", "--", "--my-run"]).model == "--my-run"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--prompt", "--top-k"], "--prompt: expected one argument"), (["--prompt", "--json"], "expected one argument"),
+    (["--prompt"], "--prompt: expected one argument"), (["--prompt", "--"], "--prompt=--: -- alone is no value"),
+    (["--prompt=--"], "-- alone is no value"), (["--promt", "a"], r"did you mean --prompt\?")])
+def test_what_may_be_an_option_is_no_value(words, message):
+    with pytest.raises(UserError, match=message):
+        generate.parse(["x", *words])
+
+
 def test_texts_that_take_turns_leave_the_compiler_as_it_was(run):
     model, encoder = generate.load(run, "cpu")
     compiled = []
