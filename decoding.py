@@ -17,34 +17,52 @@ def generate(model, tokens_BT, max_new_tokens, *, starts_B=None, stop=None, use_
     the ranks of a sharded model go on with one choice. starts_B: pad_left's, where the rows differ in length; what a
     row gives does not depend on the others.
 
-    Rows that produced the id `stop` go on yielding it, and the stream ends when all have. When a row fills the context,
-    its newest half becomes its new context and on_slide() is called; cached and uncached runs slide alike.
+    Rows that produced an id of `stop`, one or a list, go on yielding it and are computed no more; the stream ends when
+    all have. When a row fills the context, its newest half becomes its new context and on_slide() is called; cached and
+    uncached runs slide alike.
     """
-    was_training, limit = model.training, model.config.max_position_embeddings
+    was_training, limit, device = model.training, model.config.max_position_embeddings, tokens_BT.device
+    ends, cache = torch.tensor([] if stop is None else stop, dtype=torch.int64, device=device), None
+    history, rows_B, made_B = tokens_BT, torch.arange(len(tokens_BT), device=device), tokens_BT[:, 0]
+    starts_B = torch.zeros_like(rows_B, dtype=torch.int32) if starts_B is None else starts_B
     model.eval()
     try:
-        history, done = tokens_BT, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-        starts_B = torch.zeros_like(done, dtype=torch.int32) if starts_B is None else starts_B
         window, starts_B, padded = newest(history, starts_B, limit, limit)
-        cache = model.new_cache(len(history), limit) if use_cache else None
-        for _ in range(max_new_tokens):
+        for left in range(max_new_tokens, 0, -1):
             if window.shape[1] > limit:
                 on_slide()
                 window, starts_B, padded = newest(window, starts_B, limit, max(limit // 2, 1))
-                cache = model.new_cache(len(history), limit) if use_cache else None
+                cache = None
+            if use_cache and cache is None:
+                cache = model.new_cache(len(rows_B), min(limit, window.shape[1] + left))
             seen = cache.length if use_cache else 0
             first_BT = firsts(starts_B, seen, window.shape[1]) if padded else None
-            logits_BV = model(window[:, seen:], cache=cache, first_BT=first_BT)[:, -1]
-            ids = agree(next_token(logits_BV, history, **sampling))
-            if stop is not None:
-                ids = torch.where(done, stop, ids)
-                done |= ids == stop
-            yield ids
+            x_BTD, head = before_head(model, window[:, seen:], cache, first_BT)
+            ids = agree(next_token(head(x_BTD[:, -1]), history, **sampling))
+            yield (made_B := made_B.index_put((rows_B,), ids))
+            history, window = (torch.cat((tokens, ids[:, None]), dim=1) for tokens in (history, window))
+            if not (done := (ids[:, None] == ends).any(1)).any():
+                continue
             if done.all():
                 return
-            history, window = (torch.cat((tokens, ids[:, None]), dim=1) for tokens in (history, window))
+            rows_B, history, length = rows_B[~done], history[~done], window.shape[1]
+            window, starts_B, padded = newest(window[~done], starts_B[~done], length, length)
+            if use_cache:  # without the columns that only those had; the room stays
+                unused = length - window.shape[1]
+                cache.layers = [layer if layer is None else layer[~done].roll(-unused, 1) for layer in cache.layers]
+                cache.length -= unused
+            if isinstance(own := sampling.get("generator"), list):
+                sampling["generator"] = [one for one, ended in zip(own, done.tolist()) if not ended]
     finally:
         model.train(was_training)
+
+
+def before_head(model, tokens_BT, cache=None, first_BT=None):
+    """(x_BTD, head): head(any part of x) are its logits, fp32, so that they need not be made of every position. Of a
+    model in shards, whose weights only its forward gathers, x are the logits themselves."""
+    if model.pp > 1 or hasattr(model, "unshard"):  # FSDP2's
+        return model(tokens_BT, cache=cache, first_BT=first_BT), lambda x: x
+    return model.trunk(tokens_BT, cache, first_BT)[0], lambda x: model.lm_head(x).float()
 
 
 def pad_left(rows, device=None):
@@ -80,14 +98,15 @@ def speculate(model, tokens_BT, max_new_tokens, *, stop=None, on_slide=lambda: N
 
     The text is that of generate, but for ties: a forward of two tokens rounds otherwise than one of one.
     """
-    limit, window, cache = model.config.max_position_embeddings, tokens_BT, None
-    window = window[:, -limit:]
+    limit, cache = model.config.max_position_embeddings, None
+    window = tokens_BT[:, -limit:]
     while max_new_tokens > 0:
         if window.shape[1] > limit:
             on_slide()
             window, cache = window[:, -max(limit // 2, 1):], None
         if cache is None:
-            cache, draft = model.new_cache(1, limit, mtp=True), window[:, :0]
+            cache = model.new_cache(1, min(limit, window.shape[1] + max_new_tokens), mtp=True)
+            draft = window[:, :0]
         if window.shape[1] == limit or max_new_tokens == 1:  # no room for two
             draft = window[:, :0]
         start = cache.length
@@ -100,7 +119,7 @@ def speculate(model, tokens_BT, max_new_tokens, *, stop=None, on_slide=lambda: N
             new += [next_token(logits_BTV[:, 1], window, temperature=0)] * right
         for ids in new:
             yield ids
-            if ids == stop:
+            if int(ids) in ([stop] if isinstance(stop, int) else stop or []):
                 return
         max_new_tokens -= len(new)
         window = torch.cat((window, torch.stack(new, dim=1)), dim=1)

@@ -134,19 +134,20 @@ class MLA(nn.Module):
         return self.R + self.P
 
     def forward(self, x_BTD, rope, cache_BSW=None, start=0, first_BT=None):
-        """Returns y_BTD and the per-head maximum of the scaled logits (H,), None with a cache.
+        """Returns y_BTD and the per-head maximum of the scaled logits (H,), None behind cached positions.
 
-        With a cache, positions start..start+T are written to it and attention runs in the absorbed form: queries move
-        into the latent space, so the heads' keys and values are never made. first_BT: causal_attention's.
+        A cache gets positions start..start+T. Behind others attention runs in the absorbed form: queries move into the
+        latent space, so the heads' keys and values are never made. first_BT: causal_attention's.
         """
         q = self.q_proj(x_BTD) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         q = q.unflatten(-1, (self.H, -1))
         latent_BTR, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((self.R, self.P), dim=-1)
         latent_BTR, k_rope_BT1P = self.kv_a_layernorm(latent_BTR), apply_rope(k_rope.unsqueeze(2), rope)
         if cache_BSW is not None:
-            q_nope, q_rope = rotate_tail(q, self.N, rope).split((self.N, self.P), dim=-1)
             end = start + x_BTD.shape[1]
             cache_BSW[:, start:end] = torch.cat((latent_BTR, k_rope_BT1P.squeeze(2)), dim=-1)
+        if start:
+            q_nope, q_rope = rotate_tail(q, self.N, rope).split((self.N, self.P), dim=-1)
             latent_BSR, k_rope_BSP = cache_BSW[:, :end].split((self.R, self.P), dim=-1)
             weight_HXR = self.kv_b_proj.weight.to(x_BTD.dtype).unflatten(0, (self.H, -1))
             up_HNR, value_HUR = weight_HXR.split((self.N, self.U), dim=1)
@@ -209,6 +210,7 @@ class MHA(nn.Module):
         if cache_BSW is not None:
             end = start + x_BTD.shape[1]
             cache_BSW[:, start:end] = torch.cat((k.flatten(-2), v.flatten(-2)), dim=-1)
+        if start:  # as in MLA
             k, v = cache_BSW[:, :end].unflatten(-1, (2, self.H, self.U)).unbind(2)
             scores = torch.einsum("bthu,bshu->bhts", q, k) * self.scale
             weights = cached_attention(scores, start, first_BT).to(x_BTD.dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from decoding import firsts, newest, pad_left
+from model import K2
 from sampling import next_token
 from tests.helpers import tiny_model, tokens
 from tests.test_generate import MODELS
@@ -62,3 +63,25 @@ def test_what_is_padded_and_what_a_full_row_keeps():
     assert window.tolist() == [[7, 8], [4, 5]] and starts.tolist() == [0, 0] and not some
     window, starts, some = newest(*pad_left([[7], [1, 2, 3, 4, 5]]), 4, 3)
     assert window.tolist() == [[7, 7, 7], [3, 4, 5]] and starts.tolist() == [2, 0] and some
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "mha"}], ids=str)
+def test_rows_that_ended_are_dropped_and_fill_no_context(changes, monkeypatch):
+    """The longest row ends early: the others stay within the context, nothing is read anew, and all draw as alone."""
+    model, rows, slides, seen, plain = tiny_model(**changes), rows_of((50, 3, 20, 11)), [], [], K2.trunk
+    seeded = lambda: [torch.Generator().manual_seed(seed) for seed in (3, 4, 5, 6)]
+    free = [alone(model, row, 40, generator=own) for row, own in zip(rows, seeded())]
+    stops = [next(token for token in free[0][:8] if all(token not in ids[:20] for ids in free[1:])), free[2][25]]
+    expected = [ids[:next((i + 1 for i, token in enumerate(ids) if token in stops), 40)] for ids in free]
+    assert len(expected[0]) <= 8 and len({*map(len, expected)}) > 2 and max(map(len, expected)) > 20
+    monkeypatch.setattr(K2, "trunk", lambda *args: seen.append(args[1].shape) or plain(*args))
+    padded, starts = pad_left(rows)
+    for use_cache in (True, False):
+        seen.clear()
+        found = torch.stack(list(model.generate(padded, 40, starts_B=starts, generator=seeded(), use_cache=use_cache,
+                                                stop=stops, on_slide=lambda: slides.append(1))), 1).tolist()
+        for row, wanted in zip(found, expected):
+            assert row[:len(wanted)] == wanted and set(row[len(wanted):]) <= {wanted[-1]}
+        assert not slides and sum(shape[0] for shape in seen) == sum(map(len, expected))
+        assert use_cache is False or {shape[1] for shape in seen[1:]} == {1}
+    assert max(shape[1] for shape in seen) < 64

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import generate
+import mla
 from data import tokenizer as tokenizers
+from decoding import speculate
 from errors import UserError
+from model import K2
 from sampling import next_token
 from tests.helpers import run_train, tiny_model, tokens
 
@@ -40,6 +43,36 @@ def test_prefill_and_decode_equal_the_training_forward(changes):
             cache = model.new_cache(3, 40)
             parts = torch.cat([model(part, cache=cache) for part in x.split(cuts, dim=1)], dim=1)
             assert cache.length == 40 and (parts - full).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "mha"}], ids=str)
+def test_a_prompt_is_read_as_in_training_and_makes_one_row_of_logits(changes, monkeypatch):
+    """Scores of all its positions at once and logits of all but the last would be most of the memory."""
+    model, x, rows = tiny_model(mtp_depth=1, **changes).eval(), tokens(2, 50), []
+    with torch.no_grad():
+        cache = model.new_cache(2, 50)
+        monkeypatch.setattr(mla, "cached_attention", None)
+        assert (model(x, cache=cache) - model(x)).abs().max() <= 1e-5 and cache.length == 50
+        monkeypatch.undo()
+        after = tokens(2, 5, seed=1)
+        assert (model(after, cache=model.new_cache(2, 5)) - model(after)).abs().max() <= 1e-5
+    model.lm_head.register_forward_hook(lambda head, given, logits: rows.append(logits[..., 0].numel()))
+    for use_cache in (True, False):
+        list(model.generate(x, 3, use_cache=use_cache))
+    assert rows == [2] * 6
+    rows.clear()
+    list(speculate(model, x[:1], 3))
+    assert max(rows) <= 2
+
+
+def test_a_cache_has_room_for_what_is_asked_not_for_the_context(monkeypatch):
+    model, made, plain = tiny_model(mtp_depth=1).eval(), [], K2.new_cache
+    monkeypatch.setattr(K2, "new_cache", lambda *args, **options: made.append(args[1:]) or plain(*args, **options))
+    text = lambda n, **options: len(list(model.generate(tokens(2, 10), n, **options)))
+    assert (text(5), text(5, use_cache=False), text(300)) == (5, 5, 300)
+    assert made[0] == (2, 15) and set(made[1:-1]) == {(2, 64)} and made[-1] == (2, 32 + 14)
+    made.clear()
+    assert len(list(speculate(model, tokens(1, 10), 5))) == 5 and made == [(1, 15)]
 
 
 def test_the_cache_holds_the_latent_not_the_heads():
