@@ -32,7 +32,8 @@ from data import tokenizer as tokenizers
 from data.loader import ValidationSet, document_starts
 from data.shards import read_meta, write_json
 from data.stream import is_stream
-from data.tasks import NAMED, open_tasks
+from data.tasks import NAMED, coded, open_tasks
+from decoding import before_head
 from errors import UserError, existing, require_place
 from kernels.cross_entropy import IGNORE
 from ranks import parallel
@@ -67,7 +68,8 @@ def evaluate(model, validation, starts, batch_size, device, watch):
     model.eval()
     for i, (inputs, targets) in enumerate(validation.batches(batch_size, *parallel.data_share(model.pp))):
         watch.beat("a validation batch", patient=i == 0)
-        inputs = inputs.to(device)
+        longest = None if was_training else int((targets != IGNORE).sum(1).max())  # that is compiled for one length
+        inputs, targets = inputs[:, :longest].to(device), targets[:, :longest]
         loss_sum, _ = model(inputs, targets.to(device), first_BT=starts(inputs))
         mine = torch.tensor([loss_sum.item(), int((targets != IGNORE).sum()), bool(watch.signal)], dtype=torch.float64)
         loss_sum, targets_here, watch.agreed = (parallel.add_up(mine) / model.pp).tolist()  # all stages told the same
@@ -90,10 +92,9 @@ def bounded_exp(x):
     return math.exp(min(x, 700.0))
 
 
-def evaluate_text(model, encoder, text, batch_tokens=None):
+def evaluate_text(model, encoder, text, batch_tokens, context):
     """Loss, perplexity, bits per byte, and how many tokens were predicted, of a text as the module says."""
-    ids = torch.from_numpy(tokenizers.encode(encoder, text).astype(np.int64))
-    context = model.config.max_position_embeddings
+    ids = torch.from_numpy(coded(encoder, text).astype(np.int64))
     if len(ids) < 2:
         raise UserError(f"the text has {len(text)} characters: none can be predicted")
     ends = [min(context + 1, len(ids))]
@@ -113,7 +114,8 @@ def score(model, rows, batch_tokens=None, what="rows", watch=None):
 
     batch_tokens: of a forward, with the padding; None: TOKENS, or fewer if their logits would be more than LOGITS."""
     was_training, device = model.training, model.device
-    batch_tokens = batch_tokens or min(LOGITS // model.config.vocab_size, TOKENS)
+    most = max(LOGITS // model.config.vocab_size, 1)
+    batch_tokens = batch_tokens or min(most, TOKENS)
     left, batches = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), []
     while left:
         size = max(batch_tokens // (len(rows[left[0]][0]) - 1), 1)
@@ -130,11 +132,13 @@ def score(model, rows, batch_tokens=None, what="rows", watch=None):
             targets_BT[row, len(ids) - 1 - n:len(ids) - 1] = ids[-n:]
         targets_BT = targets_BT.to(device)
         with torch.compiler.set_stance("force_eager"):  # lengths change with every batch
-            logits_NV = model(inputs_BT.to(device))[targets_BT != IGNORE]
-        targets_N = targets_BT[targets_BT != IGNORE]
-        log_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
-        found_N2 = torch.stack((log_N, logits_NV.argmax(-1) == targets_N), dim=1).cpu().double()
-        for i, part in zip(batch, found_N2.split([rows[i][1] for i in batch])):
+            x_BTD, head = before_head(model, inputs_BT.to(device))
+        found = []
+        for x_ND, targets_N in zip(*(tensor[targets_BT != IGNORE].split(most) for tensor in (x_BTD, targets_BT))):
+            logits_NV = head(x_ND)
+            log_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
+            found.append(torch.stack((log_N, logits_NV.argmax(-1) == targets_N), dim=1).cpu().double())
+        for i, part in zip(batch, torch.cat(found).split([rows[i][1] for i in batch])):
             results[i, 0], results[i, 1] = part[:, 0].sum(), part[:, 1].min()
         watch.agreed = parallel.add_up(torch.tensor([bool(watch.signal)], dtype=torch.float64)).item()
         if watch.agreed:
@@ -174,10 +178,11 @@ def run_tasks(model, tasks, batch_tokens=None, watch=None):
 
 # ----------------------------------------------------------------------------- the command
 
-def evaluate_data(model, encoder, folder, settings, limit, batch_tokens):
+def evaluate_data(model, encoder, folder, settings, limit, batch_tokens, context=None):
     """The record of a folder's val split. settings: those of the model's run, {} of none; folder None: what the run
-    validates on. limit: in sequences."""
-    data, length = folder or settings["data"], settings.get("sequence_length", model.config.max_position_embeddings)
+    validates on. limit: in sequences, of `context` tokens; None: as long as the run's, or as the model takes."""
+    data = folder or settings["data"]
+    length = context or settings.get("sequence_length", model.config.max_position_embeddings)
     for name in [data] if isinstance(data, str) else data:
         if is_stream(name):  # which is tokenised as it is read
             require_tokenizer(encoder, model.source)
@@ -230,12 +235,13 @@ def parse(argv):
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="all figures as JSON, into a file; "
                         "without a name on stdout, and the lines on stderr")
     parser.add_argument("--batch_tokens", type=int, help=f"tokens of one forward; not given: at most {TOKENS:,}")
+    parser.add_argument("--context", type=int, help="tokens that are read at once, at most as many as the model takes")
     parser.add_argument("--checkpoint", choices=["latest", "best", "ema"], default="latest")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(argv)
-    if min(args.limit or 1, args.batch_tokens or 1) < 1 or 0 in (args.limit, args.batch_tokens):
-        raise UserError("--limit and --batch_tokens must be at least 1")
+    if any(number is not None and number < 1 for number in (args.limit, args.batch_tokens, args.context)):
+        raise UserError("--limit, --batch_tokens and --context must be at least 1")
     if args.text:
         existing(args.text, "--text takes a file of UTF-8 text")
     require_place(args.json, "--json")
@@ -251,7 +257,9 @@ def main(argv=None):
     manifest = {} if published else checkpoint.read_manifest(model.source)  # at once: a training may delete it later
     if args.text or args.tasks:
         require_tokenizer(encoder, args.model)
-    context = model.config.max_position_embeddings
+    context = args.context or model.config.max_position_embeddings
+    if context > model.config.max_position_embeddings:
+        raise UserError(f"--context={context} must be at most {model.config.max_position_embeddings}, the model's")
     tasks = open_tasks(args.tasks.split(",") if args.tasks else [], args.limit, encoder, context)
     report = {"model": args.model, "checkpoint": args.checkpoint, "step": manifest.get("step"), "context": context,
               "limit": args.limit, "device": str(model.device), "dtype": args.dtype,
@@ -260,13 +268,13 @@ def main(argv=None):
         if not args.data and published:
             raise UserError(f"{args.model} does not say what it was trained on: give --data, --text or --tasks")
         report["data"] = tell("data", evaluate_data(
-            model, encoder, args.data, manifest.get("config", {}), args.limit, args.batch_tokens), lines)
+            model, encoder, args.data, manifest.get("config", {}), args.limit, args.batch_tokens, args.context), lines)
     if args.text:
         try:
             text = Path(args.text).read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{args.text} is no UTF-8 text: {error}") from error
-        found = evaluate_text(model, encoder, text, args.batch_tokens)
+        found = evaluate_text(model, encoder, text, args.batch_tokens, context)
         report["text"] = tell("text", found | {"file": args.text}, lines)
     report["tasks"] = [tell(record["task"], record, lines) for record in run_tasks(model, tasks, args.batch_tokens)]
     if args.json:

@@ -63,9 +63,9 @@ def open_tasks(specs, limit, encoder, context):
 
 def encode(encoder, item, context):
     """The row of every ending at full length; UserError if it is not one to `context` tokens behind at least one."""
-    rows, alone = [], tokenizer.encode(encoder, item.context.rstrip())
+    rows, alone = [], coded(encoder, item.context.rstrip())
     for number, ending in enumerate(item.endings):
-        ids = tokenizer.encode(encoder, f"{item.context} {ending}")
+        ids = coded(encoder, f"{item.context} {ending}")
         n = len(ids) - next((i for i, (a, b) in enumerate(zip(alone, ids)) if a != b), min(len(alone), len(ids)))
         if not 0 < n <= context or n == len(ids):
             raise UserError(f"{item.where}: ending {number} is {n} tokens behind {len(ids) - n} others, but must be at "
@@ -75,13 +75,18 @@ def encode(encoder, item, context):
     return rows
 
 
+def coded(encoder, text):
+    """tokenizer.encode, with the `begin` of a published tokenizer in place of the separator."""
+    ids, begin = tokenizer.encode(encoder, text), getattr(encoder, "begin", None)
+    return ids if begin is None else np.insert(ids[tokenizer.end_of_text(encoder) is not None:], 0, begin)
+
+
 def checked(where, context, endings, label):
     """An Item, or a UserError for what is none."""
     texts = endings if isinstance(endings, list) and endings else [None]
     if not isinstance(context, str) or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f"{where}: expected a text as context, and a list of endings that are texts and not blank")
-    if type(label) is str and label.isdecimal():  # as Hugging Face's copy of HellaSwag has it
-        label = int(label)
+    label = int(label) if type(label) is str and label.isdecimal() and len(label) < 10 else label  # as of HellaSwag
     if type(label) is not int or not 0 <= label < len(endings):
         raise UserError(f"{where}: label {label!r} is none of the numbers 0..{len(endings) - 1} of its endings")
     return Item(where, context, endings, label)
@@ -99,9 +104,8 @@ def read_jsonl(path, limit):
             json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is no JSON ({said(error)})") from error
-        if not isinstance(found, dict) or not found.keys() >= {*wanted}:
-            lacking = ", ".join(key for key in wanted if not isinstance(found, dict) or key not in found)
-            raise UserError(f"{where} lacks {lacking}: an item is an object with ctx, endings and label")
+        if lacking := [key for key in wanted if not isinstance(found, dict) or key not in found]:
+            raise UserError(f"{where} lacks {', '.join(lacking)}: an item is an object with ctx, endings and label")
         items.append(checked(where, *map(found.get, wanted)))
     return items
 

@@ -15,9 +15,10 @@ import evaluate
 import export
 import generate
 from data import prepare, tasks, tokenizer
+from data.loader import ValidationSet
 from errors import UserError
 from run import checkpoint, metrics, services
-from tests.helpers import make_config, make_data, records, run_train, tiny_model
+from tests.helpers import make_config, make_data, records, run_train, tiny_model, tokens
 
 WORDS = "the a cat dog sat ran on mat hill é 世界 naïve fish water blue 42 old big . ,".split()
 CONTEXT, SEPARATOR = 48, "<|endoftext|>"
@@ -108,6 +109,48 @@ def test_multiple_choice_equals_loops_over_whole_sequences(place, theirs):
         assert (ours.index(max(ours)) == item["label"]) == right
         assert (normal.index(max(normal)) == item["label"]) == right_per_byte
         at += len(item["endings"])
+
+
+def test_logits_are_made_of_scored_ids_alone_and_of_some_at_a_time(monkeypatch):
+    """Also of a row that is longer than what is made at once."""
+    model, sizes = tiny_model().eval(), []
+    rows = [(tokens(1, length, seed=length)[0], n) for length, n in ((60, 41), (9, 1), (30, 29))]
+    with torch.no_grad():
+        expected = [model(ids[None, :-1])[0].double().log_softmax(-1)[-n:].gather(1, ids[-n:, None]).sum()
+                    for ids, n in rows]
+    model.lm_head.register_forward_hook(lambda head, given, logits: sizes.append(len(logits)))
+    for limit in (evaluate.LOGITS, 97 * 8, 1):
+        monkeypatch.setattr(evaluate, "LOGITS", limit)
+        sizes.clear()
+        found = evaluate.score(model, rows, batch_tokens=200)[:, 0]
+        assert found.tolist() == pytest.approx([float(one) for one in expected], abs=1e-4) and sum(sizes) == 71
+        assert max(sizes) <= max(limit // 97, 1)
+
+
+def test_places_that_hold_no_text_cost_nothing(tmp_path):
+    """A split that is shorter than the context, as of a published model, is read at its own length."""
+    model, shapes, figures = tiny_model(), [], []
+    model.register_forward_pre_hook(lambda model, given: shapes.append(tuple(given[0].shape)))
+    for training in (True, False):
+        validation = ValidationSet(make_data(tmp_path / f"{training}", 300, 100), 64, 9)
+        watch = types.SimpleNamespace(beat=lambda *words, **options: None, signal=None, agreed=0)
+        figures.append(evaluate.evaluate(model.train(training), validation, lambda ids: None, 1, "cpu", watch))
+    assert shapes == [(1, 64), (1, 64), (1, 64), (1, 35)] and figures[0] == pytest.approx(figures[1], rel=1e-6)
+
+
+def test_a_context_is_chosen_as_that_of_the_model(place, tmp_path):
+    (tmp_path / "t.txt").write_text(sentence(random.Random(4), 60), "utf-8")
+    words = [f"--text={tmp_path / 't.txt'}", f"--tasks={place / 'mine.jsonl'}", f"--data={place / 'data'}"]
+    short = shutil.copytree(place / "hf", tmp_path / "hf")
+    config = json.loads((short / "config.json").read_text("utf-8"))
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}), "utf-8")
+    one, other, whole = (evaluate.main([str(model), *words, "--limit=9", *more]) for model, more in (
+        (place / "hf", ["--context=32"]), (short, []), (place / "hf", [])))
+    assert {name: one[name] for name in ("context", "data", "text", "tasks")} == {
+        name: other[name] for name in ("context", "data", "text", "tasks")}
+    assert one["text"] != whole["text"] and one["data"]["tokens"] == 9 * 32 and whole["data"]["tokens"] == 9 * 48
+    own = evaluate.main([str(place / "run"), "--context=40", "--limit=3"])
+    assert own["data"]["tokens"] == 3 * 40 and own["context"] == 40
 
 
 @pytest.mark.parametrize("n_words", [5, 300])
@@ -241,6 +284,7 @@ GOOD = {"ctx": "the cat", "endings": ["sat", "ran on"], "label": 1}
     (GOOD | {"label": 2}, "line 2: label 2 is none of the numbers 0..1"),
     (GOOD | {"label": -1}, "line 2: label -1 is none"),
     (GOOD | {"label": "b"}, "line 2: label 'b' is none"),
+    (GOOD | {"label": "1" * 5000}, "line 2: label '1111"),
     (GOOD | {"label": True}, "line 2: label True is none"),
     (GOOD | {"endings": ["sat"], "label": 0}, "line 2: either all items of a task have a single ending"),
     (GOOD | {"endings": ["sat", "a cat " * 40]}, r"line 2: ending 1 is \d+ tokens behind \d+ others.* most 48"),
@@ -303,6 +347,8 @@ def test_bad_words_and_files_are_refused(place, tmp_path):
             ("run", "--tasks=missing.jsonl", r"no file missing.jsonl \(a task is"),
             ("run", "--task=mine.jsonl", r"--task=mine.jsonl; did you mean --tasks\?"),
             ("run", "--limit=0", "must be at least 1"),
+            ("run", "--context=0", "must be at least 1"),
+            ("run", "--context=49", "--context=49 must be at most 48, the model's"),
             ("run", f"--data={other}", "was made with another tokenizer"),
             ("hf", "--device=cpu", "does not say what it was trained on"),
             ("nowhere", "--limit=3", "no folder")):
