@@ -73,6 +73,8 @@ def chat(model, encoder, options):
                 tell(f"{command} {options[command[1:]]}".replace("None", "none"))
             except UserError as error:
                 tell(error)
+        elif command[1:] in sampling.OPTIONS and text.startswith("/"):
+            tell(f"{command} does not go with --speculative, which makes greedy text: start again without it")
         elif text.startswith("/"):
             tell(HELP if command == "/help" else f"there is no {command}{alike(command, COMMANDS)}\n{HELP}")
         elif text.strip():
@@ -94,7 +96,10 @@ def read(first, further):
     lines = [input(first)]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        lines.append(input(further))
+        try:
+            lines.append(input(further))
+        except EOFError:
+            break
     return "\n".join(lines)
 
 

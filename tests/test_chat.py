@@ -8,6 +8,7 @@ import pytest
 import generate
 import talk.chat
 import talk.text
+from data import tokenizer
 from tests.helpers import run_script, small_run
 
 
@@ -63,6 +64,8 @@ def test_commands_that_there_are_not_are_named_and_list_those_there_are(given, c
 def test_a_backslash_goes_on_in_the_next_line(given):
     assert [ids for ids, _ in given("def f():\\", "    return 1", "/quit")] == [[256, *b"def f():\n    return 1"]]
     assert [ids for ids, _ in given("a\\", "\\", KeyboardInterrupt())] == []
+    for last, text in (("b\\", b"a\nb"), ("b\\\\", b"a\nb\\")):  # a pipe that ends there
+        assert [ids for ids, _ in given("a\\", last)] == [[256, *text]]
 
 
 def test_history_is_all_that_the_model_sees(given, capsys):
@@ -87,6 +90,15 @@ def test_options_change_from_then_on_and_keep_their_limits(given, capsys):
     assert given("/temperature", "/top_k", "/seed 9", "/seed", words=["--temperature=0.5"]) == []
     told = capsys.readouterr().err.splitlines()[1:]
     assert told == ["/temperature 0.5", "/top_k none", "/seed 9", "/seed 9"]
+
+
+def test_what_does_not_go_with_drafts_is_said(monkeypatch, capsys):
+    typed = iter(["/temperature 0.5", "/temperatur", "/max_new_tokens 3", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    talk.chat.chat(None, tokenizer.load("bytes"), {"on_draft": print, "max_new_tokens": 5, "seed": 0})
+    told = capsys.readouterr().err.splitlines()
+    assert told[1] == "/temperature does not go with --speculative, which makes greedy text: start again without it"
+    assert told[2] == "there is no /temperatur; did you mean /temperature?" and told[-1] == "/max_new_tokens 3"
 
 
 def test_ctrl_c_stops_the_answer_and_drops_a_line_but_stays(given, monkeypatch, run, capsys):
