@@ -84,10 +84,9 @@ def parse(argv):
             (not args.speculative or args.temperature == 0, "--speculative makes greedy text: set --temperature=0"),
             (not args.speculative or (args.repetition_penalty == 1.0 and not args.no_cache),
              "--speculative needs the cache and penalises nothing: leave --no_cache and --repetition_penalty out"),
-            (args.num_samples > 0, "--num_samples must be at least 1"),
-            (args.batch_size > 0, "--batch_size must be at least 1"),
-            (0 <= args.seed <= 2**63 - args.num_samples, "--seed must be 0 or more, and below 2**63 for every sample"),
-            (args.max_new_tokens > 0, "--max_new_tokens must be at least 1")):
+            *((getattr(args, name) > 0, f"--{name} must be at least 1")
+              for name in ("num_samples", "batch_size", "max_new_tokens")),
+            (0 <= args.seed <= 2**63 - args.num_samples, "--seed must be 0 or more, and below 2**63 for every sample")):
         if not ok:
             raise UserError(message)
     return args
