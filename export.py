@@ -28,7 +28,7 @@ from errors import UserError
 from hf_weights import INDEX, note, refuse_other_kinds
 from model import pick_device
 from run import checkpoint
-from talk.text import lacking
+from talk.text import lacking, tell_of_loss
 
 LOADING = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,13 +40,14 @@ def export(source, folder, dtype="float32", which="latest", shard_bytes=5 * 10**
     """Write the model in `source` (run or step folder) as a Hugging Face directory; complete or absent."""
     model, encoder = generate.load(source, "cpu", which=which)
     config = hf.to_hf_config(model.config, encoder, dtype)
+    tell_of_loss(encoder, source)
+    tokenizer, about = hf.to_hf_tokenizer(encoder) if encoder else (None, None)
     with in_place(folder) as temporary:
         _write_json(temporary / "config.json", config)
         end = config["eos_token_id"]
         _write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
         _write_weights(temporary, hf.to_hf_tensors(model, getattr(torch, dtype)), shard_bytes)
         if encoder:
-            tokenizer, about = hf.to_hf_tokenizer(encoder)
             _write_json(temporary / "tokenizer.json", tokenizer)
             _write_json(temporary / "tokenizer_config.json",
                         about | {"model_max_length": model.config.max_position_embeddings})
@@ -87,6 +88,7 @@ def reverse(source, run):
         refuse_other_kinds(source)
         raise UserError(f"{source} has no Hugging Face config.json")
     model, encoder = generate.load(source, "cpu")
+    tell_of_loss(encoder, source)
     run = Path(os.path.realpath(run))
     fields = dataclasses.asdict(model.config) | continuation(model.config) | {"out_dir": str(run)}
     with in_place(run) as temporary:

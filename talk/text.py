@@ -13,6 +13,7 @@ import torch
 
 import hf
 from data import tokenizer as tokenizers
+from data.published import Beside
 from decoding import pad_left, speculate
 from errors import UserError, alike_there
 from hf_weights import note, refuse_other_kinds
@@ -37,7 +38,8 @@ def load(path, device="auto", dtype="float32", which="latest"):
         raise UserError(f"{path} holds one model, no {which} one: leave --checkpoint out, or name a run folder")
     if published:
         model = hf.load_model(path, device)
-        encoder = published_tokenizer(path, model.config.vocab_size)
+        if encoder := published_tokenizer(path, model.config.vocab_size):
+            mark(encoder, path)
     else:
         if not step and not (path / "checkpoints").is_dir():
             refuse_other_kinds(path)
@@ -85,11 +87,31 @@ def published_tokenizer(path, vocab_size):
         note(f"the weights of {path} are read, its tokenizer is not: {error}")
 
 
+def mark(encoder, folder):
+    """Put on a tokenizer what its Hugging Face directory says of texts: if add_bos_token is set `begin`, the id before
+    each; `ends`, the ids of generation_config.json; `declared`, all that begins or ends one, and a chat template."""
+    beside, ids = Beside(folder), encoder._special_tokens
+    starts, ends = ([(ids.get(token, token), where.rpartition(" ")[2]) for token, where in declared]
+                    for declared in (beside.starts, beside.ends))
+    first = [one for one, file in starts if file == "tokenizer_config.json" and type(one) is int]
+    if first and beside.about.get("add_bos_token"):
+        encoder.begin = first[0]
+    encoder.ends = [one for one, file in ends if file == "generation_config.json" and type(one) is int]
+    encoder.declared = {f"id {one}" for one, _ in starts + ends}
+    if "chat_template" in beside.about or (folder / "chat_template.jinja").is_file():
+        encoder.declared.add("a chat template")
+
+
+def ends_of(encoder):
+    """The ids that end a text."""
+    return [one for one in (tokenizers.end_of_text(encoder), *getattr(encoder, "ends", ())) if one is not None]
+
+
 def encode_prompt(encoder, prompt):
-    """The prompt as ids, with the document separator before it. Of a tokenizer without one nothing says where a text
-    starts: there an empty prompt is a line end."""
-    end = tokenizers.end_of_text(encoder)
-    return ([] if end is None else [end]) + encoder.encode_ordinary(prompt) or encoder.encode_ordinary("\n") or [0]
+    """The prompt as ids, with the document separator before it, or its `begin`. Of a tokenizer without them nothing
+    says where a text starts: there an empty prompt is a line end."""
+    first = getattr(encoder, "begin", tokenizers.end_of_text(encoder))
+    return ([] if first is None else [first]) + encoder.encode_ordinary(prompt) or encoder.encode_ordinary("\n") or [0]
 
 
 def stream_text(model, encoder, prompt_ids, max_new_tokens, **options):
@@ -105,14 +127,14 @@ def stream(model, encoder, prompt_ids, max_new_tokens, *, seed=None, on_slide=la
     refuse_empty(prompt_ids)
     device = model.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    decoder, end = codecs.getincrementaldecoder("utf-8")("replace"), tokenizers.end_of_text(encoder)
+    decoder, ends = codecs.getincrementaldecoder("utf-8")("replace"), ends_of(encoder)
     prompt = torch.tensor([prompt_ids], device=device)
     if on_draft:
-        new = speculate(model, prompt, max_new_tokens, stop=end, on_slide=on_slide, on_draft=on_draft)
+        new = speculate(model, prompt, max_new_tokens, stop=ends, on_slide=on_slide, on_draft=on_draft)
     else:
-        new = model.generate(prompt, max_new_tokens, stop=end, generator=generator, on_slide=on_slide, **options)
+        new = model.generate(prompt, max_new_tokens, stop=ends, generator=generator, on_slide=on_slide, **options)
     for ids in eagerly(new):
-        if int(ids) == end:
+        if int(ids) in ends:
             break
         yield int(ids), decoder.decode(token_bytes(encoder, int(ids)))
     yield None, decoder.decode(b"", final=True)
@@ -141,14 +163,14 @@ def complete(model, encoder, prompts_ids, max_new_tokens, seeds, **options):
     what `stream` gives for the prompt alone with the seed of its place. options: those of decoding.generate."""
     for prompt_ids in prompts_ids:
         refuse_empty(prompt_ids)
-    device, end, started = model.device, tokenizers.end_of_text(encoder), time.perf_counter()
+    device, ends, started = model.device, ends_of(encoder), time.perf_counter()
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     padded_BT, starts_B = pad_left(prompts_ids, device)
     texts, seconds = [[] for _ in prompts_ids], [None] * len(prompts_ids)
-    for ids in eagerly(model.generate(padded_BT, max_new_tokens, starts_B=starts_B, stop=end, generator=generators,
+    for ids in eagerly(model.generate(padded_BT, max_new_tokens, starts_B=starts_B, stop=ends, generator=generators,
                                       **options)):
         for row, token in enumerate(ids.tolist()):
-            if seconds[row] is None and token == end:
+            if seconds[row] is None and token in ends:
                 seconds[row] = time.perf_counter() - started
             elif seconds[row] is None:
                 texts[row].append(token)
@@ -182,3 +204,11 @@ def tell_of_text(model, encoder, ids, slides):
              "half")
     if unknown := sum(token >= encoder.n_vocab for token in ids):
         note(f"{unknown} of {len(ids)} tokens are none of the tokenizer's {encoder.n_vocab} and are not printed")
+
+
+def tell_of_loss(encoder, source):
+    """A note of what a run or an export, where one token begins and ends a text, does not keep of a directory."""
+    end = f"id {tokenizers.end_of_text(encoder) if encoder else None}"
+    if lost := sorted(getattr(encoder, "declared", set()) - {end}):
+        note(f"not kept of what begins and ends texts of {source}: {', '.join(lost)}; here it is {end} alone. Copy the "
+             "rest by hand from tokenizer_config.json, generation_config.json and chat_template.jinja into an export")

@@ -15,6 +15,7 @@ import export
 import generate
 import hf
 from data import prepare, tokenizer
+from data.tasks import coded
 from errors import UserError
 from tests.helpers import ROOT, make_config, records, run_train, tokens
 
@@ -201,8 +202,52 @@ def test_published_config_forms_are_read(run, tmp_path):
         assert hf.from_hf_config(tmp_path / "hf") == ours
 
 
-def change(folder, **fields):
-    path = folder / "config.json"
+def test_what_a_directory_begins_and_ends_texts_with_is_used_and_what_is_not_kept_is_said(run, tmp_path, capsys):
+    plain = export.export(run, tmp_path / "hf")
+    there = shutil.copytree(plain, tmp_path / "bos", ignore=shutil.ignore_patterns("tokenizer"))
+    stored = json.loads((there / "tokenizer.json").read_text("utf-8"))
+    stored["added_tokens"] += [stored["added_tokens"][0] | {"id": id, "content": text} for id, text in (
+        (400, "<s>"), (401, "<end>"), (402, "<turn>"))]
+    (there / "tokenizer.json").write_text(json.dumps(stored), "utf-8")
+    change(there, "tokenizer_config.json", bos_token={"content": "<s>"}, add_bos_token=True, chat_template="{{ x }}")
+    change(there, "generation_config.json", bos_token_id=400, eos_token_id=[399, 401, 402])
+    model, encoder = generate.load(there, "cpu")
+    assert generate.encode_prompt(encoder, "def") == [400, *encoder.encode_ordinary("def")]
+    assert coded(encoder, "def").tolist() == [400, *encoder.encode_ordinary("def")]
+    letters, stops = encoder.encode_ordinary("abc"), []
+    model.generate = lambda *args, stop, **options: stops.append(stop) or (
+        torch.tensor([first, second]) for first, second in zip([letters[0], 402, 402], [*letters[1:], 401]))
+    assert [text for _, text, _ in generate.complete(model, encoder, [[1], [2]], 9, [0, 0])] == ["a", "bc"]
+    for end in (399, 401, 402):
+        model.generate = lambda *args, stop, end=end, **options: stops.append(stop) or map(torch.tensor, (
+            [letters[0]], [end], [letters[1]]))
+        assert "".join(generate.stream_text(model, encoder, [1], 9)) == "a"
+    assert all({*stop} == {399, 401, 402} for stop in stops)
+    change(there, "tokenizer_config.json", add_bos_token=False)
+    assert generate.encode_prompt(generate.load(there, "cpu")[1], "")[0] == 399
+    capsys.readouterr()
+    for written in (lambda: export.reverse(there, tmp_path / "back"), lambda: export.export(there, tmp_path / "again")):
+        written()
+        assert "begins and ends texts of " in (told := capsys.readouterr().err)
+        assert "bos: a chat template, id 400, id 401, id 402; here it is id 399 alone. Copy the rest" in told
+    for source, target in ((plain, "x"), (tmp_path / "back", "y")):
+        export.export(source, tmp_path / target)
+    assert "not kept" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_weights_are(run, tmp_path, monkeypatch):
+    def refuse(encoder):
+        raise UserError("no tokenizer.json here")
+
+    monkeypatch.setattr(hf, "to_hf_tokenizer", refuse)
+    monkeypatch.setattr(hf, "to_hf_tensors", lambda *args: pytest.fail("weights are written"))
+    with pytest.raises(UserError, match="no tokenizer.json here"):
+        export.export(run, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def change(folder, name="config.json", **fields):
+    path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
