@@ -102,10 +102,9 @@ def cached_attention(scores_BHTS, start, first_BT=None):
     return scores_BHTS.float().masked_fill(hidden, float("-inf")).softmax(-1)
 
 
-def softmax_scale(width, rope_scaling):
+def softmax_scale(width, scaling):
     """Of queries and keys so wide; YaRN's temperature is here where rope_frequencies leaves it out."""
-    heat = yarn_mscale(rope_scaling["factor"], rope_scaling.get("mscale_all_dim") or 0) if rope_scaling else 1.0
-    return width**-0.5 * heat**2
+    return width**-0.5 * (yarn_mscale(scaling["factor"], scaling.get("mscale_all_dim") or 0) ** 2 if scaling else 1)
 
 
 class MLA(nn.Module):
@@ -195,8 +194,7 @@ class MHA(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.H, self.U = c.num_attention_heads, c.v_head_dim
-        self.scale = softmax_scale(self.U, c.rope_scaling)
+        self.H, self.U, self.scale = c.num_attention_heads, c.v_head_dim, softmax_scale(c.v_head_dim, c.rope_scaling)
         self.q_proj, self.k_proj, self.v_proj = (Linear(c.hidden_size, self.H * self.U) for _ in range(3))
         self.o_proj = Linear(self.H * self.U, c.hidden_size)
         self.register_buffer("exact_above", torch.tensor(float("-inf")), persistent=False)  # causal_attention's

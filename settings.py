@@ -178,7 +178,9 @@ def take_words(argv, own):
                 raise UserError(f"--{name} takes no value: leave ={text} out")
             taken[name] = True if own[name] is False else text or "-"
         else:
-            taken[name] = text if equals else next(words, "")
+            taken[name] = text if equals else next(words, "--")
+            if taken[name].startswith("--"):
+                raise UserError(f"--{name} needs a value, as in --{name}=...")
     return taken, rest
 
 

@@ -255,3 +255,11 @@ def test_published_sizes(name):
     config, _ = settings.load([str(ROOT / f"configs/{name}.py")])
     total, active, tolerance = PUBLISHED[name]
     assert count_parameters(config) == (pytest.approx(total, rel=tolerance), pytest.approx(active, rel=tolerance))
+
+
+@pytest.mark.parametrize("words", [["--nodes"], ["--nodes", "--gpus=8"]])
+def test_an_option_of_a_command_does_not_swallow_the_next(words):
+    with pytest.raises(UserError, match="--nodes needs a value, as in --nodes="):
+        settings.take_words(words, {"nodes": None, "gpus": None})
+    assert settings.take_words(["--nodes", "2", "--gpus=8"], {"nodes": None, "gpus": None})[0] == {
+        "nodes": "2", "gpus": "8"}
