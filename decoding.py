@@ -23,8 +23,8 @@ def generate(model, tokens_BT, max_new_tokens, *, starts_B=None, stop=None, use_
     """
     was_training, limit, device = model.training, model.config.max_position_embeddings, tokens_BT.device
     ends, cache = torch.tensor([] if stop is None else stop, dtype=torch.int64, device=device), None
-    history, rows_B, made_B = tokens_BT, torch.arange(len(tokens_BT), device=device), tokens_BT[:, 0]
-    starts_B = torch.zeros_like(rows_B, dtype=torch.int32) if starts_B is None else starts_B
+    history, rows_B = tokens_BT, torch.arange(len(tokens_BT), device=device)
+    made_B, starts_B = torch.zeros_like(rows_B), torch.zeros_like(rows_B).int() if starts_B is None else starts_B
     model.eval()
     try:
         window, starts_B, padded = newest(history, starts_B, limit, limit)

@@ -103,7 +103,8 @@ class ArgumentParser(argparse.ArgumentParser):
         named = lambda word: re.sub(r"^--[\w-]+(?==|\Z)", lambda name: "--" + name[0][2:].replace("-", "_"), word)
         while left and self.words[-1:] != ["--"]:  # behind that there are no options
             word = named(left.pop(0))
-            if left and word in known and known[word].nargs is None and named(left[0]).split("=")[0] not in known:
+            like = left and difflib.get_close_matches(named(left[0]).split("=")[0], known, 1, 0.8)
+            if left and word in known and known[word].nargs is None and not like:
                 word += f"={left.pop(0)}"
             self.words.append(word)
             if re.fullmatch(r"--[\w-]+=--", word):  # argparse would drop it

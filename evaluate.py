@@ -190,8 +190,8 @@ def evaluate_data(model, encoder, folder, settings, limit, batch_tokens, context
         if encoder and known and known != tokenizers.fingerprint(encoder):
             raise UserError(f"{name} was made with another tokenizer than the model's: prepare its text again with the "
                             "model's tokenizer folder, --tokenizer=FOLDER, or give it as --text")
-    most = 2**31 if folder else settings["eval_batches"] * settings["global_batch_size"]
-    validation = ValidationSet(data, length, limit or most, encoder=encoder)
+    of_run = 0 if folder else settings["eval_batches"] * settings["global_batch_size"] * settings["sequence_length"]
+    validation = ValidationSet(data, length, limit or of_run // length or 2**31, encoder=encoder)
     if validation.max_id() >= model.config.vocab_size:
         raise UserError(f"the data has token id {validation.max_id()}, the model only {model.config.vocab_size} ids")
     starts = lambda ids: None

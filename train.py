@@ -111,7 +111,7 @@ def train(argv, watch):
     if source:
         log.write("event", start, event="resume", source=str(source), changed=changed, skipped=config.skip_sequences,
                   rates=rates, set_aside=aside and str(aside))
-    best_loss = parallel.once(folder.best_loss, run, manifest.get("best_loss"), stream, config)
+    best_loss = parallel.once(folder.best_loss, run, manifest.get("best_loss"), stream, validation)
     saver = checkpoint.Saver(run / "checkpoints", config.keep_checkpoints, best_loss, config.async_save)
     print(*filter(None, told), sep="\n")
     if wants_compile(config, device):
@@ -170,8 +170,8 @@ def train(argv, watch):
             watch.beat(f"the save of step {step}", patient=True)
             report.end_save(saver.outcome(wait=True), log, final=False)  # of the save before, if it is still under way
             seen = folder.data_read(stream.identity(), training.tokens - first, read)
-            report.begin_save(saver, training, validated, log, losses=list(spikes.losses), read=seen,
-                              tokenizer=tokenizer.fingerprint(encoder) if encoder else None)
+            report.begin_save(saver, training, validated, log, losses=list(spikes.losses), read=seen, validated_on=
+                              validation.windows, tokenizer=tokenizer.fingerprint(encoder) if encoder else None)
         final = last or bool(watch.agreed)
         report.end_save(saver.outcome(wait=final or not config.async_save), log, final)
         if watch.agreed and not last:

@@ -117,12 +117,14 @@ def open_folder(folder, asked, overwrite):
     if not path.exists():
         return {"asked": asked, "made_on": bench.machine(), "runs": {}}
     state = read_json(path)
-    if asked["seeds"] < (seeds := state["asked"]["seeds"]):
-        raise UserError(f"{folder} holds {seeds} seeds: say --seeds={seeds} or more, or choose another --out")
-    state["asked"]["seeds"] = asked["seeds"]
+    begun = len({run["seed"] for run in state["runs"].values() if run["share"] == 1.0})
+    if state["asked"]["seeds"] != asked["seeds"] >= begun:
+        state["asked"]["seeds"] = asked["seeds"]
+        state.pop("verdict", None)  # of other seeds
     before, now = (dict(_flat(of)) for of in (state["asked"], asked))
+    older = {name for name in now.keys() - before.keys() if name.startswith("machine.")}  # did not say this much
     differing = [f"{name}: {before.get(name)} there, {now.get(name)} here"
-                 for name in before | now if before.get(name) != now.get(name)]
+                 for name in before | now if before.get(name) != now.get(name) and name not in older]
     if differing:
         raise UserError(f"{folder} holds another contest: {'; '.join(differing[:5])}. Say the same, choose another "
                         "--out, or begin anew with --overwrite")

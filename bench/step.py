@@ -118,8 +118,9 @@ def library_attention(config, device):
 def arm_makers(config, device, compiled, names, layers):
     """({name: function that makes the arm}, which kernels run): "nanok2" and those named, with so many layers. What
     they choose among is measured here, while the GPU does nothing else."""
-    of = {"nanok2": config, "dense": dense_twin(config), "gpt": gpt_twin(config)}  # everything else is as nanok2
-    of = {name: dataclasses.replace(of.get(name, config), num_hidden_layers=layers) for name in ["nanok2", *names]}
+    twins = {"dense": dense_twin, "gpt": gpt_twin}  # everything else is as nanok2
+    of = {name: dataclasses.replace(twins[name](config) if name in twins else config, num_hidden_layers=layers)
+          for name in ["nanok2", *names]}
     chosen, makers = {}, {}
     for name in [name for name in ("dense", "gpt", "nanok2") if name in of]:
         kernels = parallel.choose_kernels(of[name], device)

@@ -170,7 +170,7 @@ def sentence(name, state):
     """What the challenger needs for what the baseline needs, to the loss at which the worse of the two ended; "" if a
     run diverged, or none says it."""
     found, baseline = state["verdict"][name], state["baseline"]
-    if "tokens" not in found:
+    if "tokens" not in found or found.get("untold_seeds"):
         return ""
     n = found["seeds"]
     seeds = f"{n} seed{'s' * (n > 1)}, {state['made_on']['device']}"

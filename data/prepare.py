@@ -280,7 +280,7 @@ def is_ready(args, out, files, how):
     made = (out / "meta.json").stat().st_mtime_ns
     newer = [file for file in files if args.source not in sources.INSTALLED and file.stat().st_mtime_ns > made]
     if digest:
-        newer = (newer or ["set of files"]) * (digest != how["digest"])
+        newer = (newer or ["set of files, or of their times,"]) * (digest != how["digest"])
     if any(map(os.path.exists, (spec, spec.rpartition("?")[0]))):  # what a name means never changes
         newer += [spec] * (tokenizer.fingerprint(tokenizer.load(spec)) != meta.get("tokenizer_fingerprint"))
     if newer:
@@ -300,10 +300,10 @@ def main(argv=None):
     installed = args.source in sources.INSTALLED
     files = sources.installed_files(args.source, account) if installed else list_files(names, args.pattern, account)
     if args.source in OPTIONS["pattern"]:
-        require_one_split(files, chosen, args.source)
+        require_one_split(files, chosen, args.source, account, sources.PATTERNS[args.source])
     how = {key: value for key, value in vars(args).items()
            if key not in ("out", "overwrite", "workers", "no_streaming") and value is not None}
-    stats = [(str(file), status.st_size, status.st_mtime_ns) for file in files if (status := file.stat())]
+    stats = [(str(file), status.st_size, int(status.st_mtime)) for file in files if (status := file.stat())]
     how |= {"found": len(files), "bytes": sum(size for _, size, _ in stats)}
     if files and not installed:  # what is installed again has another time
         how["digest"] = hashlib.blake2b(repr(stats).encode(), digest_size=8).hexdigest()

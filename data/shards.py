@@ -238,18 +238,25 @@ def _splits(name):
     return {WORDS[word] for word in re.findall(r"[^\W\d_]+", str(name).lower()) if word in WORDS}
 
 
-def require_one_split(files, pattern, source):
-    """Refuse files of text that go by their names, below the folder of all, to several splits; a pattern chooses."""
+def require_one_split(files, pattern, source, account, usual):
+    """Refuse tables that go by their names, below the folder of all, to several splits; a pattern chooses. Of texts,
+    which may be called anything, it is only told. usual: the pattern of the source."""
     root, named = os.path.commonpath([os.path.abspath(file.parent) for file in files] or ["/"]), {}
     for file in files:
         if len(splits := _splits(os.path.relpath(file, root))) == 1 and file.suffix != ".bin":  # no text
-            named.setdefault(splits.pop(), file)
-    if len(named) > 1 and not (pattern and all(file.match(pattern.removeprefix("**/")) for file in files)):
-        hf = f"; to validate on the others:  python -m data.prepare hf {quote(root)} --val_split="
-        raise UserError(f"{' and '.join(map(str, named.values()))} are for {' and '.join(named)} by their names, and "
-                        "all would be trained on: name those of train alone, as by --pattern='*train*', or take all by "
-                        "--pattern='*'" + (source in ("jsonl", "parquet")) * (
-                            hf + ("test" if "test" in named else "validation")))
+            named.setdefault(splits.pop(), []).append(file)
+    if len(named) < 2 or pattern and all(file.match(pattern.removeprefix("**/")) for file in files):
+        return
+    if source == "text":
+        for split in named.keys() - {"train"}:
+            for file in named[split]:
+                account.add("files", f"for {split} by their names, trained on like all: --pattern chooses", file)
+        return
+    hf = f"; to validate on the others:  python -m data.prepare hf {quote(root)} --val_split="
+    raise UserError(f"{' and '.join(str(some[0]) for some in named.values())} are for {' and '.join(named)} by their "
+                    "names, and all would be trained on: name the files or folders of train alone, or choose by "
+                    f"--pattern='*train*', or take all by --pattern='{usual}'" + (source != "csv") * (
+                        hf + ("test" if "test" in named else "validation")))
 
 
 def _tell(folder, shards, why):

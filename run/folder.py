@@ -44,10 +44,9 @@ PLAIN = {"out_dir", "run_name", "resume", "overwrite", "skip_sequences", "max_ro
 def find_source(run, config):
     """The step folder to resume from, None for a new run."""
     parallel.once(refuse_unfinished if config.dry_run else finish_setting_aside, run)
-    newest = config.resume != "auto" and parallel.once(checkpoint.step_folders, run / "checkpoints")[-1:]
-    if newest and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not parallel.starts() \
-            and parallel.once(lambda: checkpoint.read_manifest(newest[0]).get("launch") == LAUNCH):
-        print(f"started again by torchrun: going on with {newest[0]}, which it has saved, whatever its words say")
+    repeated = any(parallel.from_all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))  # nodes count by themselves
+    if repeated and config.resume != "auto" and not parallel.starts() and (own := parallel.once(saved_by_launch, run)):
+        print(f"started again by torchrun: going on with {own}, which it has saved, whatever its words say")
         config.resume, config.overwrite, config.skip_sequences = "auto", False, 0
     if rewound(config):
         parallel.once(require_step, Path(config.resume))
@@ -59,6 +58,13 @@ def find_source(run, config):
     if source is None:  # what only a model that is there already may be
         dataclasses.replace(config, resume=False).check()
     return source
+
+
+def saved_by_launch(run):
+    """The newest checkpoint, if it is whole and this launch of torchrun has saved it."""
+    newest = checkpoint.step_folders(run / "checkpoints")[-1:]
+    sound = newest and not checkpoint.damage_alone(newest[0], checksums=False)
+    return newest[0] if sound and checkpoint.read_manifest(newest[0]).get("launch") == LAUNCH else None
 
 
 def refuse_to_mix(run, source, config):
@@ -332,15 +338,13 @@ def validation_losses(run):
             if record["kind"] == "val" and type(record.get("loss")) is float}
 
 
-def best_loss(run, otherwise, stream=None, config=None):
+def best_loss(run, otherwise, stream=None, validation=None):
     """The validation loss of the checkpoint that `best` names; otherwise: if not recorded. None if there is none, or if
-    it was validated on another stream or part of one than this run is: such losses cannot be compared."""
+    it was validated on another stream, or other windows, than this run is: such losses cannot be compared."""
     best = checkpoint.pointed(run / "checkpoints", "best")
     if best and stream and not checkpoint.damage_alone(best, checksums=False):
-        manifest, now = checkpoint.read_manifest(best), vars(config)
-        then = now | manifest.get("config", {})
-        if other_stream(stream, manifest) or any(then[name] != now[name] for name in (
-                "eval_batches", "global_batch_size", "document_mask")):
+        manifest = checkpoint.read_manifest(best)
+        if other_stream(stream, manifest) or manifest.get("validated_on", validation.windows) != validation.windows:
             return None
     return validation_losses(run).get(checkpoint.step_of(best), otherwise) if best else None
 

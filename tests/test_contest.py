@@ -199,6 +199,9 @@ def test_other_words_in_the_same_folder(small, tmp_path):
     contest.save(tmp_path / "out", state)
     with pytest.raises(UserError, match="machine.instructions: of another processor there"):
         contest.main([*words, "--qk_clip_tau=0.03"])
+    del state["asked"]["machine"]["instructions"]  # as kept before this was asked
+    contest.save(tmp_path / "out", state)
+    contest.main([*words, "--qk_clip_tau=0.03"])
 
 
 def test_seeds_are_added_to_a_contest(small, tmp_path, monkeypatch):
@@ -209,8 +212,12 @@ def test_seeds_are_added_to_a_contest(small, tmp_path, monkeypatch):
     state = result_of(tmp_path / "out")
     assert all(state["runs"][key] == run for key, run in first["runs"].items())
     assert len(state["verdict"]["ns_steps=4"]["loss_difference"]["each"]) == 2
-    with pytest.raises(UserError, match="holds 2 seeds: say --seeds=2 or more"):
+    with pytest.raises(UserError, match="another contest: seeds: 2 there, 1 here"):
         contest.main([*words, "--seeds=1"])
+    asked = lambda seeds: state["asked"] | {"seeds": seeds}
+    assert "verdict" not in contest.open_folder(tmp_path / "out", asked(30), False)
+    contest.save(tmp_path / "out", state | {"asked": asked(30)})  # a slip, stopped before the third seed had ended
+    assert contest.open_folder(tmp_path / "out", asked(2), False)["asked"]["seeds"] == 2
 
 
 def test_each_arm_has_a_rate_of_its_own(small, monkeypatch):

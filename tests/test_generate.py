@@ -360,7 +360,7 @@ def test_mistakes_are_one_line(run, words, message):
 
 
 @pytest.mark.parametrize("value", [
-    "-- the well-known top-k users", "--no-name", "--a-b=c-d", "-x", "- item", "--top-k and more", "--prompt-s", "=--",
+    "-- the well-known top-k users", "--no-name", "--a-b=c-d", "-x", "- item", "--top-k and more", "=--",
     "---\n", "-1", ""])
 def test_only_names_of_options_are_altered_never_their_values(value):
     for words in (["--prompt", value], [f"--prompt={value}"]):
@@ -372,7 +372,8 @@ def test_only_names_of_options_are_altered_never_their_values(value):
 @pytest.mark.parametrize("words, message", [
     (["--prompt", "--top-k"], "--prompt: expected one argument"), (["--prompt", "--json"], "expected one argument"),
     (["--prompt"], "--prompt: expected one argument"), (["--prompt", "--"], "--prompt=--: -- alone is no value"),
-    (["--prompt=--"], "-- alone is no value"), (["--promt", "a"], r"did you mean --prompt\?")])
+    (["--prompt=--"], "-- alone is no value"), (["--promt", "a"], r"did you mean --prompt\?"),
+    (["--prompt", "--top-kk=3"], r"--prompt: expected one argument; did you mean --top_k\?")])
 def test_what_may_be_an_option_is_no_value(words, message):
     with pytest.raises(UserError, match=message):
         generate.parse(["x", *words])

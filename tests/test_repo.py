@@ -56,7 +56,7 @@ ONLY_IN = {
 PATH = ["train.py", "step.py", "model.py", "mla.py", "moe.py", "muon.py", "owners.py", "ranks/parallel.py",
         "ranks/shard.py", "ranks/dispatch.py"]
 # Lines that a folder may have: whoever raises a number says for what.
-MOST = {"root": 4103, "ranks": 825, "run": 2668, "data": 3012, "talk": 658, "launch": 767, "kernels": 3810}
+MOST = {"root": 4103, "ranks": 825, "run": 2672, "data": 3020, "talk": 658, "launch": 767, "kernels": 3810}
 FOLDERS = ("", "kernels/", "data/", "ranks/", "run/", "talk/", "launch/")
 SOURCES = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py"))]
 

@@ -34,16 +34,17 @@ def refuse(message, out, *words):
 
 @pytest.mark.parametrize("names", [("train.jsonl", "test.jsonl"), ("Training-0.jsonl", "valid-0.jsonl", "more.jsonl"),
                                    ("train/0.jsonl", "dev/0.jsonl"), ("a.validation.jsonl", "a.test.jsonl")])
-def test_files_for_validation_or_tests_are_not_trained_on(tmp_path, names):
+def test_files_for_validation_or_tests_are_not_trained_on(tmp_path, names, capsys):
     root = tmp_path / "training set"  # whose own words say nothing
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         jsonl(root / name, [f"{name} {text}" for text in DOCUMENTS])
-    said = r"by their names, and all would be trained on: .*--pattern='\*train\*'"
+    said = r"by their names, and all would be trained on: .*--pattern=.\*train\*., or take all by --pattern=.\*.jsonl"
     refuse(said + ".*data.prepare hf '.*training set' --val_split=(test|valid)", tmp_path / "d", "jsonl", root)
-    refuse(said + r", or take all by --pattern='\*'$", tmp_path / "d", "text", root)
     refuse(said, tmp_path / "d", "jsonl", *(root / name for name in names), "--pattern=*valid*")  # which chooses none
     assert len(everything(run(tmp_path / "d", "jsonl", root, "--pattern=*.jsonl"))) == 60 * len(names)
+    run(tmp_path / "g", "text", root)  # whose files may be called anything
+    assert "by their names, trained on like all: --pattern chooses" in capsys.readouterr().out
     one = run(tmp_path / "e", "jsonl", root / names[0])  # alone
     assert everything(one) == sorted(f"{names[0]} {text}" for text in DOCUMENTS)
     if names[0] == "train.jsonl":
@@ -171,7 +172,7 @@ def test_files_that_were_replaced_are_not_the_same_whatever_their_size_and_time(
     else:
         path.write_text(path.read_text().replace("document", "DOCUMENT"))
         os.utime(path, ns=(old - 10**9,) * 2)  # older than it was
-    with pytest.raises(UserError, match="d was made of another set of files than there is now: add --overwrite"):
+    with pytest.raises(UserError, match="d was made of another set of files, or of their times, than there"):
         run(tmp_path / "d", *words)
     meta = read_meta(tmp_path / "d")
     assert len(meta["prepared_by"].pop("digest")) == 16
