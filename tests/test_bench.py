@@ -113,13 +113,13 @@ def test_arms_of_a_contest_that_are_settings():
     assert pair == "muon_lr_2e_2_momentum_0_9-muon_lr_3e_3" and first.name == "muon_lr=2e-2 momentum=0.9"
     assert (first.config.muon_lr, first.config.momentum, first.config.seed) == (2e-2, 0.9, 5)
     assert (last.config.muon_lr, last.config.momentum, last.config.seed) == (3e-3, 0.95, 5)
-    _, (_, unchanged) = pairs.arms_of(["seed=1"], debug, {})
+    _, (_, unchanged) = pairs.arms_of(["momentum=0.9"], debug, {})
     assert unchanged.name == "as it is" and unchanged.config == Config(**settings.read_file(debug))
     _, (halved, _) = pairs.arms_of(["lr_multipliers={'experts': 0.5} momentum=0.9"], debug, {})
     assert (halved.config.lr_multipliers, halved.config.momentum) == ({"experts": 0.5}, 0.9)
-    with pytest.raises(UserError, match="add --lr=as-is"):
+    with pytest.raises(UserError, match="say --lr=as-is"):
         contest.read_words(["muon_lr=2e-2"])
-    for name, message in (("momentun=1", "unknown setting 'momentun'"), ("seed=1 more", "seed='1 more'"),
+    for name, message in (("momentun=1", "unknown setting 'momentun'"), ("ns_steps=1 more", "ns_steps=.1 more."),
                           ("sequence_length=128", "differ in sequence_length")):
         with pytest.raises(UserError, match=message):
             pairs.arms_of([name], debug, {})
