@@ -15,15 +15,18 @@ from tests.helpers import make_config, run_train
 
 
 class Pretended(nn.Module):
-    """Logits made by a function of the ids so far."""
+    """Logits made by a function of the ids so far; its head has nothing left to do."""
 
     def __init__(self, logits):
         super().__init__()
         self.device, self.logits = torch.device("cpu"), logits
-        self.config = types.SimpleNamespace(vocab_size=257)
+        self.config, self.pp, self.lm_head = types.SimpleNamespace(vocab_size=257), 1, nn.Identity()
 
     def forward(self, ids_BT):
         return torch.stack([self.logits(row) for row in ids_BT])
+
+    def trunk(self, ids_BT, cache, first_BT):
+        return (self(ids_BT),)
 
 
 def copying(ids):
