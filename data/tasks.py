@@ -77,8 +77,7 @@ def encode(encoder, item, context):
 
 def coded(encoder, text):
     """tokenizer.encode, with the `begin` of a published tokenizer in place of the separator."""
-    ids, begin = tokenizer.encode(encoder, text), getattr(encoder, "begin", None)
-    return ids if begin is None else np.insert(ids[tokenizer.end_of_text(encoder) is not None:], 0, begin)
+    return tokenizer.encode(encoder, text, getattr(encoder, "begin", None))
 
 
 def checked(where, context, endings, label):

@@ -283,11 +283,11 @@ def _some(encoder):
     return ", ".join([*encoder._special_tokens][:12]) + " ..." * (len(encoder._special_tokens) > 12) or "it has none"
 
 
-def encode(encoder, text):
-    """The ids of a text, uint32, behind the separator; special tokens in it are plain text."""
+def encode(encoder, text, begin=None):
+    """The ids of a text, uint32, behind the separator, or the id `begin`; special tokens in it are plain text."""
     cuts = [start + RUN for start in range(0, len(text), RUN) if text[start:start + RUN].isspace()]
-    separator = end_of_text(encoder)
-    ids = [np.array([] if separator is None else [separator], dtype=np.uint32)]
+    begin = end_of_text(encoder) if begin is None else begin
+    ids = [np.array([] if begin is None else [begin], dtype=np.uint32)]
     quick = isinstance(encoder, tiktoken.Encoding) and encoder.steps is None  # without a list of ids in between
     for part in (text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])):
         ids.append(encoder.encode_to_numpy(part, disallowed_special=()) if quick
